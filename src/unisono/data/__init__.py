@@ -1,0 +1,1 @@
+"""Records in, samples out: read, screen, encode, store; then order and feed."""

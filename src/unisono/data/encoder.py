@@ -1,0 +1,33 @@
+"""How texts become numbers, as the rest of the house sees it.
+
+Owns the interface `Encoder`. `data/ngrams.py` hashes word n-grams, `data/encode.py` uses the tokenizers library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Encoder(Protocol):
+    """A pure function from a text to token numbers, that can be kept in a folder and read back."""
+
+    padded: bool
+    """Whether a microbatch of these samples is a padded rectangle (tokens) or ragged rows (a bag)."""
+
+    vocabulary_size: int
+    """Token numbers are below this."""
+
+    padding: int
+    """Token number that fills a padded rectangle; its positions are masked."""
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return one int32 [tokens] array per text, never empty."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write `encoder.json` (and `tokenizer.json`, where there is one), from which `load_encoder` restores an equal encoder."""
+        ...

@@ -1,0 +1,136 @@
+"""Which samples each step's microbatches hold: a pure function of (seed, samples' lengths, sizes, step).
+
+Owns the shuffle and the cut of a step into microbatches. Knows nothing of workers, so it cannot depend on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One update of the weights: its number from 0, its epoch, and the sample numbers (int64) of each microbatch."""
+
+    number: int
+    epoch: int
+    microbatches: tuple[np.ndarray, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(len(piece) for piece in self.microbatches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """The order of all training: every sample exactly once an epoch, in a new permutation each epoch.
+
+    `lengths` (int32 [samples]) and `padded` are those of a `Source`.
+    """
+
+    lengths: np.ndarray
+    padded: bool
+    samples_per_step: int
+    microbatches: int
+    seed: int
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.lengths) / self.samples_per_step)
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Yield the steps from `start` to the end of training."""
+        for number in range(start, self.total_steps):
+            yield self.step(number)
+
+    def step(self, number: int) -> Step:
+        """Return step `number`. The last step of an epoch may be smaller; no microbatch is ever empty."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        first = within * self.samples_per_step
+        positions = np.arange(first, min(first + self.samples_per_step, len(self.lengths)), dtype=np.uint64)
+        samples = permute(positions, size=len(self.lengths), key=(self.seed, epoch)).astype(np.int64)
+        return Step(number=number, epoch=epoch, microbatches=self._cut(samples))
+
+    def _cut(self, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+        lengths = np.maximum(self.lengths[samples], 1)
+        longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
+        pieces = min(self.microbatches, len(samples))
+        bounds = cut(lengths[longest_first], pieces, padded=self.padded)
+        samples = samples[longest_first]
+        return tuple(samples[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int = 0) -> int:
+    """Number of steps in `epochs` passes (a fraction rounds up), at most `max_steps` where that is not 0."""
+    total = math.ceil(math.ceil(samples / samples_per_step) * epochs)
+    return min(total, max_steps) if max_steps else total
+
+
+def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[int]:
+    """Cut lengths (positive, falling) into contiguous, non-empty pieces of nearly equal predicted cost.
+
+    A padded piece costs its number of samples times its longest; a ragged one the sum of its lengths.
+    Returns `pieces` + 1 bounds, the first 0, the last len(lengths).
+    """
+    samples = len(lengths)
+    if padded:
+        ideal = _equal_rectangles(lengths.tolist(), pieces)
+    else:
+        total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        ideal = np.interp(np.arange(1, pieces) * (float(total[-1]) / pieces), total, np.arange(samples + 1)).tolist()
+    bounds = [0]
+    for number, bound in enumerate(ideal, start=1):
+        bounds.append(min(max(round(bound), bounds[-1] + 1), samples - (pieces - number)))
+    return [*bounds, samples]
+
+
+def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:
+    """Real-valued inner bounds at which every piece, padded to its first length, costs the same (bisection on the cost)."""
+    low, high = 0.0, float(len(lengths) * lengths[0])
+    bounds: list[float] = []
+    for _ in range(40):
+        cost = (low + high) / 2
+        bounds, position = [], 0.0
+        for _ in range(pieces):
+            position += cost / lengths[min(int(position), len(lengths) - 1)]
+            bounds.append(position)
+        if position < len(lengths):
+            low = cost
+        else:
+            high = cost
+    return bounds[:-1]
+
+
+def permute(positions: np.ndarray, *, size: int, key: tuple[int, int]) -> np.ndarray:
+    """Map positions (uint64, each < size) one to one onto 0 … size − 1, without state and in O(1) each.
+
+    A Feistel network of six rounds over the next even power of two; what falls outside `size` walks on along its cycle
+    (Black and Rogaway, *Ciphers with Arbitrary Finite Domains*, 2002). The round function is splitmix64's finaliser.
+    """
+    half = np.uint64(max(1, math.ceil(math.log2(max(size, 2)) / 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    seed, epoch = (np.uint64(number % 2**64) for number in key)
+    keys = [_mix(_mix(np.array([seed]) + np.uint64(turn))[0] ^ _mix(np.array([epoch]))) for turn in range(1, 7)]
+
+    def once(values: np.ndarray) -> np.ndarray:
+        left, right = values >> half, values & mask
+        for turn in keys:
+            left, right = right, left ^ (_mix(right ^ turn) & mask)
+        return (left << half) | right
+
+    values = once(positions.astype(np.uint64))
+    while (outside := values >= size).any():
+        values[outside] = once(values[outside])
+    return values
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

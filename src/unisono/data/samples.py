@@ -1,0 +1,128 @@
+"""Encoded texts as a source of microbatches.
+
+Owns the layout of samples in memory, the hash of their content, and how some of them become tensors. Does not know
+whether the numbers lie in memory or in a mapped file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unisono.data.encoder import Encoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Some samples, one after the other."""
+
+    ids: np.ndarray
+    """int32 [tokens of all samples]"""
+    lengths: np.ndarray
+    """int32 [samples]"""
+    labels: np.ndarray | None
+    """int32 [samples], or None"""
+
+
+class EncodedSamples:
+    """A `Source`: sample i is `ids[starts[i] : starts[i] + lengths[i]]`.
+
+    Args:
+        ids: int32 [any]; may hold other things between the samples.
+        starts: int64 [samples].
+        lengths: int32 [samples], each at least 1.
+        labels: int64 [samples], or None.
+        padded, padding: as the encoder has them.
+        sha256: hash of the content, see `hash_content`.
+    """
+
+    prefetchable = True
+
+    def __init__(
+        self, *, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, labels: np.ndarray | None, padded: bool, padding: int, sha256: str
+    ) -> None:
+        self.lengths = lengths
+        self.labels = labels
+        self.padded = padded
+        self.sha256 = sha256
+        self._ids = ids
+        self._starts = starts
+        self._padding = padding
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, samples: np.ndarray) -> dict[str, Tensor]:
+        """Return these samples (int64 [n]) as one microbatch.
+
+        Padded: `ids` int64 [n, longest] and `mask` bool [n, longest], true where there is a token. Ragged: `ids` int64 [all
+        tokens] and `offsets` int64 [n], where each sample starts. With classes, `label` int64 [n].
+        """
+        lengths = self.lengths[samples].astype(np.int64)
+        ends = np.cumsum(lengths)
+        offsets = ends - lengths
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.arange(total) + np.repeat(self._starts[samples] - offsets, lengths)
+        ids = self._ids[places].astype(np.int64)
+        if self.padded:
+            mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+            rectangle = np.full(mask.shape, self._padding, np.int64)
+            rectangle[mask] = ids
+            microbatch = {"ids": torch.from_numpy(rectangle), "mask": torch.from_numpy(mask)}
+        else:
+            microbatch = {"ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
+        if self.labels is not None:
+            microbatch["label"] = torch.from_numpy(self.labels[samples])
+        return microbatch
+
+
+def encode_samples(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None = None) -> EncodedSamples:
+    """Encode texts into memory, for prediction or for evaluation on new data; `labels` are class numbers."""
+    chunk = make_chunk(encoder, texts, labels)
+    return EncodedSamples(
+        ids=chunk.ids,
+        starts=np.cumsum(chunk.lengths, dtype=np.int64) - chunk.lengths,
+        lengths=chunk.lengths,
+        labels=None if chunk.labels is None else chunk.labels.astype(np.int64),
+        padded=encoder.padded,
+        padding=encoder.padding,
+        sha256=hash_content([chunk]),
+    )
+
+
+def make_chunk(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None) -> Chunk:
+    """Encode texts, in order."""
+    rows = encoder.encode(texts)
+    return Chunk(
+        ids=np.concatenate(rows) if rows else np.empty(0, np.int32),
+        lengths=np.fromiter(map(len, rows), np.int32, len(rows)),
+        labels=None if labels is None else np.asarray(labels, np.int32),
+    )
+
+
+class ContentHash:
+    """SHA-256 of samples, chunk by chunk; how they are cut into chunks makes no difference."""
+
+    def __init__(self) -> None:
+        self._parts = [hashlib.sha256() for _ in range(3)]
+
+    def add(self, chunk: Chunk) -> None:
+        labels = np.empty(0, np.int32) if chunk.labels is None else chunk.labels
+        for part, column in zip(self._parts, (chunk.lengths, chunk.ids, labels), strict=True):
+            part.update(np.ascontiguousarray(column, "<i4").data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(part.digest() for part in self._parts)).hexdigest()
+
+
+def hash_content(chunks: Iterable[Chunk]) -> str:
+    """Return the SHA-256 of the samples in these chunks."""
+    whole = ContentHash()
+    for chunk in chunks:
+        whole.add(chunk)
+    return whole.hexdigest()

@@ -1,0 +1,33 @@
+"""Where samples come from, as the order and the feed see it.
+
+Owns the interface `Source`; `data/store.py` implements it for encoded text, `data/columns.py` for what is in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Samples by number, 0 … len − 1. The same numbers give the same tensors in every process."""
+
+    lengths: np.ndarray
+    """int32 [samples]: what a sample costs, in tokens; all ones where samples are alike."""
+
+    padded: bool
+    """Whether a microbatch is padded to its longest sample: its cost is then samples × longest, else the sum of lengths."""
+
+    prefetchable: bool
+    """Whether `take` touches no global random generator, so that it may run ahead in a thread."""
+
+    sha256: str
+    """Hash of the samples' content, for the numerics fingerprint."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, samples: np.ndarray) -> dict[str, Tensor]:
+        """Return the host tensors of these samples (int64 [n], in the given order) as one microbatch."""
+        ...

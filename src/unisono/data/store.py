@@ -1,0 +1,253 @@
+"""Datasets on disk: complete and verified, or absent.
+
+Owns the folder's layout, its manifest, how it comes into being all at once, and how it is read back. Does not know where
+samples come from.
+
+A dataset is a folder of `manifest.json`, one Arrow IPC file per split (uncompressed, so that it can be mapped;
+columns `ids`: list<int32>, `label`: int32), the encoder's files and `quarantine.jsonl`. The manifest holds the SHA-256 of each.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from unisono.data.encode import load_encoder
+from unisono.data.encoder import Encoder
+from unisono.data.samples import Chunk, ContentHash, EncodedSamples
+from unisono.errors import DamagedError, DataError
+
+FORMAT = 1
+"""Raised whenever a reader of the old layout could not read the new one."""
+
+SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32())), pa.field("label", pa.int32())])
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A verified dataset. Samples are mapped when a split is asked for, not read."""
+
+    folder: Path
+    labels: tuple[str, ...]
+    sha256: str
+    """Hash of what a run can see: the classes, the encoder and the content of every split."""
+    encoder: Encoder
+    counts: Mapping[str, int]
+    """Samples by split."""
+    quarantined: Mapping[str, Mapping[str, int]]
+    """Records left out, by split, then by reason."""
+    manifest: Mapping[str, Any]
+
+    def split(self, name: str) -> EncodedSamples | None:
+        """Return train, validation or test; None where the dataset has no such split."""
+        if name not in self.manifest["splits"]:
+            return None
+        entry = self.manifest["splits"][name]
+        return _map_samples(self.folder / entry["file"], self.encoder, entry["sha256"])
+
+
+def write_dataset(
+    folder: Path,
+    *,
+    splits: Mapping[str, Iterable[Chunk]],
+    labels: Sequence[str],
+    encoder: Encoder,
+    quarantine: Iterable[Mapping[str, object]],
+    notes: Mapping[str, object],
+) -> Dataset:
+    """Write a dataset under a temporary name, then give it its own; what stands there already is taken as it is.
+
+    `notes` are further entries of the manifest: counts, versions, inputs.
+
+    Raises:
+        DataError: the folder cannot be written, or the disk is full; nothing is left behind.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
+                try:
+                    partial.mkdir()
+                    _fill(partial, splits, labels, encoder, quarantine, notes)
+                    partial.rename(folder)
+                    _sync(folder.parent)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{str(folder)!r}: the disk is full. Free some space, or set data.store to a folder elsewhere.") from None
+        reason = error.strerror or error
+        raise DataError(f"{str(folder)!r}: cannot be written: {reason}. Set data.store to a folder that can.") from None
+    return open_dataset(folder)
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Read a dataset's manifest and verify every file that it lists.
+
+    Raises:
+        DataError: there is no dataset, or one of another format.
+        DamagedError: a file is missing, truncated or changed; the message names it.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. Prepare the data first.")
+    manifest = _read_manifest(path)
+    for name, known in manifest["files"].items():
+        _verify(folder / name, known["bytes"], known["sha256"])
+    return Dataset(
+        folder=folder,
+        labels=tuple(manifest["labels"]),
+        sha256=manifest["sha256"],
+        encoder=load_encoder(folder),
+        counts={name: entry["samples"] for name, entry in manifest["splits"].items()},
+        quarantined=manifest["quarantined"],
+        manifest=manifest,
+    )
+
+
+def read_quarantine(folder: Path) -> Iterator[dict[str, Any]]:
+    """Return the quarantined records of a dataset one by one, as they were given to `write_dataset`."""
+    with (folder / QUARANTINE).open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _fill(
+    folder: Path,
+    splits: Mapping[str, Iterable[Chunk]],
+    labels: Sequence[str],
+    encoder: Encoder,
+    quarantine: Iterable[Mapping[str, object]],
+    notes: Mapping[str, object],
+) -> None:
+    encoder.save(folder)
+    encoder_files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
+    with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine)
+    entries = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
+    visible = {"labels": list(labels), "encoder": encoder_files, "splits": {name: entry["sha256"] for name, entry in entries.items()}}
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        _sync(path)
+    manifest: dict[str, Any] = {"format": FORMAT, "sha256": _hash_fields(visible), "labels": list(labels), "splits": entries}
+    manifest |= {"files": files, **notes}
+    manifest["manifest_sha256"] = _hash_fields(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _write_split(path: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
+    """Write one record batch per chunk; return the split's entry in the manifest."""
+    content = ContentHash()
+    samples = tokens = 0
+    with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for chunk in chunks:
+            offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
+            np.cumsum(chunk.lengths, out=offsets[1:])
+            ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(chunk.ids))
+            writer.write_batch(pa.record_batch([ids, pa.array(chunk.labels)], schema=SCHEMA))
+            content.add(chunk)
+            samples += len(chunk.lengths)
+            tokens += len(chunk.ids)
+    return {"file": path.name, "samples": samples, "tokens": tokens, "sha256": content.hexdigest()}
+
+
+def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
+    """Map a split's file. All of it is seen as one int32 array, so that samples of any batch are gathered at once."""
+    whole = pa.memory_map(str(path)).read_buffer()
+    reader = pa.ipc.open_file(pa.BufferReader(whole))
+    starts, lengths, labels = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    for number in range(reader.num_record_batches):
+        ids, label = reader.get_batch(number).columns
+        offsets = ids.offsets.to_numpy()
+        place, odd = divmod(ids.values.buffers()[1].address - whole.address, 4)
+        assert not odd and ids.values.offset == 0, "Arrow aligns its buffers to 8 bytes"
+        starts.append(place + offsets[:-1].astype(np.int64))
+        lengths.append(np.diff(offsets))
+        labels.append(label.to_numpy().astype(np.int64))
+    return EncodedSamples(
+        ids=np.frombuffer(whole, np.int32, count=whole.size // 4),
+        starts=np.concatenate(starts),
+        lengths=np.concatenate(lengths),
+        labels=np.concatenate(labels),
+        padded=encoder.padded,
+        padding=encoder.padding,
+        sha256=sha256,
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    damaged = DamagedError(f"{str(path)!r} is damaged: it is not what was written. Delete the folder and prepare the data again.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise damaged from None
+    if not isinstance(manifest, dict):
+        raise damaged
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{str(path)!r}: format {manifest.get('format')!r}, allowed is {FORMAT}. Prepare the data again.")
+    if manifest.get("manifest_sha256") != _hash_fields({key: manifest[key] for key in manifest if key != "manifest_sha256"}):
+        raise damaged
+    return manifest
+
+
+def _verify(path: Path, size_bytes: int, sha256: str) -> None:
+    if not path.is_file():
+        fault = "is missing"
+    elif path.stat().st_size < size_bytes:
+        fault = f"is truncated: {path.stat().st_size} bytes, not {size_bytes}"
+    elif path.stat().st_size > size_bytes or _hash_file(path) != sha256:
+        fault = "is damaged: its SHA-256 is not the one in the manifest"
+    else:
+        return
+    raise DamagedError(f"{str(path)!r} {fault}. Delete the folder and prepare the data again.")
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_fields(fields: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the disk, not only the system, know a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, and leave no file behind."""
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue  # its last holder has removed it meanwhile
+            try:
+                yield
+            finally:
+                path.unlink()
+            return

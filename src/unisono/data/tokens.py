@@ -1,0 +1,181 @@
+"""Texts as token numbers of a vocabulary, by the tokenizers library.
+
+Owns the trained vocabularies (WordPiece, byte-level BPE), the use of a given `tokenizer.json`, and how both are kept in a
+folder. Does not choose between them: `data/encode.py` does.
+
+The same texts give a vocabulary of the same bytes, in any order and in any process; `train_wordpiece` says what that takes.
+The library's own threads stay off: a machine's cores are used by running more workers, and a process whose threads have
+run cannot be forked safely.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from unisono.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read by the library whenever it would start threads
+
+KINDS = ("wordpiece", "bpe", "tokenizer")
+_PADDING, _UNKNOWN, _FIRST, _LAST = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+class Pieces:
+    """A pure function from a text to the numbers of its tokens, cut to `max_tokens`, special ones included.
+
+    Args:
+        tokenizer: its own settings of truncation and padding are replaced.
+        kind: where its vocabulary came from, one of `KINDS`.
+        max_tokens: longest result.
+    """
+
+    padded = True
+
+    def __init__(self, tokenizer: Tokenizer, *, kind: str, max_tokens: int) -> None:
+        special = tokenizer.num_special_tokens_to_add(False)
+        if max_tokens <= special:
+            raise DataError(
+                f"encode.max_tokens = {max_tokens}: the tokenizer adds {special} special tokens, which leaves no room for text. "
+                f"Set it to {special + 1} or more."
+            )
+        self.padding = _find_padding(tokenizer)
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_tokens)
+        self.kind = kind
+        self.max_tokens = max_tokens
+        self.vocabulary_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self._tokenizer = tokenizer
+        self._can_shorten = _keeps_words_apart(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return one int32 [tokens] array per text, never empty."""
+        given = [self._shorten(text) for text in texts] if self._can_shorten else list(texts)
+        found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(given)]
+        for number, text in enumerate(texts):
+            if len(found[number]) < self.max_tokens and len(given[number]) < len(text):
+                found[number] = self._tokenizer.encode(text).ids  # its words gave fewer tokens than expected
+        return [np.array(ids or [self.padding], np.int32) for ids in found]
+
+    def save(self, folder: Path) -> None:
+        """Write `encoder.json` and `tokenizer.json`, from which `Pieces.load` makes an equal encoder."""
+        fields = {"kind": self.kind, "max_tokens": self.max_tokens, "padding": self.padding}
+        (folder / "encoder.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, fields: Mapping[str, Any]) -> Self:
+        """Make the encoder whose `save` wrote the fields and the folder.
+
+        Raises:
+            ModelError: a field or `tokenizer.json` is missing or unusable.
+        """
+        if fields.get("kind") not in KINDS or type(fields.get("max_tokens")) is not int or type(fields.get("padding")) is not int:
+            raise ModelError(f"{folder}/encoder.json: allowed are kind ({', '.join(KINDS)}), max_tokens and padding. Export it again.")
+        try:
+            encoder = cls(read_tokenizer(folder / "tokenizer.json"), kind=fields["kind"], max_tokens=fields["max_tokens"])
+        except DataError as error:
+            raise ModelError(str(error)) from None
+        encoder.padding = fields["padding"]
+        return encoder
+
+    def _shorten(self, text: str) -> str:
+        """Drop words that cannot matter: as a rule, each gives a token at least. `encode` looks whether it did."""
+        words = text.split(" ", self.max_tokens)
+        return text if len(words) <= self.max_tokens else text[: len(text) - len(words[-1]) - 1]
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`. Raises DataError where there is none, or none that the library can read."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{str(path)!r}: cannot be read: {error.strerror}. Give the path of a tokenizer.json.") from None
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"{str(path)!r} is no tokenizer.json: {error}.") from error
+
+
+def train_wordpiece(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> Tokenizer:
+    """Find the pieces of words that describe the texts best; never fewer than there are characters.
+
+    The library numbers characters in the order of a hash table, which differs from process to process, and breaks ties
+    between merges by those numbers. Here the characters are handed to it as if they were special tokens, so that their
+    numbers are fixed.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=_UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    first = list(dict.fromkeys([*SPECIAL, *_find_characters(tokenizer, texts)]))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=first, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finish(tokenizer)
+
+
+def train_bpe(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> Tokenizer:
+    """Find the runs of bytes that describe the texts best: nothing is unknown, in any language."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finish(tokenizer)
+
+
+def _find_characters(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Characters as they begin a word, then as they continue one (`##x`); each in a fixed order."""
+    words: set[str] = set()
+    for text in texts:
+        words.update(text.split(" "))
+    begin: set[str] = set()
+    go_on: set[str] = set()
+    for word in words:
+        for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word)):
+            begin.add(piece[0])
+            go_on.update(piece[1:])
+    return [*sorted(begin), *(f"##{character}" for character in sorted(go_on))]
+
+
+def _finish(tokenizer: Tokenizer) -> Tokenizer:
+    """Frame every text in [CLS] … [SEP], and let the words "[CLS]" or "[SEP]" in a text be words like others."""
+    from tokenizers import Tokenizer, processors
+
+    fields = json.loads(tokenizer.to_str())
+    fields["added_tokens"] = []
+    finished = Tokenizer.from_str(json.dumps(fields))
+    numbers = [(name, finished.token_to_id(name)) for name in (_FIRST, _LAST)]
+    finished.post_processor = processors.TemplateProcessing(single=f"{_FIRST} $A {_LAST}", special_tokens=numbers)
+    return finished
+
+
+def _find_padding(tokenizer: Tokenizer) -> int:
+    """The number of the padding token; 0 where none is known, since padded positions are masked."""
+    if tokenizer.padding:
+        return int(tokenizer.padding["pad_id"])
+    known = (tokenizer.token_to_id(name) for name in (_PADDING, "<pad>"))
+    return next((number for number in known if number is not None), 0)
+
+
+def _keeps_words_apart(tokenizer: Tokenizer) -> bool:
+    """Whether no token reaches across a space, for the settings where that is known."""
+    fields = json.loads(tokenizer.to_str())
+    kinds = [(fields[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
+    return kinds == ["BertNormalizer", "BertPreTokenizer"] and not any(" " in token["content"] for token in fields["added_tokens"])

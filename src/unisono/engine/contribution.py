@@ -1,0 +1,84 @@
+"""What one microbatch adds to a step: a pure function of (parameters and buffers at the step's start, microbatch, key).
+
+Owns the forward and backward pass. Does not add contributions up, and knows neither worker nor shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisono.engine import random
+from unisono.engine.replica import Replica
+from unisono.errors import ContractError
+from unisono.models.task import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """Sums over one microbatch.
+
+    loss: float64 scalar, the sum of its losses.
+    weight: number of terms in that sum.
+    parts: gradient of each parameter, then change of each buffer times weight, in the order of the space; None: none.
+    integers: int64, integer buffers after the microbatch.
+    """
+
+    loss: Tensor
+    weight: int
+    parts: list[Tensor | None]
+    integers: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contributor:
+    """Computes contributions of one task with one replica."""
+
+    replica: Replica
+    task: Task
+    precision: str
+    seed: int
+
+    def contribute(self, step: int, number: int, microbatch: Mapping[str, Tensor]) -> Contribution:
+        """Compute the contribution of microbatch `number` of `step`; leave the replica as it was.
+
+        Raises:
+            ContractError: the task returned no scalar sum, or no whole number of terms.
+        """
+        replica = self.replica
+        device = replica.flat.device
+        random.seed_all(random.key(self.seed, "contribution", step, number))
+        replica.module.train()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            loss, weight = self.task.loss(replica.module, microbatch)
+        weight = _whole(weight)
+        if loss.ndim != 0 or not loss.is_floating_point():
+            raise ContractError(f"the task's loss is {loss.dtype} of shape {tuple(loss.shape)}; allowed is one float: the sum.")
+        gradients: list[Tensor | None] = [None] * len(replica.parameters)
+        if loss.requires_grad:
+            loss.backward()
+            gradients = [_dense(parameter.grad) for parameter in replica.parameters]
+        for parameter in replica.parameters:
+            parameter.grad = None
+        changes = [None if change is None else change.mul_(weight) for change in replica.take_buffer_changes()]
+        integers = replica.integer_values()
+        replica.restore_buffers()
+        return Contribution(loss=loss.detach().to(torch.float64), weight=weight, parts=gradients + changes, integers=integers)
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
+def _whole(weight: int | Tensor) -> int:
+    if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_floating_point():
+        weight = int(weight.item())
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight < 0:
+        raise ContractError(
+            f"the task's loss returned {weight!r} as its number of terms; allowed is a whole number from 0, such as len(labels). "
+            "A sum is divided once a step, by the number of all its terms."
+        )
+    return weight

@@ -1,0 +1,225 @@
+"""A worker's copy of the module, its trained numbers living in one flat tensor.
+
+Owns the module, the flat tensor, and what happens to buffers: each microbatch starts from the step's, and what it changed is part of
+its contribution. Knows no other worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unisono.engine.space import BLOCK, Shard, Space, lay_out
+from unisono.errors import ContractError
+
+SPARED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Parameters that share a factor on the rate and a choice of weight decay."""
+
+    pretrained: bool
+    decays: bool
+
+
+class Replica:
+    """One module, laid out in a `Space`, with its buffers guarded.
+
+    Attributes:
+        module: the module; its trainable parameters and float buffers are views of `flat`.
+        space: the layout; parameters first, then those buffers whose dtype is the space's.
+        flat: [shard size × workers] all of them, padded with zeros.
+        groups: what each group number in the space means.
+        integers: integer and boolean buffers; after a step they hold what microbatch 0 left.
+    """
+
+    def __init__(self, module: nn.Module, *, rank: int, workers: int, pretrained: tuple[str, ...] = ()) -> None:
+        self.module = module
+        grouped = _group(module, pretrained)
+        self.groups = tuple(grouped)
+        dtype = _only_dtype(module)
+        buffers = list(module.named_buffers())
+        floats = [(name, buffer) for name, buffer in buffers if buffer.dtype == dtype]
+        self.space: Space = lay_out(list(grouped.values()), floats, dtype)
+        self.shard: Shard = self.space.shard(rank, workers)
+        device = next(module.parameters()).device
+        self.flat = torch.zeros(self.shard.padded_space, dtype=dtype, device=device)
+        self.parameters: list[nn.Parameter] = []
+        self._owners = _buffer_owners(module)
+        self._move_in()
+        self.integers = [name for name, buffer in buffers if not buffer.is_floating_point() and not buffer.is_complex()]
+        self._others = [name for name, _ in buffers if name not in self.integers and name not in {n for n, _ in floats}]
+        self._step_integers = [self._buffer(name).clone() for name in self.integers]
+        self._step_floats = self.buffer_values.clone()
+        self._versions: dict[str, int] = {}
+        self._remember()
+
+    @property
+    def buffer_values(self) -> Tensor:
+        """The part of `flat` that holds buffers."""
+        start = self.space.parameter_blocks * BLOCK
+        return self.flat[start : self.space.blocks * BLOCK]
+
+    def take_buffer_changes(self) -> list[Tensor | None]:
+        """Return what the last microbatch added to each buffer of the space (None: untouched).
+
+        Raises:
+            ContractError: a buffer of another floating dtype, which no contribution can carry, was changed.
+        """
+        for name in self._others:
+            if self._touched(name):
+                raise ContractError(
+                    f"buffer {name!r} is {self._buffer(name).dtype} and changes while training; allowed are {self.space.dtype} "
+                    "and integer buffers. Register it with one of those dtypes."
+                )
+        changes: list[Tensor | None] = []
+        start = self.space.parameter_blocks * BLOCK
+        for segment in self.space.buffers:
+            if not self._touched(segment.name):
+                changes.append(None)
+                continue
+            before = self._step_floats[segment.start - start :][: segment.size].view(segment.shape)
+            changes.append(self._buffer(segment.name).detach() - before)
+        return changes
+
+    def integer_values(self) -> Tensor:
+        """The integer buffers' values now, int64, one after another."""
+        values = [self._buffer(name).detach().reshape(-1).to(torch.int64) for name in self.integers]
+        return torch.cat(values) if values else torch.empty(0, dtype=torch.int64, device=self.flat.device)
+
+    def restore_buffers(self) -> None:
+        """Give every buffer the value it had at the step's start."""
+        touched = [name for name in self._versions if self._touched(name)]
+        if not touched:
+            return
+        self.buffer_values.copy_(self._step_floats)
+        for segment in self.space.buffers:
+            self._rebind(segment.name, self._views[segment.name])
+        for name, value in zip(self.integers, self._step_integers, strict=True):
+            self._rebind(name, self._views[name])
+            self._views[name].copy_(value)
+        self._remember()
+
+    def accept(self, integer_values: Tensor) -> None:
+        """Make the present content of `flat` and these integer values the next step's start."""
+        self._step_floats.copy_(self.buffer_values)
+        for value, part in zip(self._step_integers, integer_values.split([v.numel() for v in self._step_integers]), strict=True):
+            value.copy_(part.view(value.shape))
+        for name, value in zip(self.integers, self._step_integers, strict=True):
+            self._rebind(name, self._views[name])
+            self._views[name].copy_(value)
+        self._remember()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all there."""
+        return {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
+
+    def layout_digest(self) -> str:
+        """Short hash of names, shapes and present values: equal on workers that built the same module."""
+        return tensors_sha256(self.tensors())[:16]
+
+    def _move_in(self) -> None:
+        """Copy every value into the flat tensor (aligned, wherever it lay before) and let the module look at it there."""
+        named = dict(self.module.named_parameters())
+        placed = {segment.name for segment in self.space.parameters}
+        self._views: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for segment in self.space.parameters:
+                parameter = named[segment.name]
+                view = segment.view(self.flat)
+                view.copy_(parameter)
+                parameter.data = view
+                self.parameters.append(parameter)
+            for name, parameter in named.items():
+                if name not in placed:
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            for segment in self.space.buffers:
+                view = segment.view(self.flat).data  # .data: each buffer counts its own versions
+                view.copy_(self._buffer(segment.name))
+                self._views[segment.name] = view
+                self._rebind(segment.name, view)
+            for name, buffer in list(self.module.named_buffers()):
+                if name not in self._views:
+                    self._views[name] = buffer.detach().clone(memory_format=torch.contiguous_format)
+                    self._rebind(name, self._views[name])
+
+    def _buffer(self, name: str) -> Tensor:
+        module, attribute = self._owners[name][0]
+        value = module._buffers[attribute]
+        assert value is not None, name
+        return value
+
+    def _rebind(self, name: str, value: Tensor) -> None:
+        for module, attribute in self._owners[name]:
+            module._buffers[attribute] = value
+
+    def _remember(self) -> None:
+        self._versions = {name: view._version for name, view in self._views.items()}
+
+    def _touched(self, name: str) -> bool:
+        return self._buffer(name) is not self._views[name] or self._views[name]._version != self._versions[name]
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes in order of name: `weights_sha256` of a run.
+
+    For each name: "name dtype shape\\n" in UTF-8, dtype as torch prints it without "torch.", shape as comma-separated sizes,
+    then the contiguous little-endian bytes.
+    """
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        shape = ",".join(str(size) for size in value.shape)
+        result.update(f"{name} {str(value.dtype).removeprefix('torch.')} {shape}\n".encode())
+        result.update(value.reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
+def _group(module: nn.Module, pretrained: tuple[str, ...]) -> dict[Group, list[tuple[str, Tensor]]]:
+    """Trainable parameters by group. Biases, norms and other vectors are spared weight decay."""
+    spared = {id(parameter) for part in module.modules() if isinstance(part, SPARED) for parameter in part.parameters(recurse=False)}
+    groups: dict[Group, list[tuple[str, Tensor]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and id(parameter) not in spared
+            group = Group(pretrained=name.startswith(pretrained) if pretrained else False, decays=decays)
+            groups.setdefault(group, []).append((name, parameter))
+    if not groups:
+        raise ContractError("the module has no parameter that requires a gradient: there is nothing to train. Unfreeze one.")
+    return groups
+
+
+def _only_dtype(module: nn.Module) -> torch.dtype:
+    kinds: dict[torch.dtype, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            kinds.setdefault(parameter.dtype, name)
+    if len(kinds) > 1 or not kinds.keys() <= {torch.float32, torch.float64}:
+        given = ", ".join(f"{name!r} is {dtype}" for dtype, name in kinds.items())
+        raise ContractError(
+            f"trainable parameters: {given}; allowed is float32 for all, or float64 for all. "
+            "For half precision keep float32 weights and set train.precision = \"bf16\"."
+        )
+    return next(iter(kinds), torch.float32)
+
+
+def _buffer_owners(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each buffer's first name, every module and attribute that holds that same tensor."""
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    for prefix, part, attribute, buffer in _all_buffers(module):
+        name = names.setdefault(id(buffer), f"{prefix}.{attribute}" if prefix else attribute)
+        owners.setdefault(name, []).append((part, attribute))
+    return owners
+
+
+def _all_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for attribute, buffer in part._buffers.items():
+            if buffer is not None:
+                yield prefix, part, attribute, buffer

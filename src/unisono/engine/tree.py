@@ -1,0 +1,111 @@
+"""The fixed binary tree in which contributions are added.
+
+Node (0, i) is microbatch i's contribution; node (l, i) = node (l − 1, 2i) + node (l − 1, 2i + 1); a missing right child is not
+added (−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
+
+Owns the arithmetic of nodes and a worker's pending buffers. Does not communicate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Node:
+    """A place in the tree: it covers the microbatches index · 2^level … (index + 1) · 2^level − 1."""
+
+    level: int
+    index: int
+
+    @property
+    def parent(self) -> Node:
+        return Node(self.level + 1, self.index // 2)
+
+    def is_left_of(self, other: Node) -> bool:
+        """Whether `other` is the right sibling."""
+        return self.level == other.level and self.index % 2 == 0 and other.index == self.index + 1
+
+
+def nodes(microbatches: range) -> list[Node]:
+    """The fewest complete nodes that cover a contiguous range, from left to right: at most 2 · log2(M)."""
+    found: list[Node] = []
+    for number in microbatches:
+        found.append(Node(0, number))
+        while len(found) > 1 and found[-2].is_left_of(found[-1]):
+            found.pop()
+            found.append(found.pop().parent)
+    return found
+
+
+def fold(values: Iterable[Any]) -> Any:
+    """Add all contributions 0 … M − 1 of one kind (floats, say) as the tree does."""
+    level = list(values)
+    while len(level) > 1:
+        pairs = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0]
+
+
+def fold_nodes(pending: Sequence[tuple[Node, Tensor]]) -> Tensor:
+    """Add complete nodes, given from left to right and covering all microbatches, in place; return the root."""
+    stack: list[tuple[Node, Tensor]] = []
+    for node, value in pending:
+        stack.append((node, value))
+        _merge(stack)
+    while len(stack) > 1:  # what lacks its right sibling goes up as it is
+        _, right = stack.pop()
+        stack[-1][1].add_(right)
+    return stack[0][1]
+
+
+class Tree:
+    """A worker's part of a step's tree: adds contributions as they come, in log2 buffers that are used again.
+
+    Contributions come in rising order of number, as `write(buffer, add)` calls: with `add` false they overwrite
+    the buffer, else they are added to it, so that no contribution needs a buffer of its own before it is added.
+    """
+
+    def __init__(self, new_buffer: Callable[[], Tensor]) -> None:
+        self._new_buffer = new_buffer
+        self._free: list[Tensor] = []
+        self._pending: list[tuple[Node, Tensor]] = []
+
+    def add(self, number: int, write: Callable[[Tensor, bool], None]) -> None:
+        """Add microbatch `number`'s contribution."""
+        node = Node(0, number)
+        if self._pending and self._pending[-1][0].is_left_of(node):
+            left, buffer = self._pending.pop()
+            write(buffer, True)
+            self._pending.append((left.parent, buffer))
+            self._free += _merge(self._pending)
+        else:
+            buffer = self._free.pop() if self._free else self._new_buffer()
+            write(buffer, False)
+            self._pending.append((node, buffer))
+
+    @property
+    def pending(self) -> list[tuple[Node, Tensor]]:
+        """The complete nodes so far, from left to right."""
+        return list(self._pending)
+
+    def clear(self) -> None:
+        """Forget all nodes; keep their buffers for the next step."""
+        self._free += [buffer for _, buffer in self._pending]
+        self._pending.clear()
+
+
+def _merge(stack: list[tuple[Node, Tensor]]) -> list[Tensor]:
+    """Add siblings at the end of the stack, in place; return the values no longer needed."""
+    spare: list[Tensor] = []
+    while len(stack) > 1 and stack[-2][0].is_left_of(stack[-1][0]):
+        _, right = stack.pop()
+        node, left = stack.pop()
+        left.add_(right)
+        stack.append((node.parent, left))
+        spare.append(right)
+    return spare

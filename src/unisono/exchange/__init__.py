@@ -1,0 +1,1 @@
+"""How contributions reach their owners, and new weights everybody."""

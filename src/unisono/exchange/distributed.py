@@ -1,0 +1,95 @@
+"""The exchange of real processes, over torch.distributed: gloo, or nccl where the worker has a GPU.
+
+Owns the process group and the shapes of its messages. Uses tensor collectives only, never one that pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unisono.errors import LostPeerError
+
+Result = TypeVar("Result")
+
+
+class Distributed:
+    """A worker among processes. `store` is where they meet; `device` decides the backend."""
+
+    def __init__(self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.workers = workers
+        self._device = device
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=workers, timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+        self._outbox = torch.empty(0, device=device)
+        self._inbox = torch.empty(0, device=device)
+
+    def add_integers(self, values: Tensor) -> Tensor:
+        _call(lambda: dist.all_reduce(values))
+        return values
+
+    def to_owners(
+        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        if len(nodes) == 1:  # already in order of owner
+            outbox = nodes[0]
+        else:
+            self._outbox = _sized(self._outbox, len(nodes) * shard_size * self.workers, dtype)
+            outbox = self._outbox
+            if nodes:
+                by_owner = outbox.view(self.workers, len(nodes), shard_size)
+                for number, node in enumerate(nodes):
+                    by_owner[:, number].copy_(node.view(self.workers, shard_size))
+        self._inbox = _sized(self._inbox, sum(counts) * shard_size, dtype)
+        received = [count * shard_size for count in counts]
+        sent = [len(nodes) * shard_size] * self.workers
+        inbox = self._inbox
+        _call(lambda: dist.all_to_all_single(inbox, outbox, received, sent))
+        return list(inbox.view(-1, shard_size).unbind(0))
+
+    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+        _call(lambda: dist.all_gather_into_tensor(flat, shard))
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        sizes = torch.zeros(self.workers, dtype=torch.int64, device=self._device)
+        sizes[self.rank] = len(content)
+        lengths: list[int] = self.add_integers(sizes).tolist()
+        longest = max(1, *lengths)
+        mine = torch.zeros(longest, dtype=torch.uint8, device=self._device)
+        mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else mine[:0]
+        rows = torch.zeros(self.workers * longest, dtype=torch.uint8, device=self._device)
+        self.gather_shards(mine, rows)
+        return [bytes(row[:length].cpu().numpy().tobytes()) for row, length in zip(rows.view(-1, longest), lengths, strict=True)]
+
+    def wait_for_all(self) -> None:
+        self.add_integers(torch.zeros(1, dtype=torch.int64, device=self._device))
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _sized(buffer: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """The buffer cut to a size, or a larger one."""
+    if buffer.dtype != dtype or buffer.untyped_storage().nbytes() < elements * dtype.itemsize:
+        return torch.empty(elements, dtype=dtype, device=buffer.device)
+    return torch.empty(0, dtype=dtype, device=buffer.device).set_(buffer.untyped_storage(), 0, (elements,))
+
+
+def _call(collective: Callable[[], Result]) -> Result:
+    try:
+        return collective()
+    except dist.DistBackendError as error:
+        raise LostPeerError(f"another worker has gone: {error}") from error
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("Connection", "Timed out", "timed out", "peer", "Socket")):
+            raise LostPeerError(f"another worker has gone: {error}") from error
+        raise

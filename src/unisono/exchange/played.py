@@ -1,0 +1,108 @@
+"""An exchange that plays N workers in one process, one after another.
+
+Each worker is a thread, and a baton lets one run at a time, from one exchange to the next; so a thousand workers can be
+checked on a laptop, through the same loop that real workers run. For tests, not for speed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from unisono.errors import LostPeerError
+
+Result = TypeVar("Result")
+
+
+class Stage:
+    """What the played workers share: the baton, and what each has laid down in the current exchange."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.baton = threading.Lock()
+        self.turn = threading.Condition(self.baton)
+        self.lost = False
+        self._laid_down: dict[int, Any] = {}
+        self._combined: list[Any] = []  # one result per exchange so far
+
+    def swap(self, rank: int, value: Any, combine: Callable[[list[Any]], Result]) -> Result:
+        """Lay down a value and wait for the others'; return what `combine`, called once on all of them, makes of them.
+
+        The result is shared and must not alias the values: who laid them down goes on at once.
+        """
+        exchange = len(self._combined)
+        self._laid_down[rank] = value
+        if len(self._laid_down) == self.workers:
+            self._combined.append(combine([self._laid_down[other] for other in range(self.workers)]))
+            self._laid_down = {}
+            if exchange:
+                self._combined[exchange - 1] = None  # everyone has passed it
+            self.turn.notify_all()
+        else:
+            self.turn.wait_for(lambda: len(self._combined) > exchange or self.lost)
+        if self.lost:
+            raise LostPeerError("another played worker has stopped")
+        return self._combined[exchange]
+
+
+class Played:
+    """One of the workers that a `Stage` plays."""
+
+    def __init__(self, stage: Stage, rank: int) -> None:
+        self.rank = rank
+        self.workers = stage.workers
+        self._stage = stage
+
+    def add_integers(self, values: Tensor) -> Tensor:
+        return self._stage.swap(self.rank, values, lambda all_values: torch.stack(all_values).sum(0)).clone()
+
+    def to_owners(
+        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        rows = self._stage.swap(self.rank, nodes, lambda all_nodes: torch.stack([node for nodes in all_nodes for node in nodes]))
+        return list(rows.view(-1, self.workers, shard_size)[:, self.rank].unbind(0))
+
+    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+        flat.copy_(self._stage.swap(self.rank, shard, torch.cat))
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        return self._stage.swap(self.rank, content, list)
+
+    def wait_for_all(self) -> None:
+        self._stage.swap(self.rank, None, list)
+
+    def close(self) -> None:
+        return
+
+
+def play(workers: int, act: Callable[[Played], Result]) -> list[Result]:
+    """Run `act` once for each of `workers` played workers; return their results in order of rank.
+
+    The first exception ends all of them and is raised.
+    """
+    stage = Stage(workers)
+    results: dict[int, Result] = {}
+    failures: list[BaseException] = []
+
+    def perform(rank: int) -> None:
+        with stage.baton:
+            try:
+                if not stage.lost:
+                    results[rank] = act(Played(stage, rank))
+            except BaseException as error:  # noqa: BLE001 - handed to the caller below
+                failures.append(error)
+                stage.lost = True
+                stage.turn.notify_all()
+
+    threads = [threading.Thread(target=perform, args=(rank,), daemon=True) for rank in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise next((error for error in failures if not isinstance(error, LostPeerError)), failures[0])
+    return [results[rank] for rank in range(workers)]

@@ -1,0 +1,1 @@
+"""Starting workers, joining them, ending them."""

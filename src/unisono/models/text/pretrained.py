@@ -1,0 +1,256 @@
+"""A pretrained BERT encoder, read from a folder in Hugging Face's layout, with a new classification head.
+
+Owns which folders can be used, the names and shapes of their tensors, and the `config.json` of a folder that is
+written. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
+
+The encoder is that of Devlin et al. (2018), without the pooler. A parameter's name is `bert.` and its name in
+transformers' BertModel, so that a folder with the trained weights opens there as well.
+
+Shapes: n samples, t tokens, w = hidden_size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from unisono.errors import ModelError
+from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
+from unisono.recipe import Pretrained
+
+PREFIX = "bert."
+
+_ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_new": partial(nn.GELU, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
+_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # norms in checkpoints that were converted from TensorFlow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BertConfig:
+    """The keys of config.json that decide the encoder's shapes and arithmetic."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+
+
+class PretrainedClassifier(nn.Module):
+    """Token numbers to logits; made by `read_classifier`."""
+
+    def __init__(self, config: BertConfig, bert: Bert, model: Pretrained, classes: int) -> None:
+        super().__init__()
+        self.pooling = model.pooling
+        self.bert = bert
+        self.dropout = nn.Dropout(model.dropout)
+        self.classifier = nn.Linear(config.hidden_size, classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return logits [n, classes] for int64 ids [n, t] and a bool mask [n, t]."""
+        states = self.bert(ids, mask)
+        pooled = states[:, 0] if self.pooling == "cls" else mean_over_tokens(states, mask)
+        return self.classifier(self.dropout(pooled))
+
+
+class Bert(nn.Module):
+    """BERT's encoder. Its dropout is the embeddings' and the residual branches', not the attention weights'."""
+
+    def __init__(self, config: BertConfig, dropout: float, recompute: bool) -> None:
+        super().__init__()
+        width, norm = config.hidden_size, partial(nn.LayerNorm, config.hidden_size, config.layer_norm_eps)
+        self.recompute = recompute
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(config.vocab_size, width),
+                "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
+                "token_type_embeddings": nn.Embedding(config.type_vocab_size, width),
+                "LayerNorm": norm(),
+            }
+        )
+        layers = nn.ModuleList(_Layer(config, dropout) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden states [n, t, w] for int64 ids [n, t] and a bool mask [n, t]; one segment per sample."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        of = self.embeddings
+        states = of["word_embeddings"](ids) + of["token_type_embeddings"](torch.zeros_like(places))
+        states = self.dropout(of["LayerNorm"](states + of["position_embeddings"](places)))
+        return run_blocks(self.encoder["layer"], states, mask, recompute=self.recompute)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: BertConfig, dropout: float) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
+                "output": _dense_and_norm(width, width, config),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = _dense_and_norm(inner, width, config)
+        self.activation = _ACTIVATIONS[config.hidden_act]()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = (project(states) for project in self.attention["self"].values())
+        mixed = attend(query, key, value, mask, self.heads)
+        states = self._add(self.attention["output"], mixed, states)
+        return self._add(self.output, self.activation(self.intermediate["dense"](states)), states)
+
+    def _add(self, branch: nn.Module, inner: Tensor, states: Tensor) -> Tensor:
+        return branch["LayerNorm"](self.dropout(branch["dense"](inner)) + states)
+
+
+def _dense_and_norm(inputs: int, outputs: int, config: BertConfig) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"dense": nn.Linear(inputs, outputs), "LayerNorm": nn.LayerNorm(outputs, config.layer_norm_eps)}
+    )
+
+
+def read_classifier(model: Pretrained, classes: int, recompute: bool) -> PretrainedClassifier:
+    """Make the classifier with the folder's encoder; the head's weights come from torch's global generator.
+
+    Raises:
+        ModelError: the folder is missing, incomplete, damaged, not BERT, or has pickled weights only.
+    """
+    folder = Path(model.folder)
+    config = read_config(folder)
+    weights = _weights_path(folder)
+    with torch.device("meta"):  # shapes alone: every weight is read
+        bert = Bert(config, 0.0 if model.freeze else model.dropout, recompute)
+    bert.load_state_dict(_read_weights(weights, bert.state_dict()), assign=True)
+    bert.requires_grad_(not model.freeze)
+    return PretrainedClassifier(config, bert, model, classes)
+
+
+def read_config(folder: Path) -> BertConfig:
+    """Read and check a folder's config.json.
+
+    Raises:
+        ModelError: it is missing or not readable, or describes something else than a BERT encoder.
+    """
+    table = _read_table(folder)
+    if table.get("model_type") != "bert":
+        raise ModelError(
+            f"{folder / 'config.json'}: model_type {table.get('model_type')!r} is not supported; allowed is 'bert' "
+            f"(BERT, MiniLM and others of that architecture). Choose such a folder, or write a Task of your own."
+        )
+    _check_table(folder, table)
+    known = {field.name: table[field.name] for field in fields(BertConfig) if field.name in table}
+    return BertConfig(**known)
+
+
+def write_config(source: Path, folder: Path, labels: Sequence[str]) -> None:
+    """Write to `folder` the config.json of an encoder that was read from `source`, with the classes' names."""
+    table = _read_table(source)
+    table["architectures"] = ["BertModel"]
+    table["id2label"] = {str(number): label for number, label in enumerate(labels)}
+    table["label2id"] = {label: number for number, label in enumerate(labels)}
+    for stale in ("_name_or_path", "dtype", "torch_dtype", "num_labels"):
+        table.pop(stale, None)
+    text = json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _read_table(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ModelError(
+            f"model.folder = {str(folder)!r}: no such folder. Give one with config.json, model.safetensors and tokenizer.json."
+        )
+    try:
+        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: missing or no JSON ({error}). Take it from where the weights are from.") from None
+    if not isinstance(table, dict):
+        raise ModelError(f"{folder / 'config.json'}: holds a {type(table).__name__}, allowed is an object.")
+    return table
+
+
+def _check_table(folder: Path, table: dict[str, Any]) -> None:
+    """Refuse what would not compute what the folder's author computed."""
+    faults = []
+    for field in fields(BertConfig):
+        if field.type == "int" and (type(table.get(field.name)) is not int or table[field.name] < 1):
+            faults.append(f"{field.name} = {table.get(field.name)!r}: allowed is a whole number from 1")
+    if not faults and table["hidden_size"] % table["num_attention_heads"]:
+        faults.append(f"hidden_size = {table['hidden_size']}: no multiple of num_attention_heads")
+    if table.get("hidden_act", "gelu") not in _ACTIVATIONS:
+        faults.append(f"hidden_act = {table['hidden_act']!r}: allowed are {', '.join(_ACTIVATIONS)}")
+    if table.get("position_embedding_type", "absolute") != "absolute":
+        faults.append(f"position_embedding_type = {table['position_embedding_type']!r}: allowed is 'absolute'")
+    if not isinstance(table.get("layer_norm_eps", 0.0), float):
+        faults.append(f"layer_norm_eps = {table['layer_norm_eps']!r}: allowed is a number with a point")
+    if table.get("is_decoder", False):
+        faults.append("is_decoder = true: allowed is false")
+    if faults:
+        raise ModelError(f"{folder / 'config.json'}: {'; '.join(faults)}. Choose another model.")
+
+
+def _weights_path(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    if path.is_file():
+        return path
+    pickles = sorted(found.name for found in folder.iterdir() if found.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise ModelError(
+            f"{folder}: weights only as pickle ({', '.join(pickles)}), which can run code when it is opened and is never "
+            f"read. Convert them to model.safetensors (transformers: model.save_pretrained(folder, safe_serialization=True))."
+        )
+    raise ModelError(f"{folder}: has no model.safetensors. Give a folder with config.json, model.safetensors and tokenizer.json.")
+
+
+def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read the wanted tensors as float32, each in memory of its own; names may carry `bert.` in the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {_plain(name): name for name in file.keys()}  # noqa: SIM118 (no mapping)
+            for name, tensor in wanted.items():
+                _check_tensor(path, name, tensor, file.get_slice(stored[name]) if name in stored else None)
+            # Always a copy: the file's tensors may lie at odd addresses, where kernels give other bits.
+            return {name: file.get_tensor(stored[name]).to(torch.float32, copy=True) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not readable as safetensors ({error}). Fetch it again.") from None
+
+
+def _check_tensor(path: Path, name: str, wanted: Tensor, found: Any) -> None:
+    if found is None:
+        raise ModelError(f"{path}: lacks tensor {name!r}, which config.json asks for. Take both files from one model.")
+    if found.get_shape() != list(wanted.shape):
+        raise ModelError(
+            f"{path}: tensor {name!r} has shape {found.get_shape()}, config.json asks for {list(wanted.shape)}. "
+            f"Take both files from one model."
+        )
+    if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise ModelError(f"{path}: tensor {name!r} is {found.get_dtype()}; allowed are F32, F16, BF16 and F64. Convert it.")
+
+
+def _plain(name: str) -> str:
+    name = name.removeprefix(PREFIX)
+    for old, new in _OLD_NAMES.items():
+        if name.endswith("LayerNorm" + old):
+            return name.removesuffix(old) + new
+    return name

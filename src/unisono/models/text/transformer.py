@@ -1,0 +1,84 @@
+"""A transformer encoder that is trained from scratch.
+
+Owns its blocks, its initial weights and its head. Blocks are pre-norm, positions are learned, and the head sees the mean
+of the tokens. Nothing but parameters outlives a call.
+
+Shapes: n samples, t tokens, w = width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
+from unisono.recipe import Transformer
+
+_INITIAL_STD = 0.02  # as in BERT and GPT-2
+
+
+class TransformerClassifier(nn.Module):
+    """Token numbers to logits.
+
+    Args:
+        model: layers, width, heads, feedforward and dropout.
+        classes: logits per sample.
+        vocabulary_size: token numbers are below it.
+        padding: token number whose embedding stays zero.
+        max_tokens: longest sample.
+        recompute: recompute activations in backward, to save memory.
+    """
+
+    def __init__(
+        self, model: Transformer, classes: int, vocabulary_size: int, padding: int, max_tokens: int, recompute: bool
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.tokens = nn.Embedding(vocabulary_size, model.width, padding_idx=padding)
+        self.positions = nn.Embedding(max_tokens, model.width)
+        self.dropout = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(_Block(model) for _ in range(model.layers))
+        self.norm = nn.LayerNorm(model.width)
+        self.classifier = nn.Linear(model.width, classes)
+        self.apply(_initialize)
+        for block in self.blocks:  # so that the sum over the residual branches starts at one layer's size (GPT-2)
+            for last in (block.mix, block.contract):
+                nn.init.normal_(last.weight, std=_INITIAL_STD / (2 * model.layers) ** 0.5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return logits [n, classes] for int64 ids [n, t] and a bool mask [n, t]."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        states = self.dropout(self.tokens(ids) + self.positions(places))
+        states = run_blocks(self.blocks, states, mask, recompute=self.recompute)
+        return self.classifier(self.dropout(mean_over_tokens(self.norm(states), mask)))
+
+
+class _Block(nn.Module):
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.heads = model.heads
+        self.attention_norm = nn.LayerNorm(model.width)
+        self.query_key_value = nn.Linear(model.width, 3 * model.width)
+        self.mix = nn.Linear(model.width, model.width)
+        self.feedforward_norm = nn.LayerNorm(model.width)
+        self.expand = nn.Linear(model.width, model.feedforward)
+        self.contract = nn.Linear(model.feedforward, model.width)
+        self.activation = nn.GELU()
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.query_key_value(self.attention_norm(states)).chunk(3, dim=-1)
+        states = states + self.dropout(self.mix(attend(query, key, value, mask, self.heads)))
+        inner = self.activation(self.expand(self.feedforward_norm(states)))
+        return states + self.dropout(self.contract(inner))
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=_INITIAL_STD)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=_INITIAL_STD)
+        if module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
