@@ -1,7 +1,8 @@
 """Which encoder a recipe asks for, and many texts encoded by many processes.
 
-Owns the choice and the sharing out. The encoders are `data/ngrams.py` and `data/tokens.py`. Texts are encoded in chunks
-of a fixed size, each by whichever process is free, and handed out in order: the result does not depend on their number.
+Owns the choice and the sharing out. The encoders are `data/ngrams.py` and `data/tokens.py`. Texts are encoded
+in chunks of a fixed size, each by whichever process is free, and handed out in order: the result does not
+depend on their number.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from unisono.data.ngrams import NGrams
 from unisono.data.samples import Chunk, make_chunk
 from unisono.data.tokens import Pieces, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError, WorkerError
-from unisono.recipe import Bag, Pretrained, Recipe
+from unisono.recipe import Pretrained, Recipe
 
 VERSION = 1
 """Raised whenever the same text and settings come to give other numbers."""
@@ -30,20 +31,19 @@ SAMPLES_PER_CHUNK = 4096
 
 
 def find_settings(recipe: Recipe) -> dict[str, object]:
-    """Everything in the recipe that decides the encoder, but the training texts: its kind and that kind's settings.
+    """Return what decides the encoder, but the training texts: its kind and that kind's settings.
 
     Raises:
         DataError: a tokenizer.json is asked for, and not named or not there.
     """
     encode = recipe.encode
-    kind = encode.kind
-    if kind == "auto":
-        kind = "ngrams" if isinstance(recipe.model, Bag) else "tokenizer" if isinstance(recipe.model, Pretrained) else "wordpiece"
+    automatic = {"bag": "ngrams", "transformer": "wordpiece", "pretrained": "tokenizer"}
+    kind = automatic[recipe.model.kind] if encode.kind == "auto" else encode.kind
     settings: dict[str, object] = {"kind": kind, "max_tokens": encode.max_tokens}
     if kind == "tokenizer":
         path = _find_tokenizer(recipe)
         if not path.is_file():
-            raise DataError(f"{str(path)!r}: no such file. Set encode.tokenizer to the path of a tokenizer.json.")
+            raise DataError(f"{str(path)!r}: no such file. Set encode.tokenizer to a tokenizer.json.")
         return settings | {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     settings |= {"lowercase": encode.lowercase}
     if kind == "ngrams":
@@ -60,7 +60,9 @@ def choose_encoder(recipe: Recipe, texts: Sequence[str]) -> Encoder:
     encode = recipe.encode
     kind = str(find_settings(recipe)["kind"])
     if kind == "ngrams":
-        return NGrams(words=encode.max_tokens, order=encode.ngrams, buckets=encode.buckets, lowercase=encode.lowercase)
+        return NGrams(
+            words=encode.max_tokens, order=encode.ngrams, buckets=encode.buckets, lowercase=encode.lowercase
+        )
     if kind == "tokenizer":
         tokenizer = read_tokenizer(_find_tokenizer(recipe))
     else:
@@ -79,13 +81,16 @@ def load_encoder(folder: Path) -> Encoder:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote.") from None
+        message = f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote."
+        raise ModelError(message) from None
     if not isinstance(fields, dict):
         raise ModelError(f"{str(path)!r}: not an object with a kind. Give a folder that unisono wrote.")
     return NGrams.load(fields) if fields.get("kind") == "ngrams" else Pieces.load(folder, fields)
 
 
-def encode_chunks(encoder: Encoder, texts: Sequence[str], labels: np.ndarray, *, workers: int = 1) -> Iterator[Chunk]:
+def encode_chunks(
+    encoder: Encoder, texts: Sequence[str], labels: np.ndarray, *, workers: int = 1
+) -> Iterator[Chunk]:
     """Encode texts with their class numbers (int32 [texts]) in chunks of `SAMPLES_PER_CHUNK`, in order.
 
     Raises:
@@ -102,7 +107,8 @@ def encode_chunks(encoder: Encoder, texts: Sequence[str], labels: np.ndarray, *,
         with ProcessPoolExecutor(workers, context, initializer=_inherit, initargs=(job,)) as pool:
             yield from pool.map(_encode_inherited, starts)
     except BrokenProcessPool:
-        raise WorkerError("an encoding process was killed, perhaps for want of memory. Prepare with fewer workers.") from None
+        message = "an encoding process was killed, perhaps for want of memory. Prepare with fewer workers."
+        raise WorkerError(message) from None
 
 
 class _Job:
@@ -134,4 +140,4 @@ def _find_tokenizer(recipe: Recipe) -> Path:
         return Path(recipe.encode.tokenizer)
     if isinstance(recipe.model, Pretrained) and recipe.model.folder:
         return Path(recipe.model.folder) / "tokenizer.json"
-    raise DataError("encode.kind = 'tokenizer': no tokenizer is named. Set encode.tokenizer to the path of a tokenizer.json.")
+    raise DataError("encode.kind = 'tokenizer': none is named. Set encode.tokenizer to a tokenizer.json.")

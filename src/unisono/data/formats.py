@@ -1,10 +1,11 @@
 """Files and frames as columns of what stands in them.
 
-Owns the formats: CSV (quoting as in RFC 4180), TSV (cut at tabs alone, no quoting), JSONL, Parquet, a folder per class, and
-what Python holds in memory. Knows nothing of texts and classes: `data/read.py` picks those columns.
+Owns the formats: CSV (quoting as in RFC 4180), TSV (cut at tabs alone, no quoting), JSONL, Parquet, a folder
+per class, and what Python holds in memory. Knows nothing of texts and classes: `data/read.py` picks those
+columns.
 
-Text files are UTF-8. A byte that is not becomes a lone surrogate, as in `os.fsdecode`, so that it spoils its own
-field only. A row that cannot be cut into fields stays a row, with a fault. Blank lines are no rows.
+Text files are UTF-8. A byte that is not becomes a lone surrogate, as in `os.fsdecode`, so that it spoils its
+own field only. A row that cannot be cut into fields stays a row, with a fault. Blank lines are no rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import pyarrow as pa
 
@@ -24,10 +25,16 @@ from unisono.errors import DataError
 from unisono.recipe import Data
 
 SUFFIXES = {
-    ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet",
-}  # fmt: skip
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 
-Column = list[object] | pa.ChunkedArray
+Column: TypeAlias = list[object] | pa.ChunkedArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +65,18 @@ def find_format(path: Path, data: Data) -> str:
         DataError: there is no such file, or its name does not tell its format.
     """
     if not path.exists():
-        raise DataError(f"{str(path)!r}: no such file. Paths in a recipe are relative to the recipe's folder.")
+        raise DataError(f"{str(path)!r}: no such file. Paths in a recipe are relative to its folder.")
     if path.is_dir():
         return "folder"
     if data.format == "folder":
-        raise DataError(f"{str(path)!r} is a file, but data.format = 'folder'. Give a folder with one sub-folder per class.")
+        raise DataError(
+            f"{str(path)!r} is a file, but data.format = 'folder'. Give a folder with one folder per class."
+        )
     if data.format != "auto":
         return data.format
     if path.suffix.lower() not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        raise DataError(f"{str(path)!r}: the name does not tell the format; known are {known} and folders. Set data.format.")
+        raise DataError(f"{str(path)!r}: known are {known} and folders. Rename it, or set data.format.")
     return SUFFIXES[path.suffix.lower()]
 
 
@@ -97,7 +106,8 @@ def read_file(path: Path, data: Data) -> Sheet:
 def read_frame(frame: object, data: Data, name: str) -> Sheet:
     """Read a pandas or Polars frame, an Arrow table (anything with `__arrow_c_stream__`), or lists.
 
-    Lists are: a mapping of column names to lists, a list of mappings, a list of texts, or a pair (texts, labels).
+    Lists are a mapping of column names to lists, a list of mappings, a list of texts, or a pair (texts,
+    labels).
 
     Raises:
         DataError: it is none of these, its lists differ in length, or it is empty.
@@ -115,7 +125,7 @@ def read_frame(frame: object, data: Data, name: str) -> Sheet:
         columns = _arrow_columns(frame, name)
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"{name}: columns of different lengths: {lengths}. Give each the same number of rows.")
+        raise DataError(f"{name}: columns of different lengths: {lengths}. Give all the same.")
     rows = max(lengths.values(), default=0)
     if not rows:
         raise DataError(f"{name}: there is no record in it. Give at least one row.")
@@ -127,8 +137,8 @@ def _arrow_columns(frame: object, name: str) -> dict[str, Column]:
         table = frame if isinstance(frame, pa.Table) else pa.table(frame)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(
-            f"{name}: {type(frame).__name__} is no table: {error}. Give a pandas or Polars frame, an Arrow table, a dict of lists, "
-            "a list of dicts, or a pair (texts, labels)."
+            f"{name}: {type(frame).__name__} is no table: {error}. "
+            "Give a pandas or Polars frame, an Arrow table, a dict of lists, a list of dicts, or a pair (texts, labels)."
         ) from None
     _check_names(name, table.column_names)
     return dict(zip(table.column_names, table.columns, strict=True))
@@ -187,7 +197,7 @@ def _read_rows(path: Path, file: BinaryIO, kind: str, data: Data) -> Sheet:
             "Set it to the number of lines before the first record."
         )
     names = _name_columns(path, header, data)
-    rows: list[list[str]] = []
+    rows: list[Sequence[str | None]] = []
     faults: dict[int, Fault] = {}
     for row in cut:
         if isinstance(row, Fault):
@@ -200,18 +210,22 @@ def _read_rows(path: Path, file: BinaryIO, kind: str, data: Data) -> Sheet:
         else:
             rows.append(row)
             continue
-        rows.append([None] * len(names))  # type: ignore[list-item]
-    columns: list[list[object]] = [list(column) for column in zip(*rows, strict=True)]
-    return Sheet(name=path.name, rows=len(rows), columns=dict(zip(names, columns, strict=False)), faults=faults)
+        rows.append([None] * len(names))
+    fields = zip(*rows, strict=True) if rows else ([] for _ in names)
+    columns: dict[str, Column] = {name: list(values) for name, values in zip(names, fields, strict=True)}
+    return Sheet(name=path.name, rows=len(rows), columns=columns, faults=faults)
 
 
 def _name_columns(path: Path, header: Sequence[list[str] | Fault], data: Data) -> list[str]:
     if data.columns:
         names = list(data.columns)
     elif not header:
-        raise DataError(f"{str(path)!r}: data.header_lines = 0, so no line names the columns. Set data.columns.")
+        raise DataError(
+            f"{str(path)!r}: with data.header_lines = 0 no line names the columns. Set data.columns."
+        )
     elif isinstance(header[0], Fault):
-        raise DataError(f"{str(path)!r}: the first line does not name columns: {header[0].reason}. Set data.columns.")
+        reason = header[0].reason
+        raise DataError(f"{str(path)!r}: the first line does not name columns: {reason}. Set data.columns.")
     else:
         names = [name.strip() or f"column {number}" for number, name in enumerate(header[0], 1)]
     _check_names(str(path), names)
@@ -237,10 +251,10 @@ def _cut_tsv(file: BinaryIO) -> Iterator[list[str] | Fault]:
 
 
 def _cut_csv(path: Path, file: BinaryIO) -> Iterator[list[str] | Fault]:
-    """Cut CSV into rows; a row that is no CSV is a fault, a quote that never closes an error: it would swallow the rest."""
+    """Cut CSV into rows, a bad one into a fault. A quote that never closes swallows the rest: an error."""
     consumed: list[str] = []
     lines = _keep(_csv_lines(file), consumed)
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than 131,072 characters; the module has no limit per reader
+    csv.field_size_limit(sys.maxsize)  # by default it is 131,072 characters; there is no limit per reader
     reader = csv.reader(lines, strict=True)
     while True:
         consumed.clear()
@@ -251,7 +265,10 @@ def _cut_csv(path: Path, file: BinaryIO) -> Iterator[list[str] | Fault]:
             return
         except csv.Error as error:
             if "unexpected end of data" in str(error):
-                raise DataError(f"{str(path)!r}: the quote opened in line {start} never closes. Close or double it.") from None
+                message = (
+                    f"{str(path)!r}: a quote in the row from line {start} never closes. Close or double it."
+                )
+                raise DataError(message) from None
             yield Fault(reason="not CSV", raw="".join(consumed).rstrip("\r\n"))
 
 

@@ -1,10 +1,12 @@
 """From what a recipe names to a dataset: read, screen, encode, store.
 
-Owns the order of the stages, the classes, and when a dataset made before can be used again. Each stage has its own module.
+Owns the order of the stages, the classes, and when a dataset made before can be used again. Each stage has
+its own module.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections import Counter
@@ -41,7 +43,11 @@ def ignore(message: str) -> None:
 
 
 def prepare(
-    recipe: Recipe, *, workers: int = 1, frames: Mapping[str, object] | None = None, notify: Callable[[str], None] = ignore
+    recipe: Recipe,
+    *,
+    workers: int = 1,
+    frames: Mapping[str, object] | None = None,
+    notify: Callable[[str], None] = ignore,
 ) -> store.Dataset:
     """Make the dataset that a recipe describes, or open it if it was made before.
 
@@ -52,9 +58,9 @@ def prepare(
         notify: told in a line what is done.
 
     Raises:
-        DataError: a file, column or label is missing, no record is left, or data.strict and one is quarantined.
-        RecipeError: splits are given twice, or take all records.
-        DamagedError: the dataset made before is damaged.
+        DataError: a file, column or label is missing, no record is left, or data.strict and one is
+        quarantined. RecipeError: splits are given twice, or take all records. DamagedError: the dataset made
+        before is damaged.
     """
     inputs = _find_inputs(recipe.data, frames or {})
     key = _make_key(recipe, inputs)
@@ -72,8 +78,14 @@ def prepare(
     chunks = {}
     for split, records in screened.splits.items():
         classes = np.array([numbers[str(record.label)] for record in records], np.int32)
-        chunks[split] = encode.encode_chunks(encoder, [record.text for record in records], classes, workers=workers)
-    notify(f"encoding {', '.join(f'{len(records)} {split}' for split, records in screened.splits.items())} records")
+        chunks[split] = encode.encode_chunks(
+            encoder, [record.text for record in records], classes, workers=workers
+        )
+    notify(
+        "encoding "
+        + ", ".join(f"{len(records)} {split}" for split, records in screened.splits.items())
+        + " records"
+    )
     dataset = store.write_dataset(
         folder,
         splits=chunks,
@@ -90,7 +102,9 @@ def _find_inputs(data: Data, frames: Mapping[str, object]) -> dict[str, Input]:
     """Return what each split is read from, with the hash of its content."""
     unknown = set(frames) - set(SPLITS)
     if unknown:
-        raise DataError(f"frames for {', '.join(map(repr, sorted(unknown)))}: allowed are {', '.join(SPLITS)}.")
+        raise DataError(
+            f"frames for {', '.join(map(repr, sorted(unknown)))}: allowed are {', '.join(SPLITS)}."
+        )
     inputs = {}
     for split in SPLITS:
         path = getattr(data, split)
@@ -100,15 +114,22 @@ def _find_inputs(data: Data, frames: Mapping[str, object]) -> dict[str, Input]:
             inputs[split] = Input(name=f"{split} frame", kind="frame", sha256=_hash(content), source=records)
         elif path:
             kind = find_format(Path(path), data)
-            inputs[split] = Input(name=Path(path).name, kind=kind, sha256=_hash_path(Path(path)), source=Path(path))
+            inputs[split] = Input(
+                name=Path(path).name, kind=kind, sha256=_hash_path(Path(path)), source=Path(path)
+            )
     if "train" not in inputs:
-        raise DataError("data.train is empty: there is nothing to train on. Set it to a file, or to a folder with one folder per class.")
+        raise DataError("data.train is empty. Set it to a file, or to a folder with one folder per class.")
     for split in ("validation", "test"):
         fraction = getattr(data, f"{split}_fraction")
         if split in inputs and fraction:
-            raise RecipeError(f"data.{split} is given, and data.{split}_fraction = {fraction} as well. Set one of them.")
+            raise RecipeError(
+                f"data.{split} is given, and data.{split}_fraction = {fraction} as well. Set one of them."
+            )
     if data.validation_fraction + data.test_fraction >= 1:
-        raise RecipeError("data.validation_fraction and data.test_fraction leave nothing to train on. Their sum must be below 1.")
+        total = data.validation_fraction + data.test_fraction
+        raise RecipeError(
+            f"data.validation_fraction + data.test_fraction = {total}. Allowed is a sum below 1."
+        )
     return inputs
 
 
@@ -117,7 +138,10 @@ def _make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
     import tokenizers
 
     return {
-        "inputs": {split: {"name": one.name, "format": one.kind, "sha256": one.sha256} for split, one in inputs.items()},
+        "inputs": {
+            split: {"name": one.name, "format": one.kind, "sha256": one.sha256}
+            for split, one in inputs.items()
+        },
         "data": recipe.data.model_dump(mode="json", include=set(SEEN)),
         "encode": encode.find_settings(recipe),
         "versions": {
@@ -134,31 +158,41 @@ def _read_and_screen(data: Data, inputs: Mapping[str, Input], notify: Callable[[
     for split, one in inputs.items():
         notify(f"reading {one.name}")
         given[split] = one.source if isinstance(one.source, list) else read_records(one.source, data)
-    _refuse_unknown_labels(given["train"], data)
+    _refuse_absent_labels(given, data)
     screened = screen.screen_splits(
-        given, labels=data.labels, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction
+        given,
+        labels=data.labels,
+        validation_fraction=data.validation_fraction,
+        test_fraction=data.test_fraction,
     )
     if screened.quarantined:
-        total = sum(map(len, given.values()))
-        notify(f"quarantined {len(screened.quarantined)} of {total} records: {_list(screened.counts)}")
+        of_all = f"{len(screened.quarantined)} of {sum(map(len, given.values()))}"
+        notify(f"quarantined {of_all} records: {_list(screened.counts)}")
         if data.strict:
             _refuse(screened.counts, _describe(screened.quarantined[0]))
     for split, records in screened.splits.items():
         if records:
             continue
         if screened.counts.get(split):
-            raise DataError(f"{split}: no record can be used: {_list(screened.counts)}. First: {_first(screened, split)}.")
-        raise DataError(f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records.")
+            raise DataError(
+                f"{split}: no record can be used: {_list(screened.counts)}. First: {_first(screened, split)}."
+            )
+        raise DataError(
+            f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records."
+        )
     return screened
 
 
-def _refuse_unknown_labels(records: Sequence[Record], data: Data) -> None:
-    """A label list of which no record has any is a mistake, and not a property of the records."""
-    found = {record.label for record in records if record.label}
-    if data.labels and found and not found & set(data.labels):
+def _refuse_absent_labels(given: Mapping[str, Sequence[Record]], data: Data) -> None:
+    """Raise DataError on a label in data.labels that no record has: as a rule it is misspelt."""
+    found = {record.label for records in given.values() for record in records if record.label}
+    absent = [label for label in data.labels if label not in found]
+    if absent:
+        near = difflib.get_close_matches(absent[0], found, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        there = ", ".join(map(repr, sorted(found)[:20])) or "none"
         raise DataError(
-            f"data.labels = {list(data.labels)}: no training record has one of them. "
-            f"There are {sorted(found)[:10]}. Name those, or leave data.labels empty."
+            f"data.labels: no record has label {absent[0]!r}.{guess} There are: {there}. Correct data.labels."
         )
 
 
@@ -173,12 +207,14 @@ def _find_labels(splits: Mapping[str, Sequence[Record]], data: Data) -> tuple[st
     if len(set(labels)) < len(labels):
         raise DataError(f"data.labels = {list(labels)}: a label is named twice. Name each once.")
     if len(labels) < 2:
-        raise DataError(f"there is one class only, {labels[0]!r}. Give records of two classes or more; see data.label.")
+        raise DataError(
+            f"there is one class only, {labels[0]!r}. Give records of two classes or more; see data.label."
+        )
     for split in ("validation", "test"):
         alone = sorted(set(classes.get(split, ())) - set(labels))
         if alone:
             raise DataError(
-                f"{split} has class {alone[0]!r} ({classes[split][alone[0]]} records), which no training record has. "
+                f"{split} has class {alone[0]!r} ({classes[split][alone[0]]} records), training has not. "
                 "Correct it, add training records of it, or set data.labels to all the classes."
             )
     return labels
@@ -197,16 +233,22 @@ def _first(screened: Screened, split: str) -> str:
 
 def _show(line: Mapping[str, object]) -> str:
     text = str(line["text"])
-    return f"{line['file']}, row {line['row']}: {line['reason']}: {text[:60] + '…' if len(text) > 60 else text!r}"
+    beginning = text if len(text) <= 60 else f"{text[:60]}…"
+    return f"{line['file']}, row {line['row']}: {line['reason']}: {beginning!r}"
 
 
 def _list(counts: Mapping[str, Mapping[str, int]]) -> str:
-    return "; ".join(f"{split}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()) for split, reasons in counts.items())
+    listed = {
+        split: ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        for split, reasons in counts.items()
+    }
+    return "; ".join(f"{split}: {reasons}" for split, reasons in listed.items())
 
 
 def _refuse(counts: Mapping[str, Mapping[str, int]], first: Mapping[str, object]) -> None:
     raise DataError(
-        f"data.strict: records would be quarantined ({_list(counts)}). First: {_show(first)}. Correct them, or set data.strict = false."
+        f"data.strict: records would be quarantined ({_list(counts)}). First: {_show(first)}. "
+        "Correct them, or set data.strict = false."
     )
 
 
@@ -215,7 +257,7 @@ def _hash(value: object) -> str:
 
 
 def _hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names. Raises DataError where one cannot be read."""
+    """SHA-256 of a file, or of a folder's files and their names. Raises DataError if one is unreadable."""
     try:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -1,7 +1,8 @@
 """Records: the text and the class of each row of the user's input.
 
-Owns what counts as a text, a class and their absence. Does not know the formats (`data/formats.py`) and does not judge the
-records (`data/screen.py`): each row becomes one record, in order, and what cannot be used says why.
+Owns what counts as a text, a class and their absence. Does not know the formats (`data/formats.py`) and does
+not judge the records (`data/screen.py`): each row becomes one record, in order, and what cannot be used says
+why.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from unisono.recipe import Data
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A row of the user's input. Bytes that are not UTF-8 stand in `text` and `label` as backslash escapes."""
+    """A row of the user's input. Bytes that are not UTF-8 stand in it as backslash escapes."""
 
     file: str
     row: int
@@ -54,7 +55,9 @@ class Texts:
 
 def read_sheet(source: object, data: Data, name: str = "frame") -> Sheet:
     """Read a path (str or Path) or a frame, whose `name` stands in messages. Raises DataError."""
-    return read_file(Path(source), data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
+    return (
+        read_file(Path(source), data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
+    )
 
 
 def read_records(source: object, data: Data, name: str = "frame") -> list[Record]:
@@ -70,7 +73,9 @@ def read_records(source: object, data: Data, name: str = "frame") -> list[Record
         file = sheet.files[row] if sheet.files else sheet.name
         if row in sheet.faults:
             fault = sheet.faults[row]
-            records.append(Record(file=file, row=row + 1, text=_as_text(fault.raw)[0], label=None, fault=fault.reason))
+            records.append(
+                Record(file=file, row=row + 1, text=_as_text(fault.raw)[0], label=None, fault=fault.reason)
+            )
             continue
         text, text_fault = _as_text(given_text)
         label, label_fault = _as_text(given_label)
@@ -107,20 +112,22 @@ def _column(sheet: Sheet, name: str, key: str) -> list[object]:
         folded = [other for other in names if other.casefold() == name.casefold()]
         guess = f" Did you mean {(folded or near)[0]!r}?" if folded or near else ""
         there = ", ".join(map(repr, names))
-        raise DataError(f"{sheet.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key} to one of them.")
+        message = f"{sheet.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
+        raise DataError(message)
     return _values(sheet.columns[name])
 
 
 def _values(column: Column) -> list[object]:
-    """Python values of a column; Arrow strings come as bytes, since Arrow does not check that they are UTF-8."""
+    """Python values of a column. Arrow strings come as bytes: Arrow does not check that they are UTF-8."""
     if isinstance(column, list):
         return column
     values: list[object] = []
     for chunk in column.chunks:
-        if pa.types.is_dictionary(chunk.type):
+        kind = chunk.type
+        if pa.types.is_dictionary(kind):
             words = _values(pa.chunked_array([chunk.dictionary]))
             values += [None if index is None else words[index] for index in chunk.indices.to_pylist()]
-        elif pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type) or pa.types.is_string_view(chunk.type):
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
             values += chunk.cast(pa.large_binary()).to_pylist()
         else:
             values += chunk.to_pylist()
@@ -128,7 +135,10 @@ def _values(column: Column) -> list[object]:
 
 
 def _as_text(value: object) -> tuple[str, str]:
-    """Return a value as text, and what is wrong with it. None and NaN are the empty text; 3.0 is '3', as it was before a NaN."""
+    """Return a value as text, and what is wrong with it.
+
+    None and NaN are empty. 3.0 is '3': a frame turns integers into floats when one of them is missing.
+    """
     if isinstance(value, str):
         text = value
     elif isinstance(value, bytes):

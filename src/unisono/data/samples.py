@@ -1,7 +1,7 @@
 """Encoded texts as a source of microbatches.
 
-Owns the layout of samples in memory, the hash of their content, and how some of them become tensors. Does not know
-whether the numbers lie in memory or in a mapped file.
+Owns the layout of samples in memory, the hash of their content, and how some of them become tensors. Does not
+know whether the numbers lie in memory or in a mapped file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ class EncodedSamples:
     prefetchable = True
 
     def __init__(
-        self, *, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, labels: np.ndarray | None, padded: bool, padding: int, sha256: str
+        self,
+        *,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        labels: np.ndarray | None,
+        padded: bool,
+        padding: int,
+        sha256: str,
     ) -> None:
         self.lengths = lengths
         self.labels = labels
@@ -60,8 +68,9 @@ class EncodedSamples:
     def take(self, samples: np.ndarray) -> dict[str, Tensor]:
         """Return these samples (int64 [n]) as one microbatch.
 
-        Padded: `ids` int64 [n, longest] and `mask` bool [n, longest], true where there is a token. Ragged: `ids` int64 [all
-        tokens] and `offsets` int64 [n], where each sample starts. With classes, `label` int64 [n].
+        Padded: `ids` int64 [n, longest] and `mask` bool [n, longest], true where there is a token. Ragged:
+        `ids` int64 [all tokens] and `offsets` int64 [n], where each sample starts. With classes, `label`
+        int64 [n].
         """
         lengths = self.lengths[samples].astype(np.int64)
         ends = np.cumsum(lengths)
@@ -81,7 +90,9 @@ class EncodedSamples:
         return microbatch
 
 
-def encode_samples(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None = None) -> EncodedSamples:
+def encode_samples(
+    encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None = None
+) -> EncodedSamples:
     """Encode texts into memory, for prediction or for evaluation on new data; `labels` are class numbers."""
     chunk = make_chunk(encoder, texts, labels)
     return EncodedSamples(

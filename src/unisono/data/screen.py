@@ -86,22 +86,30 @@ def also_in(training: Iterable[Record]) -> Rule:
     return lambda records: [record.text.strip() in texts for record in records]
 
 
-def screen(records: Sequence[Record], rules: Mapping[str, Rule], split: str) -> tuple[list[Record], list[Quarantined]]:
-    """Apply the rules one after the other, each to what the ones before have kept; the keys are the reasons."""
+def screen(
+    records: Sequence[Record], rules: Mapping[str, Rule], split: str
+) -> tuple[list[Record], list[Quarantined]]:
+    """Apply rules one after the other, each to what those before have kept; their keys are the reasons."""
     reasons: dict[int, str] = {number: record.fault for number, record in enumerate(records) if record.fault}
     for reason, rule in rules.items():
         numbers = [number for number in range(len(records)) if number not in reasons]
         broken = rule([records[number] for number in numbers])
         reasons.update((number, reason) for number, breaks in zip(numbers, broken, strict=True) if breaks)
     kept = [record for number, record in enumerate(records) if number not in reasons]
-    quarantined = [Quarantined(split=split, reason=reasons[number], record=records[number]) for number in sorted(reasons)]
+    quarantined = [
+        Quarantined(split=split, reason=reasons[number], record=records[number]) for number in sorted(reasons)
+    ]
     return kept, quarantined
 
 
 def screen_splits(
-    given: Mapping[str, Sequence[Record]], *, labels: Sequence[str] = (), validation_fraction: float = 0.0, test_fraction: float = 0.0
+    given: Mapping[str, Sequence[Record]],
+    *,
+    labels: Sequence[str] = (),
+    validation_fraction: float = 0.0,
+    test_fraction: float = 0.0,
 ) -> Screened:
-    """Screen what was given as train, validation and test, cut shares off train, and take out what is also in train."""
+    """Screen what was given as train, validation, test; cut shares off train; drop what is also in train."""
     rules: dict[str, Rule] = {
         "empty text": empty,
         "no label": unlabelled,
@@ -123,7 +131,9 @@ def screen_splits(
     return Screened(splits=splits, quarantined=quarantined)
 
 
-def cut(records: Sequence[Record], validation_fraction: float, test_fraction: float) -> dict[str, list[Record]]:
+def cut(
+    records: Sequence[Record], validation_fraction: float, test_fraction: float
+) -> dict[str, list[Record]]:
     """Cut records into train, validation and test, those with a share of 0 left out.
 
     Where a record goes depends on its own text and class alone, so neither order nor company changes it.

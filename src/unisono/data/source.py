@@ -28,6 +28,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, samples: np.ndarray) -> dict[str, Tensor]:
-        """Return the host tensors of these samples (int64 [n], in the given order) as one microbatch."""
+    def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
+        """Return the host tensors of these samples (int64 [n], in the given order) as one microbatch.
+
+        `epoch` matters only to a source that augments at random: its randomness is keyed by (seed, epoch, sample).
+        """
         ...

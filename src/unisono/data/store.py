@@ -1,10 +1,11 @@
 """Datasets on disk: complete and verified, or absent.
 
-Owns the folder's layout, its manifest, how it comes into being all at once, and how it is read back. Does not know where
-samples come from.
+Owns the folder's layout, its manifest, how it comes into being all at once, and how it is read back. Does not
+know where samples come from.
 
-A dataset is a folder of `manifest.json`, one Arrow IPC file per split (uncompressed, so that it can be mapped;
-columns `ids`: list<int32>, `label`: int32), the encoder's files and `quarantine.jsonl`. The manifest holds the SHA-256 of each.
+A dataset is a folder of `manifest.json`, one Arrow IPC file per split (uncompressed, so that it can be
+mapped; columns `ids`: list<int32>, `label`: int32), the encoder's files and `quarantine.jsonl`. The manifest
+holds the SHA-256 of each.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FORMAT = 1
 SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32())), pa.field("label", pa.int32())])
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+REMEDY = "Delete the folder and prepare the data again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +71,10 @@ def write_dataset(
     quarantine: Iterable[Mapping[str, object]],
     notes: Mapping[str, object],
 ) -> Dataset:
-    """Write a dataset under a temporary name, then give it its own; what stands there already is taken as it is.
+    """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
 
-    `notes` are further entries of the manifest: counts, versions, inputs.
+    `notes` are further entries of the manifest; `quarantined`, the counts by split and reason, is one of
+    them.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.
@@ -91,9 +94,10 @@ def write_dataset(
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{str(folder)!r}: the disk is full. Free some space, or set data.store to a folder elsewhere.") from None
-        reason = error.strerror or error
-        raise DataError(f"{str(folder)!r}: cannot be written: {reason}. Set data.store to a folder that can.") from None
+            fault = "the disk is full. Free some space, or set data.store to a folder elsewhere"
+        else:
+            fault = f"cannot be written: {error.strerror or error}. Set data.store to a folder that can"
+        raise DataError(f"{str(folder)!r}: {fault}.") from None
     return open_dataset(folder)
 
 
@@ -106,7 +110,9 @@ def open_dataset(folder: Path) -> Dataset:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. Prepare the data first.")
+        raise DataError(
+            f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. Prepare the data first."
+        )
     manifest = _read_manifest(path)
     for name, known in manifest["files"].items():
         _verify(folder / name, known["bytes"], known["sha256"])
@@ -140,15 +146,18 @@ def _fill(
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine)
     entries = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
-    visible = {"labels": list(labels), "encoder": encoder_files, "splits": {name: entry["sha256"] for name, entry in entries.items()}}
+    contents = {name: entry["sha256"] for name, entry in entries.items()}
+    visible = {"labels": list(labels), "encoder": encoder_files, "splits": contents}
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
         _sync(path)
-    manifest: dict[str, Any] = {"format": FORMAT, "sha256": _hash_fields(visible), "labels": list(labels), "splits": entries}
-    manifest |= {"files": files, **notes}
+    manifest: dict[str, Any] = {"format": FORMAT, "sha256": _hash_fields(visible), "labels": list(labels)}
+    manifest |= {"splits": entries, "files": files, **notes}
     manifest["manifest_sha256"] = _hash_fields(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     _sync(folder / MANIFEST)
     _sync(folder)
 
@@ -170,7 +179,7 @@ def _write_split(path: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
 
 
 def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
-    """Map a split's file. All of it is seen as one int32 array, so that samples of any batch are gathered at once."""
+    """Map a split's file as one int32 array, so that samples of any record batch are gathered at once."""
     whole = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(whole))
     starts, lengths, labels = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
@@ -194,7 +203,7 @@ def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    damaged = DamagedError(f"{str(path)!r} is damaged: it is not what was written. Delete the folder and prepare the data again.")
+    damaged = DamagedError(f"{str(path)!r} is damaged: not what was written. {REMEDY}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -202,8 +211,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise damaged
     if manifest.get("format") != FORMAT:
-        raise DataError(f"{str(path)!r}: format {manifest.get('format')!r}, allowed is {FORMAT}. Prepare the data again.")
-    if manifest.get("manifest_sha256") != _hash_fields({key: manifest[key] for key in manifest if key != "manifest_sha256"}):
+        raise DataError(f"{str(path)!r}: format {manifest.get('format')!r}, allowed is {FORMAT}. {REMEDY}")
+    if manifest.pop("manifest_sha256", None) != _hash_fields(manifest):
         raise damaged
     return manifest
 
@@ -217,7 +226,7 @@ def _verify(path: Path, size_bytes: int, sha256: str) -> None:
         fault = "is damaged: its SHA-256 is not the one in the manifest"
     else:
         return
-    raise DamagedError(f"{str(path)!r} {fault}. Delete the folder and prepare the data again.")
+    raise DamagedError(f"{str(path)!r} {fault}. {REMEDY}")
 
 
 def _hash_file(path: Path) -> str:

@@ -1,11 +1,11 @@
 """Texts as token numbers of a vocabulary, by the tokenizers library.
 
-Owns the trained vocabularies (WordPiece, byte-level BPE), the use of a given `tokenizer.json`, and how both are kept in a
-folder. Does not choose between them: `data/encode.py` does.
+Owns the trained vocabularies (WordPiece, byte-level BPE), the use of a given `tokenizer.json`, and how both
+are kept in a folder. Does not choose between them: `data/encode.py` does.
 
-The same texts give a vocabulary of the same bytes, in any order and in any process; `train_wordpiece` says what that takes.
-The library's own threads stay off: a machine's cores are used by running more workers, and a process whose threads have
-run cannot be forked safely.
+The same texts give a vocabulary of the same bytes, in any order and in any process; `train_wordpiece` says
+what that takes. The library's own threads stay off: a machine's cores are used by running more workers, and a
+process whose threads have run cannot be forked safely.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unisono.errors import DataError, ModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read by the library whenever it would start threads
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read whenever the library would start threads
 
 KINDS = ("wordpiece", "bpe", "tokenizer")
 _PADDING, _UNKNOWN, _FIRST, _LAST = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -44,8 +44,8 @@ class Pieces:
         special = tokenizer.num_special_tokens_to_add(False)
         if max_tokens <= special:
             raise DataError(
-                f"encode.max_tokens = {max_tokens}: the tokenizer adds {special} special tokens, which leaves no room for text. "
-                f"Set it to {special + 1} or more."
+                f"encode.max_tokens = {max_tokens}: the tokenizer adds {special} special tokens, "
+                f"which leaves no room for text. Set it to {special + 1} or more."
             )
         self.padding = _find_padding(tokenizer)
         tokenizer.no_padding()
@@ -54,7 +54,7 @@ class Pieces:
         self.max_tokens = max_tokens
         self.vocabulary_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         self._tokenizer = tokenizer
-        self._can_shorten = _keeps_words_apart(tokenizer)
+        self._can_shorten = kind != "tokenizer" or _keeps_words_apart(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [tokens] array per text, never empty."""
@@ -78,19 +78,27 @@ class Pieces:
         Raises:
             ModelError: a field or `tokenizer.json` is missing or unusable.
         """
-        if fields.get("kind") not in KINDS or type(fields.get("max_tokens")) is not int or type(fields.get("padding")) is not int:
-            raise ModelError(f"{folder}/encoder.json: allowed are kind ({', '.join(KINDS)}), max_tokens and padding. Export it again.")
+        kind, max_tokens, padding = (fields.get(name) for name in ("kind", "max_tokens", "padding"))
+        if kind not in KINDS or type(max_tokens) is not int or type(padding) is not int:
+            kinds = ", ".join(KINDS)
+            raise ModelError(
+                f"{folder}/encoder.json: needed are kind ({kinds}), max_tokens, padding. Export it again."
+            )
         try:
-            encoder = cls(read_tokenizer(folder / "tokenizer.json"), kind=fields["kind"], max_tokens=fields["max_tokens"])
+            encoder = cls(read_tokenizer(folder / "tokenizer.json"), kind=kind, max_tokens=max_tokens)
         except DataError as error:
             raise ModelError(str(error)) from None
-        encoder.padding = fields["padding"]
+        encoder.padding = padding
         return encoder
 
     def _shorten(self, text: str) -> str:
-        """Drop words that cannot matter: as a rule, each gives a token at least. `encode` looks whether it did."""
+        """Drop words that cannot matter: as a rule each gives a token at least; `encode` checks that it did.
+
+        Not within a run of white space, which can be a token of its own.
+        """
         words = text.split(" ", self.max_tokens)
-        return text if len(words) <= self.max_tokens else text[: len(text) - len(words[-1]) - 1]
+        shorter = text[: len(text) - len(words[-1]) - 1]
+        return text if len(words) <= self.max_tokens or shorter[-1:].isspace() else shorter
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -100,7 +108,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{str(path)!r}: cannot be read: {error.strerror}. Give the path of a tokenizer.json.") from None
+        raise DataError(f"{str(path)!r}: cannot be read: {error.strerror}. Give a tokenizer.json.") from None
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{str(path)!r} is no tokenizer.json: {error}.") from error
 
@@ -108,9 +116,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def train_wordpiece(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> Tokenizer:
     """Find the pieces of words that describe the texts best; never fewer than there are characters.
 
-    The library numbers characters in the order of a hash table, which differs from process to process, and breaks ties
-    between merges by those numbers. Here the characters are handed to it as if they were special tokens, so that their
-    numbers are fixed.
+    The library numbers characters in the order of a hash table, which differs from process to process, and
+    breaks ties between merges by those numbers. Here the characters are handed to it as if they were special
+    tokens, so that their numbers are fixed.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -128,7 +136,7 @@ def train_bpe(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> To
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()] + [normalizers.Lowercase()] * lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -155,14 +163,15 @@ def _find_characters(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
-    """Frame every text in [CLS] … [SEP], and let the words "[CLS]" or "[SEP]" in a text be words like others."""
+    """Frame every text in [CLS] … [SEP]; let "[CLS]" or "[SEP]" within a text be words like others."""
     from tokenizers import Tokenizer, processors
 
     fields = json.loads(tokenizer.to_str())
     fields["added_tokens"] = []
     finished = Tokenizer.from_str(json.dumps(fields))
     numbers = [(name, finished.token_to_id(name)) for name in (_FIRST, _LAST)]
-    finished.post_processor = processors.TemplateProcessing(single=f"{_FIRST} $A {_LAST}", special_tokens=numbers)
+    template = f"{_FIRST} $A {_LAST}"
+    finished.post_processor = processors.TemplateProcessing(single=template, special_tokens=numbers)
     return finished
 
 
@@ -178,4 +187,6 @@ def _keeps_words_apart(tokenizer: Tokenizer) -> bool:
     """Whether no token reaches across a space, for the settings where that is known."""
     fields = json.loads(tokenizer.to_str())
     kinds = [(fields[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
-    return kinds == ["BertNormalizer", "BertPreTokenizer"] and not any(" " in token["content"] for token in fields["added_tokens"])
+    if any(" " in token["content"] for token in fields["added_tokens"]):
+        return False
+    return kinds == ["BertNormalizer", "BertPreTokenizer"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisono.engine import random
+from unisono import keys
 from unisono.engine.replica import Replica
 from unisono.errors import ContractError
 from unisono.models.task import Task
@@ -50,7 +50,7 @@ class Contributor:
         """
         replica = self.replica
         device = replica.flat.device
-        random.seed_all(random.key(self.seed, "contribution", step, number))
+        keys.seed_all(keys.key(self.seed, "contribution", step, number))
         replica.module.train()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             loss, weight = self.task.loss(replica.module, microbatch)

@@ -86,14 +86,14 @@ def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [name for name in names if mine.get(name) != other.get(name)]
 
 
-def compare(mine: Mapping[str, Any], other: Mapping[str, Any], *, who: str, remedy: str) -> list[str]:
+def compare(mine: Mapping[str, Any], other: Mapping[str, Any], *, who: str, here: str, remedy: str) -> list[str]:
     """Refuse another fingerprint; return warnings where only explaining names differ and the battery agrees.
 
     Raises:
         NumericsError: names each difference and both values.
     """
     names = differences(mine, other)
-    told = [f"{name}: {other.get(name)!r} {who}, {mine.get(name)!r} here" for name in names]
+    told = [f"{name}: {other.get(name)!r} {who}, {mine.get(name)!r} {here}" for name in names]
     if set(names) <= EXPLAINING_ONLY:
         return [f"numerics: {line} (the battery agrees)" for line in told]
     raise NumericsError("the numerics differ, so the bits would:\n  " + "\n  ".join(told) + f"\n{remedy}")

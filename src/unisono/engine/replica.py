@@ -119,6 +119,10 @@ class Replica:
         """The module's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all there."""
         return {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
 
+    def all_tensors(self) -> dict[str, Tensor]:
+        """`tensors`, and the buffers that the module's state_dict leaves out."""
+        return {**{name: buffer.detach() for name, buffer in self.module.named_buffers()}, **self.tensors()}
+
     def layout_digest(self) -> str:
         """Short hash of names, shapes and present values: equal on workers that built the same module."""
         return tensors_sha256(self.tensors())[:16]

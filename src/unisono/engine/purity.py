@@ -1,0 +1,77 @@
+"""The purity probe: is a contribution really a function of its arguments?
+
+Computes contributions of two microbatches in the order a, b, b, a and compares bits. What a model remembers between calls, and
+randomness that no key reaches, show as a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unisono.engine.contribution import Contribution, Contributor
+from unisono.errors import ImpureError
+
+
+INTERNAL = frozenset(vars(nn.Module()))
+
+
+def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Raise ImpureError, naming the module, if the same microbatch contributes other bits the second time.
+
+    `first` and `second` should differ in shape.
+    """
+    module = contributor.replica.module
+    before = _remembered(module, contributor.task)
+    a = contributor.contribute(0, 0, first)
+    b = contributor.contribute(0, 1, second)
+    b_again = contributor.contribute(0, 1, second)
+    a_again = contributor.contribute(0, 0, first)
+    names = [segment.name for segment in contributor.replica.space.segments]
+    differing = _differing(names, a, a_again) or _differing(names, b, b_again)
+    if differing:
+        changed = [name for name, value in _remembered(module, contributor.task).items() if before.get(name) != value]
+        where = f"attribute {', '.join(map(repr, changed[:3]))} changes between calls; " if changed else ""
+        raise ImpureError(
+            f"the model is not pure: the same microbatch gave another {differing[0]} the second time "
+            f"({where}{len(differing)} differ in all). Keep no state outside parameters and registered buffers, and draw random numbers from "
+            "the global generators of torch, NumPy or Python only. --allow-impure trains it without the promise of equal bits."
+        )
+
+
+def _differing(names: list[str], one: Contribution, other: Contribution) -> list[str]:
+    found = [] if same_bits(one.loss, other.loss) and one.weight == other.weight else ["loss"]
+    for name, left, right in zip(names, one.parts, other.parts, strict=True):
+        if not same_bits(left, right):
+            found.append(f"gradient of {name!r} in module {name.rpartition('.')[0] or '(root)'!r}")
+    # the loss differs with almost any fault, so the parameter, which names a module, comes first
+    return found[1:] + found[:1] if found and found[0] == "loss" else found
+
+
+def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors are equal byte for byte (None: absent)."""
+    if left is None or right is None:
+        return left is right
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
+
+
+def _remembered(module: nn.Module, task: object) -> dict[str, Any]:
+    """Plain values and tensors that modules and the task keep as ordinary attributes, by full name."""
+    found: dict[str, Any] = {}
+    for prefix, part in [("task", task), *module.named_modules()]:
+        for attribute, value in getattr(part, "__dict__", {}).items():
+            if attribute in INTERNAL:
+                continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if isinstance(value, int | float | str | bytes | None):
+                found[name] = value
+            elif isinstance(value, Tensor):
+                found[name] = (tuple(value.shape), value.detach().double().sum().item())
+            elif isinstance(value, list | tuple | dict | set):
+                found[name] = repr(value)[:10_000]
+    return found

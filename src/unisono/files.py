@@ -1,0 +1,136 @@
+"""Folders that are whole or absent, and files that are what their SHA-256 says.
+
+Owns temporary names, fsync, rename, checksums. Does not know what the files hold.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unisono.errors import DamagedError, RunFolderError
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success fsync it and rename it there, replacing an older one; else remove it.
+
+    Raises:
+        RunFolderError: the disk is full, or the place cannot be written.
+    """
+    parent = folder.parent
+    temporary = parent / f".{folder.name}.part"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        old = parent / f".{folder.name}.old"
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        _sync(parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unwritable(folder, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors; equal tensors give equal bytes. Each is copied: the format allows no shared memory."""
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        DamagedError: the file is not readable as such.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{str(path)!r} is damaged: {error}.") from error
+
+
+def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
+    """Write `facts` as JSON file `name`, with size and SHA-256 of every other file of the folder under "files"."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / name).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def open_sealed(folder: Path, name: str) -> dict[str, Any]:
+    """Read the facts back, after comparing every file with its size and SHA-256.
+
+    Raises:
+        DamagedError: names the first file that is missing, truncated or altered.
+    """
+    path = folder / name
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(facts["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}.") from error
+    for file, expected in files.items():
+        _check(folder / file, expected["bytes"], expected["sha256"])
+    return facts
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path, size: int, sha256: str) -> None:
+    remedy = f"Delete the folder {str(path.parent)!r}; an older one beside it is used then."
+    if not path.is_file():
+        raise DamagedError(f"{str(path)!r} is missing. {remedy}")
+    if path.stat().st_size != size:
+        raise DamagedError(f"{str(path)!r} has {path.stat().st_size} bytes, not {size}: it is truncated or altered. {remedy}")
+    if file_sha256(path) != sha256:
+        raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. {remedy}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, error: Exception) -> RunFolderError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+    remedy = "the disk is full. Free space" if full else f"{error}. Make the place writable"
+    return RunFolderError(f"{str(path)!r} cannot be written: {remedy} and go on with --resume; nothing half-written was left.")

@@ -1,0 +1,49 @@
+"""The run folder: what lies where, and when a folder may be used.
+
+    recipe.toml  fingerprint.json  metrics.jsonl  curves.svg  summary.json  checkpoints/  model/
+
+Owns names and the choice of a folder. What the files hold is the matter of who writes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unisono.errors import RunFolderError
+
+RUNS = Path("runs")
+
+
+def new_folder(name: str, given: str | Path | None) -> Path:
+    """The folder of a new run: the given one, which must not exist, or `runs/NAME-001` and so on, the first that is free."""
+    if given is not None:
+        path = Path(given)
+        if path.exists():
+            raise RunFolderError(
+                f"--run {str(path)!r} exists. Give another folder, go on with what is there (--resume), or remove it (rm -r {path})."
+            )
+        return path
+    return RUNS / f"{name}-{_newest_number(name) + 1:03d}"
+
+
+def old_folder(name: str, given: str | Path | None) -> Path:
+    """The folder of a run to resume: the given one, or the newest `runs/NAME-…`."""
+    if given is None and not _newest_number(name):
+        raise RunFolderError(f"--resume: there is no run folder runs/{name}-…. Name one with --run, or start without --resume.")
+    path = Path(given) if given is not None else RUNS / f"{name}-{_newest_number(name):03d}"
+    if not (path / "checkpoints").is_dir():
+        raise RunFolderError(f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run, or start without --resume.")
+    return path
+
+
+def model_folder(run: str | Path) -> Path:
+    """The finished model of a run."""
+    path = Path(run) / "model"
+    if not path.is_dir():
+        raise RunFolderError(f"{str(run)!r} has no finished model (no folder {str(path)!r}). Give the folder of a run that has ended.")
+    return path
+
+
+def _newest_number(name: str) -> int:
+    numbers = [path.name.removeprefix(f"{name}-") for path in RUNS.glob(f"{name}-*")]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)

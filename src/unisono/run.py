@@ -1,0 +1,323 @@
+"""One training run as each worker lives it, from the first handshake to the finished model.
+
+Owns the order of things around the loop: fingerprint, purity probe, resuming, when to evaluate and save, and what is left in the
+run folder. The loop itself is `train.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unisono import events, keys, recipe as recipes
+from unisono.checkpoint import checkpoints
+from unisono.data.feed import Feed
+from unisono.data.order import Order, count_steps
+from unisono.engine import numerics
+from unisono.engine.assignment import shares
+from unisono.engine.contribution import Contributor
+from unisono.engine.optimizer import Optimizer
+from unisono.engine.purity import probe
+from unisono.engine.replica import Replica, tensors_sha256
+from unisono.engine.state import TrainState
+from unisono.engine.trace import Traced
+from unisono.errors import ContractError, Interrupted, RecipeError, RunFolderError
+from unisono.evaluate import measure_all
+from unisono.exchange.protocol import Exchange
+from unisono.files import save_tensors, whole_folder, write_text
+from unisono.material import Material
+from unisono.recipe import Recipe
+from unisono.scores import summarise
+from unisono.train import Done, steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to run, the same on every worker. `trace` is a folder for `verify`, `resume` goes on from the newest checkpoint."""
+
+    recipe: Recipe
+    folder: Path
+    resume: bool = False
+    accept_new_numerics: bool = False
+    allow_impure: bool = False
+    trace: Path | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A run in progress on one worker. `observers` listen on worker 0 only."""
+
+    job: Job
+    material: Material
+    exchange: Exchange
+    device: torch.device
+    observers: Sequence[events.Observer]
+    state: TrainState
+    order: Order
+    contributor: Contributor
+    fingerprint: Mapping[str, Any]
+    pure: bool = True
+    last_loss: float = math.nan
+    started: float = field(default_factory=time.perf_counter)
+    samples: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.job.recipe
+
+    def tell(self, event: events.Event) -> None:
+        """Pass an event to the observers."""
+        for observer in self.observers:
+            observer.observe(event)
+
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.state.step / self.order.steps_per_epoch
+
+
+def check_workers(recipe: Recipe, workers: int, said: str = "--workers") -> None:
+    """Refuse more workers than microbatches."""
+    microbatches = recipe.train.microbatches
+    if not 1 <= workers <= microbatches:
+        raise RecipeError(
+            f"`{said} {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can share a step. "
+            f"Use at most {microbatches}, or set train.microbatches = {max(workers, 1)} (this changes the numerics)."
+        )
+
+
+def execute(
+    job: Job, material: Material, exchange: Exchange, device: torch.device, observers: Sequence[events.Observer], stop: Callable[[], bool]
+) -> None:
+    """Train, test and export; leave everything in `job.folder`. Every worker calls this.
+
+    Raises:
+        Interrupted: `stop` became true somewhere; a checkpoint was written.
+        UnisonoError: as its subclasses say.
+    """
+    run = join(job, material, exchange, device, observers)
+    if exchange.rank == 0:
+        _open_folder(run)
+    _announce(run)
+    feed = Feed(material.train, run.order, device)
+    traced = Traced(run.contributor, job.trace, exchange.rank) if job.trace else None
+    try:
+        done = steps(run.state, run.order, feed, traced or run.contributor, run.recipe.train, stop)
+        interrupted = _follow(run, done, traced)
+    finally:
+        feed.close()
+        if traced:
+            traced.close()
+    _save(run)
+    if interrupted:
+        raise Interrupted(
+            f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same command and "
+            f"`--run {job.folder} --resume`, on any number of workers."
+        )
+    _finish(run)
+
+
+def join(
+    job: Job, material: Material, exchange: Exchange, device: torch.device, observers: Sequence[events.Observer] = ()
+) -> Run:
+    """Build the replica, compare numerics with the other workers, probe for purity, and load a checkpoint to resume."""
+    recipe, train = job.recipe, job.recipe.train
+    check_workers(recipe, exchange.workers)
+    material.check(recipe)
+    keys.seed_all(keys.key(train.seed, "build"))
+    module = material.task.build().to(device)
+    replica = Replica(module, rank=exchange.rank, workers=exchange.workers, pretrained=material.task.pretrained)
+    found = numerics.fingerprint(train, device=device, data=material.data, layout=replica.layout_digest())
+    warnings = _compare_workers(found, exchange)
+    order = Order(
+        lengths=material.train.lengths, padded=material.train.padded, samples_per_step=train.samples_per_step,
+        microbatches=train.microbatches, seed=train.seed,
+        total_steps=count_steps(len(material.train), train.samples_per_step, train.epochs, train.max_steps),
+    )  # fmt: skip
+    contributor = Contributor(replica=replica, task=material.task, precision=train.precision, seed=train.seed)
+    run = Run(
+        job=job, material=material, exchange=exchange, device=device, observers=observers if exchange.rank == 0 else (),
+        state=TrainState(step=0, replica=replica, optimizer=Optimizer(replica, exchange, train), exchange=exchange),
+        order=order, contributor=contributor, fingerprint=found, pure=not job.allow_impure,
+    )  # fmt: skip
+    if not job.allow_impure:
+        _probe(run)
+    if job.resume:
+        warnings += _resume(run)
+    for warning in warnings:
+        run.tell(events.Notice(message=warning, warning=True))
+    return run
+
+
+def _compare_workers(found: Mapping[str, Any], exchange: Exchange) -> list[str]:
+    """Refuse to join workers that compute with other numerics than worker 0."""
+    everyone = [json.loads(content) for content in exchange.gather_bytes(json.dumps(found).encode())]
+    warnings: list[str] = []
+    for rank, other in enumerate(everyone[1:], start=1):
+        remedy = "Run all workers with one version, one kind of processor and one set of variables."
+        warnings += numerics.compare(everyone[0], other, who=f"on worker {rank}", here="on worker 0", remedy=remedy)
+    return warnings
+
+
+def _probe(run: Run) -> None:
+    first = run.order.step(0).microbatches
+    shortest = first[-1]
+    longest = first[0] if len(first) > 1 else shortest[: max(1, len(shortest) // 2)]
+    take = run.material.train.take
+    one, other = ({name: column.to(run.device) for name, column in take(samples).items()} for samples in (shortest, longest))
+    probe(run.contributor, one, other)
+
+
+def _resume(run: Run) -> list[str]:
+    """Load the newest checkpoint of the run folder; refuse one of another recipe or other numerics."""
+    saved = checkpoints.newest(run.job.folder / "checkpoints")
+    if saved is None:
+        raise RunFolderError(f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume.")
+    mine, theirs = _decisive(run.recipe), saved.facts["recipe"]
+    if changed := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
+        told = ", ".join(f"{key} = {mine.get(key)!r} (was {theirs.get(key)!r})" for key in changed)
+        raise RunFolderError(f"--resume: the recipe has changed: {told}. Resume with the recipe that began the run, or start a new run.")
+    warnings = []
+    if run.job.accept_new_numerics:
+        if names := numerics.differences(run.fingerprint, saved.facts["fingerprint"]):
+            warnings.append(f"going on under new numerics ({', '.join(names)} differ): the bits are those of neither")
+    else:
+        remedy = "Resume where the run began, or give --accept-new-numerics: it then goes on, to other bits."
+        warnings = numerics.compare(run.fingerprint, saved.facts["fingerprint"], who="in the checkpoint", here="here", remedy=remedy)
+    checkpoints.restore(run.state, saved)
+    return warnings
+
+
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]."""
+    dump = recipe.model_dump(mode="json")
+    dump["train"].pop("device")
+    dump["model"].pop("folder", None)
+    return {f"{section}.{key}": value for section in ("model", "train", "evaluate") for key, value in dump[section].items()}
+
+
+def _open_folder(run: Run) -> None:
+    folder = run.job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.toml", recipes.to_toml(run.recipe))
+    write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
+
+
+def _announce(run: Run) -> None:
+    train, state = run.recipe.train, run.state
+    run.tell(events.RunStarted(
+        name=run.recipe.name, folder=str(run.job.folder), workers=run.exchange.workers, device=str(run.fingerprint["device"]),
+        threads=train.threads, microbatches_each=[len(share) for share in shares(train.microbatches, run.exchange.workers)],
+        samples_per_step=train.samples_per_step, train_samples=len(run.material.train), steps=run.order.total_steps,
+        steps_per_epoch=run.order.steps_per_epoch, start_step=state.step, fingerprint=numerics.digest(run.fingerprint),
+        parameters=sum(parameter.numel() for parameter in state.replica.module.parameters()), pure=run.pure,
+    ))  # fmt: skip
+
+
+def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
+    """Observe each committed step: report, evaluate, save, stop early. Return whether the run was interrupted."""
+    recipe, state, lengths = run.recipe, run.state, run.material.train.lengths
+    last = time.perf_counter()
+    for one in done:
+        run.last_loss = one.totals.loss
+        run.samples += one.step.samples
+        now = time.perf_counter()
+        run.tell(events.StepDone(
+            step=state.step, epoch=round(run.epoch(), 6), loss=one.totals.loss, gradient_norm=one.norm, learning_rate=one.rate,
+            samples=one.step.samples, tokens=int(sum(lengths[piece].sum() for piece in one.step.microbatches)), seconds=now - last,
+        ))  # fmt: skip
+        last = now
+        if traced and run.exchange.rank == 0:
+            traced.record_weights(state.step, state.replica)
+        at_end = state.step == run.order.total_steps
+        if _is_due(run) and not at_end and not one.totals.stop:
+            _evaluate(run)
+            if recipe.evaluate.patience and state.evaluations_since_best >= recipe.evaluate.patience:
+                run.tell(events.Notice(message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} evaluations"))
+                return False
+        every = recipe.checkpoint.every_steps
+        if every and state.step % every == 0 and not at_end:
+            _save(run)
+        if one.totals.stop:
+            return True
+    return False
+
+
+def _is_due(run: Run) -> bool:
+    """Whether an evaluation follows this step."""
+    evaluate, step = run.recipe.evaluate, run.state.step
+    if evaluate.every_steps:
+        return step % evaluate.every_steps == 0
+    if not evaluate.every_epochs:
+        return False
+    period = evaluate.every_epochs * run.order.steps_per_epoch
+    return math.floor(step / period) > math.floor((step - 1) / period)
+
+
+def _evaluate(run: Run) -> None:
+    """Score the validation samples (or, to look at, the test samples); keep the best weights where the recipe says so."""
+    split, source = ("validation", run.material.validation) if run.material.validation else ("test", run.material.test)
+    if source is None:
+        return
+    scores = _score(run, source)
+    best = False
+    metric = run.recipe.evaluate.metric
+    if run.material.validation is not None:
+        if metric not in scores:
+            raise RecipeError(f"'evaluate.metric' = {metric!r}: measured are {', '.join(scores)}. Name one of them.")
+        best = run.state.judge(scores[metric], higher=metric != "loss", keep=run.recipe.evaluate.keep_best)
+    run.tell(events.Evaluated(step=run.state.step, epoch=round(run.epoch(), 6), split=split, scores=scores, best=best))
+
+
+def _score(run: Run, source: Any) -> dict[str, float]:
+    with run.state.averaged_weights():
+        results = measure_all(
+            run.state.replica.module, run.material.task.measure, source, run.exchange, device=run.device,
+            samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch, precision=run.recipe.train.precision, seed=run.recipe.train.seed,
+        )  # fmt: skip
+    if not results:
+        raise ContractError("the task's measure returned nothing. Return at least {\"loss\": one number per sample}.")
+    return summarise(results)
+
+
+def _save(run: Run) -> None:
+    facts = {"fingerprint": dict(run.fingerprint), "recipe": _decisive(run.recipe), "total_steps": run.order.total_steps}
+    path = checkpoints.save(run.state, run.job.folder / "checkpoints", facts=facts, keep=run.recipe.checkpoint.keep)
+    run.tell(events.CheckpointWritten(step=run.state.step, path=str(path)))
+
+
+def _finish(run: Run) -> None:
+    """Evaluate and test, write model/ and summary.json."""
+    state, folder = run.state, run.job.folder
+    if run.material.validation is not None:
+        _evaluate(run)
+    optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
+    seconds = time.perf_counter() - run.started
+    if run.recipe.evaluate.keep_best:
+        state.take_best()
+    test = _score(run, run.material.test) if run.material.test is not None else None
+    with state.averaged_weights():
+        if run.exchange.rank == 0:
+            tensors = state.replica.tensors()
+            with whole_folder(folder / "model") as part:
+                save_tensors(part / "model.safetensors", tensors)
+                run.material.export(part)
+            summary = {
+                "name": run.recipe.name, "steps": state.step, "epochs": round(run.epoch(), 6), "seconds": round(seconds, 3),
+                "samples_per_second": round(run.samples / seconds, 2), "workers": run.exchange.workers,
+                "device": run.fingerprint["device"], "fingerprint": numerics.digest(run.fingerprint), "pure": run.pure,
+                "train": {"loss": run.last_loss if run.samples else None, "samples": len(run.material.train)},
+                "test": test, "best_step": state.best_step or None,
+                "weights_sha256": tensors_sha256(tensors), "optimizer_sha256": optimizer_sha256,
+            }  # fmt: skip
+            if test is not None:
+                run.tell(events.Evaluated(step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False))
+            write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            run.tell(events.RunEnded(summary=summary))
+    run.exchange.wait_for_all()

@@ -1,0 +1,54 @@
+"""THE LOOP: a generator of steps. State in, state out; everything else observes what it yields.
+
+Owns the order of the verbs. Evaluation, checkpoints and reports belong to who iterates (`run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from unisono.data.feed import Feed
+from unisono.data.order import Order, Step
+from unisono.engine.contribution import Contribution
+from unisono.engine.reduction import Reduction, Totals
+from unisono.engine.schedule import rate
+from unisono.engine.state import TrainState
+from unisono.recipe import Train
+
+
+class Contributes(Protocol):
+    """Computes contributions; `engine/contribution.py` has the real one, `verify.py` one that writes them down."""
+
+    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A committed step and what is known of it."""
+
+    step: Step
+    totals: Totals
+    norm: float
+    rate: float
+
+
+def steps(
+    state: TrainState, order: Order, feed: Feed, contributor: Contributes, train: Train, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Done]:
+    """Train from `state.step` to the order's end, or until any worker's `stop` is true; yield after each committed step."""
+    reduction = Reduction(state.replica, state.exchange)
+    for step in order.steps(start=state.step):
+        mine = reduction.begin(step)  # the only thing that depends on who I am
+        for number, microbatch in feed.load(step, mine):
+            reduction.add(number, contributor.contribute(step.number, number, microbatch))
+        gradient, totals = reduction.finish(stop())  # the same bits for any number of workers
+        now = rate(train, step.number, order.total_steps)
+        norm = state.optimizer.update(gradient, totals, step=step.number, rate=now)
+        state.step = step.number + 1
+        yield Done(step=step, totals=totals, norm=norm, rate=now)
+        if totals.stop:
+            return
