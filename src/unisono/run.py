@@ -108,7 +108,7 @@ def execute(
     feed = Feed(material.train, run.order, device)
     traced = Traced(run.contributor, job.trace, exchange.rank) if job.trace else None
     try:
-        done = steps(run.state, run.order, feed, traced or run.contributor, run.recipe.train, stop)
+        done = steps(run.state, run.order, feed, traced or run.contributor, run.recipe.train, stop) if not _has_settled(run) else ()
         interrupted = _follow(run, done, traced)
     finally:
         feed.close()
@@ -236,17 +236,24 @@ def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)
         at_end = state.step == run.order.total_steps
-        if _is_due(run) and not at_end and not one.totals.stop:
+        if _is_due(run) and not at_end:
             _evaluate(run)
-            if recipe.evaluate.patience and state.evaluations_since_best >= recipe.evaluate.patience:
-                run.tell(events.Notice(message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} evaluations"))
-                return False
+            last = time.perf_counter()
         every = recipe.checkpoint.every_steps
         if every and state.step % every == 0 and not at_end:
             _save(run)
+        if _has_settled(run):
+            run.tell(events.Notice(message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} evaluations"))
+            return False
         if one.totals.stop:
             return True
     return False
+
+
+def _has_settled(run: Run) -> bool:
+    """Whether early stopping is on and its patience is over."""
+    patience = run.recipe.evaluate.patience
+    return bool(patience) and run.state.evaluations_since_best >= patience
 
 
 def _is_due(run: Run) -> bool:

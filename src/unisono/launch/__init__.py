@@ -1,1 +1,24 @@
 """Starting workers, joining them, ending them."""
+
+from __future__ import annotations
+
+from unisono.launch.local import count_workers, launch
+from unisono.launch.seat import seat_from_torchrun
+from unisono.launch.worker import Act, work
+
+__all__ = ["Act", "count_workers", "run_everywhere"]
+
+
+def run_everywhere(act: Act, *, workers: str | int, microbatches: int, threads: int, device: str) -> bool:
+    """Run `act` in every worker: join torchrun's where it has started this process, else start local ones.
+
+    Returns whether this process speaks for the run: the launcher, or torchrun's worker 0.
+    """
+    seat = seat_from_torchrun()
+    if seat is None:
+        launch(count_workers(workers, microbatches, device), act, threads=threads, device=device)
+        return True
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(lambda: work(seat, act, threads=threads, wanted_device=device))()  # torchrun reads the error file that this writes
+    return seat.rank == 0

@@ -1,0 +1,81 @@
+"""The main of every worker process: settle numerics, join, act, leave; and be stopped without harm.
+
+Owns signals and what becomes of an exception inside a worker. Who starts workers is the matter of `local.py` and of torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+
+from unisono.engine import numerics
+from unisono.errors import Interrupted, LostPeerError, UnisonoError
+from unisono.exchange.protocol import Exchange
+from unisono.launch.seat import Seat
+
+
+class Stop:
+    """Whether this worker was asked to stop (SIGTERM). While `graceful` is false the request ends it at once."""
+
+    def __init__(self) -> None:
+        self.graceful = False
+        self._asked = False
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for. The first call says that from now on the loop will heed it."""
+        self.graceful = True
+        return self._asked
+
+    def ask(self, signum: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self._asked = True
+        if not self.graceful:
+            raise Interrupted("stopped before the first step; nothing was left behind.")
+
+
+class Act(Protocol):
+    """What a worker does once it has joined the others."""
+
+    def __call__(self, seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None: ...
+
+
+def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
+    """Do one worker's part, in this process."""
+    stop = Stop()
+    signal.signal(signal.SIGTERM, stop.ask)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
+    device = seat.device(wanted_device)
+    numerics.settle(threads=threads, device=device)
+    exchange = seat.join(device)
+    act(seat, exchange, device, stop)
+    exchange.close()
+
+
+def guarded(main: Callable[[], None], error_file: Path, rank: int) -> int:
+    """Run a worker's main; write what it raises to `error_file` as JSON; return the process's exit code."""
+    try:
+        main()
+        return 0
+    except BaseException as error:  # noqa: BLE001 - every end of a worker must reach the launcher
+        known = isinstance(error, UnisonoError)
+        report = {
+            "rank": rank,
+            "kind": type(error).__name__,
+            "message": str(error),
+            "known": known,
+            "symptom": isinstance(error, LostPeerError),
+            "exit_code": error.exit_code if isinstance(error, UnisonoError) else 1,
+            "traceback": traceback.format_exc(),
+            "when": time.time(),
+        }
+        error_file.write_text(json.dumps(report), encoding="utf-8")
+        return int(os.EX_SOFTWARE)
