@@ -1,7 +1,7 @@
 """One training run as each worker lives it, from the first handshake to the finished model.
 
 Owns the order of things around the loop: fingerprint, purity probe, resuming, when to evaluate and save, and what is left in the
-run folder. The loop itself is `train.py`.
+run folder. The loop itself is `loop.py`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.state import TrainState
 from unisono.engine.trace import Traced
 from unisono.errors import ContractError, Interrupted, RecipeError, RunFolderError
-from unisono.evaluate import measure_all
+from unisono.evaluation import measure_all
 from unisono.exchange.protocol import Exchange
 from unisono.files import save_tensors, whole_folder, write_text
 from unisono.material import Material
 from unisono.recipe import Recipe
 from unisono.scores import summarise
-from unisono.train import Done, steps
+from unisono.loop import Done, steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

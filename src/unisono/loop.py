@@ -21,7 +21,7 @@ from unisono.recipe import Train
 
 
 class Contributes(Protocol):
-    """Computes contributions; `engine/contribution.py` has the real one, `verify.py` one that writes them down."""
+    """Computes contributions; `engine/contribution.py` has the real one, `verification.py` one that writes them down."""
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 

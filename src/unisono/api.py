@@ -1,0 +1,166 @@
+"""What a Python user calls; the command line calls the same functions.
+
+Owns the public signatures and what each hands back. The work is done below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unisono import events, recipe as recipes
+from unisono.errors import RecipeError
+from unisono.folder import new_folder, old_folder
+from unisono.launch import run_everywhere
+from unisono.launch.seat import Seat
+from unisono.launch.worker import Stop
+from unisono.material import Material, open_own, open_text
+from unisono.models.task import Task
+from unisono.recipe import Recipe
+from unisono.report.metrics import Ledger
+from unisono.report.screen import choose_screen
+from unisono.run import Job, check_workers, execute
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unisono.exchange.protocol import Exchange
+
+OpenMaterial = Callable[[int, Callable[[str], None]], Material]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A finished run: its folder, and what summary.json holds."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    task: Task | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 over the trained weights' names, dtypes, shapes and bytes in name order."""
+        return str(self.summary["weights_sha256"])
+
+    def module(self) -> nn.Module:
+        """The trained module, in evaluation mode. For a text recipe see `unisono.load`."""
+        from safetensors.torch import load_file
+
+        if self.task is None:
+            raise RecipeError("Trained.module() is for own tasks; for a text recipe call unisono.load(folder).")
+        module = self.task.build()
+        module.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+        return module.eval()
+
+
+def train(
+    what: Task | Recipe | str | Path,
+    data: Any = None,
+    *,
+    validation: Any = None,
+    test: Any = None,
+    workers: str | int = "auto",
+    run: str | Path | None = None,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    accept_new_numerics: bool = False,
+    allow_impure: bool = False,
+    quiet: bool = False,
+    as_json: bool = False,
+    trace: Path | None = None,
+    **settings: Any,
+) -> Trained:
+    """Train on any number of workers; the weights' bits do not depend on it.
+
+    Args:
+        what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
+        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for a recipe, frames or lists
+            with the recipe's text and label columns, instead of its files.
+        workers: a number, or "auto": all GPUs, else all cores, at most one per microbatch. Ignored under torchrun.
+        run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
+        overrides: "section.key=value", over the recipe.
+        resume: go on from the folder's newest checkpoint.
+        settings: keys of the recipe's [train] table, such as epochs=3, learning_rate=1e-3; "evaluate" and "checkpoint" take tables.
+
+    Returns:
+        The finished run. Under torchrun every process returns one.
+
+    Raises:
+        UserError: what was given cannot be used (RecipeError, DataError, …).
+        DivergedError, WorkerError, Interrupted: see unisono.errors.
+    """
+    recipe = _recipe(what, name, overrides, settings)
+    frames = {split: frame for split, frame in (("train", data), ("validation", validation), ("test", test)) if frame is not None}
+    if isinstance(what, Task):
+        if data is None:
+            raise RecipeError("unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset.")
+        check_own_sections(recipe)
+
+    def open_material(preparing: int, notify: Callable[[str], None]) -> Material:
+        if isinstance(what, Task):
+            return open_own(recipe, what, data, validation, test)
+        return open_text(recipe, preparing, notify, frames)
+
+    job_folder = old_folder(recipe.name, run) if resume else new_folder(recipe.name, run)
+    job = Job(recipe=recipe, folder=job_folder, resume=resume, accept_new_numerics=accept_new_numerics, allow_impure=allow_impure, trace=trace)
+    run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json)
+    summary = json.loads((job_folder / "summary.json").read_text(encoding="utf-8"))
+    return Trained(folder=job_folder, summary=summary, task=what if isinstance(what, Task) else None)
+
+
+def run_job(job: Job, open_material: OpenMaterial, *, workers: str | int, quiet: bool, as_json: bool) -> None:
+    """Run a job in local workers, or in torchrun's."""
+    train = job.recipe.train
+    if workers != "auto":
+        check_workers(job.recipe, int(workers))
+
+    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        observers: list[events.Observer] = []
+        if seat.rank == 0:
+            observers = [Ledger(job.folder), choose_screen(quiet=quiet, as_json=as_json)]
+
+        def notify(message: str) -> None:
+            for observer in observers:
+                observer.observe(events.Notice(message=message))
+
+        try:
+            if seat.local_rank != 0:
+                exchange.wait_for_all()  # the first worker of each host prepares the data, the others open what it wrote
+            material = open_material(seat.local_workers, notify)
+            if seat.local_rank == 0:
+                exchange.wait_for_all()
+            execute(job, material, exchange, device, observers, stop)
+        finally:
+            for observer in observers:
+                observer.close()
+
+    run_everywhere(act, workers=workers, microbatches=train.microbatches, threads=train.threads, device=train.device)
+
+
+def _recipe(what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Recipe:
+    tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint")}
+    train = {key: value for key, value in settings.items() if key not in tables}
+    if isinstance(what, Task):
+        return recipes.check({"name": name or type(what).__name__, "train": train, **tables})
+    if isinstance(what, str | Path):
+        what = recipes.load(what, tuple(overrides))
+    table = what.model_dump(mode="json")
+    table["train"] |= train
+    for section, value in tables.items():
+        table[section] |= value
+    return recipes.check(table | ({"name": name} if name else {}))
+
+
+def check_own_sections(recipe: Recipe) -> None:
+    """Refuse keys of [train] that only the text presets heed: for an own task they would do nothing."""
+    for key, meaningless in (("label_smoothing", 0.0), ("class_weights", "none"), ("gradient_checkpointing", False)):
+        if getattr(recipe.train, key) != meaningless:
+            raise RecipeError(f"'train.{key}' is for text recipes; in a task of your own it is a matter of your loss or module. Leave it out.")
+
+

@@ -1,0 +1,140 @@
+"""The command line: parse, then call one function.
+
+Owns options, exit codes and what is printed on failure. Heavy imports happen inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unisono.errors import UnisonoError
+
+app = typer.Typer(
+    help="Train on any number of workers. Get the same bits.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file; `unisono recipe --show-defaults` documents every key")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one key of the recipe; may be repeated")]
+Workers = Annotated[str, typer.Option("--workers", "-w", metavar="N|auto", help="processes; auto: all GPUs, else all cores, at most train.microbatches")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
+Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    workers: Workers = "auto",
+    set_: Set = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="FOLDER", help="run folder; default: runs/NAME-001 and so on")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of --run, or of the newest runs/NAME-…")] = False,
+    strict: Strict = False,
+    accept_new_numerics: Annotated[bool, typer.Option("--accept-new-numerics", help="resume although the numerics fingerprint differs")] = False,
+    allow_impure: Annotated[bool, typer.Option("--allow-impure", help="train a model that fails the purity probe, without the promise")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train, test and export a model. Under torchrun, join its workers."""
+    count = check_count(workers)
+    from unisono import api
+
+    api.train(
+        recipe, workers=count, overrides=_with_strict(set_, strict), run=run, resume=resume, accept_new_numerics=accept_new_numerics,
+        allow_impure=allow_impure, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def prepare(recipe: RecipePath, workers: Workers = "auto", set_: Set = None, strict: Strict = False) -> None:
+    """Read, screen and encode a recipe's data; training opens what this wrote."""
+    count = check_count(workers)
+    from unisono import preparation
+
+    preparation.prepare(recipe, workers=count, overrides=_with_strict(set_, strict))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
+    data: Annotated[Path | None, typer.Argument(metavar="[DATA]", help="labelled file; default: the run's own test samples")] = None,
+    workers: Workers = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
+    count = check_count(workers)
+    from unisono import application
+
+    application.evaluate(run, data, workers=count, as_json=as_json)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="CSV, TSV, JSONL or Parquet with the column of the texts")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="CSV, JSONL or Parquet to write; rows in order")],
+    workers: Workers = "auto",
+) -> None:
+    """Predict the class of each row, with probabilities."""
+    count = check_count(workers)
+    from unisono import application
+
+    application.predict(run, source, target, workers=count)
+
+
+@app.command()
+def verify(
+    recipe: RecipePath,
+    workers: Annotated[str, typer.Option("--workers", "-w", metavar="N,N,…", help="numbers of workers to compare")] = "1,2,3",
+    steps: Annotated[int, typer.Option("--steps", min=0, help="stop after so many steps; 0: train to the end")] = 0,
+    set_: Set = None,
+) -> None:
+    """Train under each number of workers and compare every bit; exit code 1 names the first that differs."""
+    counts = [check_count(count, auto=False) for count in workers.split(",")]
+    from unisono import verification
+
+    if not verification.verify(recipe, counts, steps=steps, overrides=tuple(set_ or ())):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipe(
+    path: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="show this recipe, checked and with defaults filled in")] = None,
+    show_defaults: Annotated[bool, typer.Option("--show-defaults", help="document every key")] = False,
+    set_: Set = None,
+) -> None:
+    """Check a recipe, or document all keys."""
+    from unisono import recipe as recipes
+
+    if path is None and not show_defaults:
+        raise typer.BadParameter("give a RECIPE to check, or --show-defaults.")
+    if path is not None:
+        typer.echo(recipes.to_toml(recipes.load(path, tuple(set_ or ()))), nl=False)
+    if show_defaults:
+        typer.echo(recipes.document(), nl=False)
+
+
+def check_count(workers: str, *, auto: bool = True) -> int | str:
+    """Turn `--workers` into a number, or "auto"."""
+    if auto and workers == "auto":
+        return "auto"
+    if not workers.strip().isdigit() or int(workers) < 1:
+        raise typer.BadParameter(f"{workers!r}: allowed is a whole number from 1{' or auto' if auto else ''}.", param_hint="--workers")
+    return int(workers)
+
+
+def _with_strict(overrides: list[str] | None, strict: bool) -> tuple[str, ...]:
+    return (*(overrides or ()), *(["data.strict=true"] if strict else ()))
+
+
+def main() -> None:
+    """Run the command line; turn an error raised on purpose into its message and exit code."""
+    try:
+        app()
+    except UnisonoError as error:
+        print(f"unisono: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
