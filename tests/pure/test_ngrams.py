@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unisono.data.ngrams import NGrams
-from unisono.errors import DataError
+from unisono.errors import UserError
 
 
 def ngrams(words: int = 100, order: int = 1, buckets: int = 2**20, lowercase: bool = True) -> NGrams:
@@ -27,11 +27,11 @@ def row(text: str, **settings: int) -> list[int]:
 
 def test_buckets_are_these_for_ever() -> None:
     # Stored datasets and trained models depend on these numbers: a change here breaks them.
-    assert row("The cat sat", order=2, buckets=1_000_003) == GOLDEN
+    assert row("The cat sat", order=2, buckets=1_000_003) == [472435, 43366, 999566, 549145, 430039]
 
 
 def test_another_process_with_another_hash_seed_agrees() -> None:
-    code = (
+    code = (  # two words per run, in two processes
         "from unisono.data.ngrams import NGrams\n"
         "print(NGrams(words=9, order=3, buckets=999, lowercase=True).encode(['a b c d', 'ü 中文'])[0:2])"
     )
@@ -115,5 +115,5 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"kind": "wordpiece"}, {"words": "7"}, {"lowercase": 1}, {"order": 0}, {"buckets": 1}])
 def test_wrong_fields_are_refused(change: dict[str, object]) -> None:
     fields = {"kind": "ngrams", "words": 7, "order": 2, "buckets": 321, "lowercase": True} | change
-    with pytest.raises(DataError, match="allowed"):
+    with pytest.raises(UserError, match="allowed"):
         NGrams.load(fields)

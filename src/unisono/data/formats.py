@@ -138,7 +138,7 @@ def _arrow_columns(frame: object, name: str) -> dict[str, Column]:
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"{name}: {type(frame).__name__} is no table: {error}. "
-            "Give a pandas or Polars frame, an Arrow table, a dict of lists, a list of dicts, (texts, labels)."
+            "Give a pandas or Polars frame, an Arrow table, a dict of lists, a list of dicts, or a pair."
         ) from None
     _check_names(name, table.column_names)
     return dict(zip(table.column_names, table.columns, strict=True))

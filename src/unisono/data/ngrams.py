@@ -1,10 +1,10 @@
 """Texts as bags of hashed word n-grams.
 
-Owns what a word is, how words and runs of words are hashed into buckets, and how that is kept in a folder. Knows
-nothing of tokenizers, of models, or of what a bucket means to them.
+Owns what a word is, how words and runs of words are hashed into buckets, and how that is kept in a folder.
+Knows nothing of tokenizers, of models, or of what a bucket means to them.
 
-A feature's number is decided by the text and the four settings alone, on every machine and in every process: the hashes
-are BLAKE2b and integer arithmetic, never Python's salted `hash`.
+A feature's number is decided by the text and the settings alone, on every machine and in every process: the
+hashes are BLAKE2b and integer arithmetic, never Python's salted `hash`.
 """
 
 from __future__ import annotations

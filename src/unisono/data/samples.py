@@ -65,7 +65,7 @@ class EncodedSamples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, samples: np.ndarray) -> dict[str, Tensor]:
+    def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
         """Return these samples (int64 [n]) as one microbatch.
 
         Padded: `ids` int64 [n, longest] and `mask` bool [n, longest], true where there is a token. Ragged:

@@ -252,7 +252,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, and leave no file behind."""
     while True:
         with path.open("w") as file:
-            pass
+            fcntl.flock(file, fcntl.LOCK_EX)
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 continue  # its last holder has removed it meanwhile
             try:

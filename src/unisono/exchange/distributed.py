@@ -17,6 +17,8 @@ from unisono.errors import LostPeerError
 
 Result = TypeVar("Result")
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
 
 class Distributed:
     """A worker among processes. `store` is where they meet; `device` decides the backend."""
@@ -57,7 +59,7 @@ class Distributed:
         return list(inbox.view(-1, shard_size).unbind(0))
 
     def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
-        _call(lambda: dist.all_gather_into_tensor(flat, shard))
+        _call(lambda: _all_gather(flat, shard))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
         sizes = torch.zeros(self.workers, dtype=torch.int64, device=self._device)

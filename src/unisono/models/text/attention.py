@@ -1,7 +1,7 @@
 """How text encoders look from token to token.
 
-Owns the one choice of an attention kernel per type of device, which decides bits; the mean over a sample's tokens; and
-how blocks run one after another. Holds no weights.
+Owns the one choice of an attention kernel per type of device, which decides bits; the mean over a sample's
+tokens; and how blocks run one after another. Holds no weights.
 
 Shapes: n samples, t tokens, w numbers per token.
 """
@@ -38,7 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) 
 
 
 def run_blocks(blocks: Iterable[nn.Module], states: Tensor, mask: Tensor, *, recompute: bool) -> Tensor:
-    """Send the states [n, t, w] through the blocks; with `recompute`, keep only each block's input for backward.
+    """Send the states [n, t, w] through the blocks; with `recompute`, keep only their inputs for backward.
 
     A block that is computed again draws the same dropout, so the gradient has the same bits either way.
     """

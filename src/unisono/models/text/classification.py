@@ -1,10 +1,10 @@
 """Text classification as a task: which class does a text belong to?
 
-Owns the loss, what is measured, and the choice among the three models. The models are in modules of their own; texts
-arrive as numbers.
+Owns the loss, what is measured, and the choice among the three models. The models are in modules of their own;
+texts arrive as numbers.
 
-A microbatch of a bag is ragged: {"ids": int64 [features], "offsets": int64 [n], "label": int64 [n]}. One of the others is
-a padded rectangle of t tokens: {"ids": int64 [n, t], "mask": bool [n, t], "label": int64 [n]}.
+A microbatch of a bag is ragged: {"ids": int64 [features], "offsets": int64 [n], "label": int64 [n]}. One of the
+others is a padded rectangle of t tokens: {"ids": int64 [n, t], "mask": bool [n, t], "label": int64 [n]}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextClassification(Task):
         gradient_checkpointing: recompute activations in backward, to save memory. A bag has none worth it.
 
     Raises:
-        RecipeError: class_weights are not one positive number per class.
+        RecipeError: class_weights are not one number from 0 per class.
         ModelError: the pretrained folder cannot be used, or its encoder is too small for the tokens.
     """
 
@@ -72,28 +72,28 @@ class TextClassification(Task):
             case Bag():
                 return BagClassifier(self.model, self.classes, self.vocabulary_size)
             case Pretrained():
-                return read_classifier(self.model, self.classes, self.gradient_checkpointing)
+                return read_classifier(self.model, self.classes, recompute=self.gradient_checkpointing)
             case _:
                 return TransformerClassifier(
                     self.model,
-                    self.classes,
-                    self.vocabulary_size,
-                    self.padding,
-                    self.max_tokens,
-                    self.gradient_checkpointing,
+                    classes=self.classes,
+                    vocabulary_size=self.vocabulary_size,
+                    padding=self.padding,
+                    max_tokens=self.max_tokens,
+                    recompute=self.gradient_checkpointing,
                 )
 
     def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:
-        """Return the sum of the samples' weighted, smoothed cross-entropies (float32), and the number of samples."""
+        """Return the sum of the weighted, smoothed cross-entropies (float32), and the number of samples."""
         label = microbatch["label"]
         logits = _logits(module, microbatch)
         losses = F.cross_entropy(logits, label, reduction="none", label_smoothing=self.label_smoothing)
         if self.class_weights is not None:
-            losses = losses * torch.tensor(self.class_weights, dtype=losses.dtype, device=losses.device)[label]
+            losses = losses * losses.new_tensor(self.class_weights)[label]
         return losses.sum(), len(label)
 
     def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
-        """Return per sample: `loss` (float32, neither smoothed nor weighted), `predicted` and `label` (int64)."""
+        """Return per sample `loss` (float32, not smoothed, not weighted), `predicted` and `label` (int64)."""
         label = microbatch["label"]
         logits = _logits(module, microbatch)
         loss = F.cross_entropy(logits, label, reduction="none").float()
@@ -105,11 +105,11 @@ class TextClassification(Task):
 
     def _check_weights(self) -> None:
         weights = self.class_weights
-        if weights is None or (len(weights) == self.classes and all(0 < w < math.inf for w in weights)):
+        if weights is None or (len(weights) == self.classes and all(0 <= w < math.inf for w in weights)):
             return
         raise RecipeError(
-            f"train.class_weights = {list(weights)}: allowed is one positive number for each of the {self.classes} "
-            f'classes. Give so many, or "balanced", or "none".'
+            f"train.class_weights = {list(weights)}: allowed is one number from 0 for each of the {self.classes} classes. "
+            f'Give so many, or "balanced", or "none".'
         )
 
     def _check_sizes(self, model: Pretrained) -> None:
@@ -121,8 +121,8 @@ class TextClassification(Task):
             )
         if self.vocabulary_size > config.vocab_size:
             raise ModelError(
-                f"{model.folder}: the tokenizer has {self.vocabulary_size} entries, config.json's vocab_size is "
-                f"{config.vocab_size}. Take tokenizer.json and the weights from one model."
+                f"{model.folder}: the tokenizer has {self.vocabulary_size} entries, config.json's vocab_size "
+                f"is {config.vocab_size}. Take tokenizer.json and the weights from one model."
             )
 
 

@@ -1,7 +1,7 @@
 """A pretrained BERT encoder, read from a folder in Hugging Face's layout, with a new classification head.
 
-Owns which folders can be used, the names and shapes of their tensors, and the `config.json` of a folder that is
-written. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
+Owns which folders can be used, the names and shapes of their tensors, and the `config.json` of a folder that
+is written. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
 
 The encoder is that of Devlin et al. (2018), without the pooler. A parameter's name is `bert.` and its name in
 transformers' BertModel, so that a folder with the trained weights opens there as well.
@@ -34,7 +34,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
 }
-_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # norms in checkpoints that were converted from TensorFlow
+_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in folders that were converted from TensorFlow
+_FILES = "config.json, model.safetensors and tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,66 +73,64 @@ class PretrainedClassifier(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT's encoder. Its dropout is the embeddings' and the residual branches', not the attention weights'."""
+    """BERT's encoder. Dropout falls on the embeddings and the residual branches, not on attention weights."""
 
     def __init__(self, config: BertConfig, dropout: float, recompute: bool) -> None:
         super().__init__()
-        width, norm = config.hidden_size, partial(nn.LayerNorm, config.hidden_size, config.layer_norm_eps)
+        width = config.hidden_size
         self.recompute = recompute
         self.embeddings = nn.ModuleDict(
             {
                 "word_embeddings": nn.Embedding(config.vocab_size, width),
                 "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
                 "token_type_embeddings": nn.Embedding(config.type_vocab_size, width),
-                "LayerNorm": norm(),
+                "LayerNorm": nn.LayerNorm(width, config.layer_norm_eps),
             }
         )
-        layers = nn.ModuleList(_Layer(config, dropout) for _ in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        layers = [_Layer(config, dropout) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the last hidden states [n, t, w] for int64 ids [n, t] and a bool mask [n, t]; one segment per sample."""
+        """Return the last hidden states [n, t, w]; int64 ids [n, t] of one segment each, bool mask [n, t]."""
         places = torch.arange(ids.shape[1], device=ids.device)
-        of = self.embeddings
-        states = of["word_embeddings"](ids) + of["token_type_embeddings"](torch.zeros_like(places))
-        states = self.dropout(of["LayerNorm"](states + of["position_embeddings"](places)))
-        return run_blocks(self.encoder["layer"], states, mask, recompute=self.recompute)
+        embed = self.embeddings
+        states = embed["word_embeddings"](ids) + embed["token_type_embeddings"](torch.zeros_like(places))
+        states = self.dropout(embed["LayerNorm"](states + embed["position_embeddings"](places)))
+        return run_blocks(self.encoder["layer"].children(), states, mask, recompute=self.recompute)
 
 
 class _Layer(nn.Module):
     def __init__(self, config: BertConfig, dropout: float) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        projections = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
         self.heads = config.num_attention_heads
-        self.attention = nn.ModuleDict(
-            {
-                "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
-                "output": _dense_and_norm(width, width, config),
-            }
-        )
+        self.attention = nn.ModuleDict({"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
-        self.output = _dense_and_norm(inner, width, config)
+        self.output = _Branch(inner, config, dropout)
         self.activation = _ACTIVATIONS[config.hidden_act]()
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        query, key, value = (project(states) for project in self.attention["self"].values())
-        mixed = attend(query, key, value, mask, self.heads)
-        states = self._add(self.attention["output"], mixed, states)
-        return self._add(self.output, self.activation(self.intermediate["dense"](states)), states)
-
-    def _add(self, branch: nn.Module, inner: Tensor, states: Tensor) -> Tensor:
-        return branch["LayerNorm"](self.dropout(branch["dense"](inner)) + states)
+        query, key, value = (project(states) for project in self.attention["self"].children())
+        states = self.attention["output"](attend(query, key, value, mask, self.heads), states)
+        return self.output(self.activation(self.intermediate["dense"](states)), states)
 
 
-def _dense_and_norm(inputs: int, outputs: int, config: BertConfig) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"dense": nn.Linear(inputs, outputs), "LayerNorm": nn.LayerNorm(outputs, config.layer_norm_eps)}
-    )
+class _Branch(nn.Module):
+    """The end of a residual branch: back to the hidden size, added to the states, and normalised after that."""
+
+    def __init__(self, inputs: int, config: BertConfig, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inputs, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inner: Tensor, states: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(inner)) + states)
 
 
-def read_classifier(model: Pretrained, classes: int, recompute: bool) -> PretrainedClassifier:
+def read_classifier(model: Pretrained, classes: int, *, recompute: bool) -> PretrainedClassifier:
     """Make the classifier with the folder's encoder; the head's weights come from torch's global generator.
 
     Raises:
@@ -157,7 +156,7 @@ def read_config(folder: Path) -> BertConfig:
     if table.get("model_type") != "bert":
         raise ModelError(
             f"{folder / 'config.json'}: model_type {table.get('model_type')!r} is not supported; allowed is 'bert' "
-            f"(BERT, MiniLM and others of that architecture). Choose such a folder, or write a Task of your own."
+            f"(BERT, MiniLM, others of that kind). Choose such a folder, or write a Task of your own."
         )
     _check_table(folder, table)
     known = {field.name: table[field.name] for field in fields(BertConfig) if field.name in table}
@@ -165,7 +164,7 @@ def read_config(folder: Path) -> BertConfig:
 
 
 def write_config(source: Path, folder: Path, labels: Sequence[str]) -> None:
-    """Write to `folder` the config.json of an encoder that was read from `source`, with the classes' names."""
+    """Write to `folder` the config.json of an encoder read from `source`, with the classes' names."""
     table = _read_table(source)
     table["architectures"] = ["BertModel"]
     table["id2label"] = {str(number): label for number, label in enumerate(labels)}
@@ -177,16 +176,15 @@ def write_config(source: Path, folder: Path, labels: Sequence[str]) -> None:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     if not folder.is_dir():
-        raise ModelError(
-            f"model.folder = {str(folder)!r}: no such folder. Give one with config.json, model.safetensors and tokenizer.json."
-        )
+        raise ModelError(f"model.folder = {str(folder)!r}: no such folder. Give one with {_FILES}.")
     try:
-        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: missing or no JSON ({error}). Take it from where the weights are from.") from None
+        raise ModelError(f"{path}: missing or no JSON ({error}). Give a folder with {_FILES}.") from None
     if not isinstance(table, dict):
-        raise ModelError(f"{folder / 'config.json'}: holds a {type(table).__name__}, allowed is an object.")
+        raise ModelError(f"{path}: holds a {type(table).__name__}, allowed is an object. Fetch it again.")
     return table
 
 
@@ -198,10 +196,11 @@ def _check_table(folder: Path, table: dict[str, Any]) -> None:
             faults.append(f"{field.name} = {table.get(field.name)!r}: allowed is a whole number from 1")
     if not faults and table["hidden_size"] % table["num_attention_heads"]:
         faults.append(f"hidden_size = {table['hidden_size']}: no multiple of num_attention_heads")
-    if table.get("hidden_act", "gelu") not in _ACTIVATIONS:
+    if table.get("hidden_act", "gelu") not in list(_ACTIVATIONS):  # a list: what is given may not be hashable
         faults.append(f"hidden_act = {table['hidden_act']!r}: allowed are {', '.join(_ACTIVATIONS)}")
-    if table.get("position_embedding_type", "absolute") != "absolute":
-        faults.append(f"position_embedding_type = {table['position_embedding_type']!r}: allowed is 'absolute'")
+    positions = table.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        faults.append(f"position_embedding_type = {positions!r}: allowed is 'absolute'")
     if not isinstance(table.get("layer_norm_eps", 0.0), float):
         faults.append(f"layer_norm_eps = {table['layer_norm_eps']!r}: allowed is a number with a point")
     if table.get("is_decoder", False):
@@ -212,15 +211,17 @@ def _check_table(folder: Path, table: dict[str, Any]) -> None:
 
 def _weights_path(folder: Path) -> Path:
     path = folder / "model.safetensors"
-    if path.is_file():
-        return path
-    pickles = sorted(found.name for found in folder.iterdir() if found.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
+    pickles = [found.name for found in folder.iterdir() if found.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if not path.is_file() and pickles:
         raise ModelError(
-            f"{folder}: weights only as pickle ({', '.join(pickles)}), which can run code when it is opened and is never "
-            f"read. Convert them to model.safetensors (transformers: model.save_pretrained(folder, safe_serialization=True))."
+            f"{folder}: weights only as pickle ({', '.join(sorted(pickles))}), which can run code when it is opened "
+            f"and is never read. Convert them to model.safetensors: in transformers, "
+            f"model.save_pretrained(folder, safe_serialization=True)."
         )
-    raise ModelError(f"{folder}: has no model.safetensors. Give a folder with config.json, model.safetensors and tokenizer.json.")
+    for needed in (path, folder / "tokenizer.json"):
+        if not needed.is_file():
+            raise ModelError(f"{folder}: has no {needed.name}. Give a folder with {_FILES}.")
+    return path
 
 
 def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -237,15 +238,15 @@ def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_tensor(path: Path, name: str, wanted: Tensor, found: Any) -> None:
+    remedy = "Take config.json and the weights from one model."
     if found is None:
-        raise ModelError(f"{path}: lacks tensor {name!r}, which config.json asks for. Take both files from one model.")
-    if found.get_shape() != list(wanted.shape):
-        raise ModelError(
-            f"{path}: tensor {name!r} has shape {found.get_shape()}, config.json asks for {list(wanted.shape)}. "
-            f"Take both files from one model."
-        )
-    if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise ModelError(f"{path}: tensor {name!r} is {found.get_dtype()}; allowed are F32, F16, BF16 and F64. Convert it.")
+        raise ModelError(f"{path}: lacks tensor {name!r}, which config.json asks for. {remedy}")
+    given, asked = found.get_shape(), list(wanted.shape)
+    if given != asked:
+        raise ModelError(f"{path}: tensor {name!r} has shape {given}, config.json asks for {asked}. {remedy}")
+    kind = found.get_dtype()
+    if kind not in ("F64", "F32", "F16", "BF16"):
+        raise ModelError(f"{path}: tensor {name!r} is {kind}; allowed are F32, F16, BF16 and F64. Convert it.")
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,7 @@
 """A transformer encoder that is trained from scratch.
 
-Owns its blocks, its initial weights and its head. Blocks are pre-norm, positions are learned, and the head sees the mean
-of the tokens. Nothing but parameters outlives a call.
+Owns its blocks, its initial weights and its head. Blocks are pre-norm, positions are learned, and the head
+sees the mean of the tokens. Nothing but parameters outlives a call.
 
 Shapes: n samples, t tokens, w = width.
 """
@@ -30,18 +30,26 @@ class TransformerClassifier(nn.Module):
     """
 
     def __init__(
-        self, model: Transformer, classes: int, vocabulary_size: int, padding: int, max_tokens: int, recompute: bool
+        self,
+        model: Transformer,
+        *,
+        classes: int,
+        vocabulary_size: int,
+        padding: int,
+        max_tokens: int,
+        recompute: bool,
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.tokens = nn.Embedding(vocabulary_size, model.width, padding_idx=padding)
         self.positions = nn.Embedding(max_tokens, model.width)
         self.dropout = nn.Dropout(model.dropout)
-        self.blocks = nn.ModuleList(_Block(model) for _ in range(model.layers))
+        blocks = [_Block(model) for _ in range(model.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(model.width)
         self.classifier = nn.Linear(model.width, classes)
         self.apply(_initialize)
-        for block in self.blocks:  # so that the sum over the residual branches starts at one layer's size (GPT-2)
+        for block in blocks:  # so that the sum of the residual branches starts no larger with more blocks (GPT-2)
             for last in (block.mix, block.contract):
                 nn.init.normal_(last.weight, std=_INITIAL_STD / (2 * model.layers) ** 0.5)
 
