@@ -95,7 +95,7 @@ def train(
         UserError: what was given cannot be used (RecipeError, DataError, …).
         DivergedError, WorkerError, Interrupted: see unisono.errors.
     """
-    recipe = _recipe(what, name, overrides, settings)
+    recipe = resolve(what, name, overrides, settings)
     frames = {split: frame for split, frame in (("train", data), ("validation", validation), ("test", test)) if frame is not None}
     if isinstance(what, Task):
         if data is None:
@@ -143,7 +143,8 @@ def run_job(job: Job, open_material: OpenMaterial, *, workers: str | int, quiet:
     run_everywhere(act, workers=workers, microbatches=train.microbatches, threads=train.threads, device=train.device)
 
 
-def _recipe(what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Recipe:
+def resolve(what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Recipe:
+    """The recipe that the arguments of `train` describe."""
     tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint")}
     train = {key: value for key, value in settings.items() if key not in tables}
     if isinstance(what, Task):

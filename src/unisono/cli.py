@@ -94,10 +94,10 @@ def verify(
     set_: Set = None,
 ) -> None:
     """Train under each number of workers and compare every bit; exit code 1 names the first that differs."""
-    counts = [check_count(count, auto=False) for count in workers.split(",")]
+    counts = [int(check_count(count, auto=False)) for count in workers.split(",")]
     from unisono import verification
 
-    if not verification.verify(recipe, counts, steps=steps, overrides=tuple(set_ or ())):
+    if not verification.verify(recipe, workers=counts, steps=steps, overrides=tuple(set_ or ())):
         raise typer.Exit(1)
 
 

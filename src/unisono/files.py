@@ -54,16 +54,28 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file's path beside `path`; on success fsync it and rename it there; else remove it.
+
+    Raises:
+        RunFolderError: the disk is full, or the place cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         _sync(temporary)
         temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -54,11 +54,12 @@ class Encode(Section):
     max_tokens: int = Field(256, ge=2, description="longer texts are cut; for ngrams the limit is on words")
     lowercase: bool = Field(True, description="ngrams, wordpiece, bpe: fold case (and accents, for wordpiece)")
     ngrams: int = Field(2, ge=1, le=5, description="ngrams: longest run of words that is one feature")
-    buckets: int = Field(262_144, ge=16, description="ngrams: number of hash buckets")
+    prefix: int = Field(0, ge=0, le=32, description="ngrams: first letters of a word that are a feature as well; 0: none")
+    buckets: int = Field(131_072, ge=16, description="ngrams: number of hash buckets")
 
 
 class Bag(Section):
-    """A bag of hashed word n-grams: one embedding per bucket, summed; then a linear or a hidden layer."""
+    """A bag of hashed word n-grams: per bucket an embedding and its importance, summed; then a linear or a hidden layer."""
 
     kind: Literal["bag"] = "bag"
     width: int = Field(32, ge=1, description="numbers per embedding")

@@ -165,8 +165,10 @@ def test_same_seed_same_bits(model: Model) -> None:
 @pytest.mark.parametrize("model", [Bag(width=4), Bag(width=4, hidden=6)])
 def test_a_bag_is_a_scaled_sum_in_any_order_and_company(model: Bag) -> None:
     module = build(task(model)).eval()
+    nn.init.normal_(module.importance.weight)
     logits = module(ragged()["ids"], ragged()["offsets"])
-    summed = module.embedding.weight[torch.tensor([4, 9, 9])].sum(0) / 3**0.5
+    first = torch.tensor([4, 9, 9])
+    summed = (module.embedding(first) * torch.exp(3 * module.importance(first))).sum(0) / 3**0.6
     torch.testing.assert_close(logits[0], module.head(summed))
     torch.testing.assert_close(logits[:1], module(torch.tensor([9, 4, 9]), torch.tensor([0])))
     torch.testing.assert_close(logits[2:], module(ragged()["ids"][4:], torch.tensor([0])))

@@ -151,10 +151,10 @@ def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
     folder = write(tmp_path / "d").folder
     whole = (folder / "train.arrow").read_bytes()
     (folder / "train.arrow").write_bytes(whole[:-1])
-    with pytest.raises(DamagedError, match="train.arrow' is truncated"):
+    with pytest.raises(DamagedError, match=r"train\.arrow' is truncated"):
         open_dataset(folder)
     (folder / "train.arrow").unlink()
-    with pytest.raises(DamagedError, match="train.arrow' is missing"):
+    with pytest.raises(DamagedError, match=r"train\.arrow' is missing"):
         open_dataset(folder)
     (folder / "train.arrow").write_bytes(whole)
     open_dataset(folder)
@@ -213,10 +213,14 @@ def test_the_lock_admits_one(tmp_path: Path) -> None:
     for _ in range(4):
         child = os.fork()
         if child == 0:
-            for _ in range(25):
-                with store._alone(tmp_path / "lock"):
-                    counter.write_text(str(int(counter.read_text()) + 1))
-            os._exit(0)
+            status = 1
+            try:
+                for _ in range(25):
+                    with store._alone(tmp_path / "lock"):
+                        counter.write_text(str(int(counter.read_text()) + 1))
+                status = 0
+            finally:
+                os._exit(status)
         children.append(child)
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     assert counter.read_text() == "100"

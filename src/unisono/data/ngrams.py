@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from unisono.errors import DataError
+from unisono.errors import DataError, ModelError
 
 KIND = "ngrams"
 
@@ -45,29 +45,28 @@ class NGrams:
         order: longest run of words that is one feature; runs of 1, 2, … order words all are features.
         buckets: how many features there are; bucket 0 is that of a text without words.
         lowercase: whether `The` and `the` are one word.
+        prefix: first letters of a word that are a feature as well, so that `vote` and `voted` share one; 0: none.
     """
 
     padded = False
     padding = _EMPTY
 
-    def __init__(self, *, words: int, order: int, buckets: int, lowercase: bool) -> None:
-        if words < 1 or order < 1 or not 2 <= buckets < 2**31:
+    def __init__(self, *, words: int, order: int, buckets: int, lowercase: bool, prefix: int = 0) -> None:
+        if words < 1 or order < 1 or prefix < 0 or not 2 <= buckets < 2**31:
             raise DataError(
-                f"n-grams of words={words}, order={order}, buckets={buckets}: allowed are words and order from 1, "
-                f"and buckets from 2 to 2147483647. Change encode.max_tokens, encode.ngrams or encode.buckets."
+                f"n-grams of words={words}, order={order}, prefix={prefix}, buckets={buckets}: allowed are words and "
+                f"order from 1, prefix from 0, and buckets from 2 to 2147483647. Change the recipe's [encode]."
             )
         self.words = words
         self.order = order
         self.vocabulary_size = buckets
         self.lowercase = lowercase
+        self.prefix = prefix
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return one int32 [features] array per text, never empty: its words' buckets, then those of its pairs, …
-
-        A feature stands as often as it occurs.
-        """
+        """Return one int32 [features] array per text, never empty: its distinct buckets, ascending."""
         hashes = _WordHashes()
-        return [self._buckets(hashes.of(self._split(text))) for text in texts]
+        return [self._buckets(self._split(text), hashes) for text in texts]
 
     def save(self, folder: Path) -> None:
         """Write `encoder.json`, whose fields `NGrams.load` takes."""
@@ -77,6 +76,7 @@ class NGrams:
             "order": self.order,
             "buckets": self.vocabulary_size,
             "lowercase": self.lowercase,
+            "prefix": self.prefix,
         }
         (folder / "encoder.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -85,12 +85,12 @@ class NGrams:
         """Make the encoder that `save` described.
 
         Raises:
-            DataError: a field is missing or of another kind of encoder.
+            ModelError: a field is missing, or they are of another kind of encoder.
         """
-        names = {"words": int, "order": int, "buckets": int, "lowercase": bool}
+        names = {"words": int, "order": int, "buckets": int, "lowercase": bool, "prefix": int}
         wrong = [name for name, kind in names.items() if type(fields.get(name)) is not kind]
         if fields.get("kind") != KIND or wrong:
-            raise DataError(
+            raise ModelError(
                 f"encoder.json: kind {fields.get('kind')!r}, unusable fields {wrong}; allowed is kind {KIND!r} with "
                 f"{', '.join(names)}. Prepare the data again, or take the file from where it was written."
             )
@@ -99,15 +99,17 @@ class NGrams:
     def _split(self, text: str) -> list[str]:
         return _WORD.findall(text.lower() if self.lowercase else text)[: self.words]
 
-    def _buckets(self, words: np.ndarray) -> np.ndarray:
-        """Buckets of all runs of up to `order` words, int32; `words` is uint64 [words]."""
-        if not len(words):
+    def _buckets(self, words: list[str], hashes: _WordHashes) -> np.ndarray:
+        if not words:
             return np.array([_EMPTY], np.int32)
-        runs, found = words, [words]
+        single = runs = hashes.of(words)
+        found = [single]
         for length in range(2, min(self.order, len(words)) + 1):
-            runs = _mix(runs[:-1] * _PRIME + words[length - 1 :])
+            runs = _mix(runs[:-1] * _PRIME + single[length - 1 :])
             found.append(runs)
-        return (np.concatenate(found) % np.uint64(self.vocabulary_size - 1)).astype(np.int32) + np.int32(1)
+        if self.prefix:  # no word holds a `<`
+            found.append(hashes.of([f"<{word[: self.prefix]}" for word in words]))
+        return np.unique(np.concatenate(found) % np.uint64(self.vocabulary_size - 1)).astype(np.int32) + np.int32(1)
 
 
 class _WordHashes(dict[str, int]):
@@ -123,7 +125,7 @@ class _WordHashes(dict[str, int]):
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (the finaliser of SplitMix64; Steele, Lea and Flood, 2014); uint64 in and out."""
+    """Spread every bit over all 64; uint64 in and out. SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
     numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
     return numbers ^ (numbers >> np.uint64(31))

@@ -6,32 +6,38 @@ Owns its scaling and initial weights. Knows nothing of how a text becomes bucket
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unisono.recipe import Bag
 
-_INITIAL_STD = 0.1
+_INITIAL_STD = 0.03
+_SPEED = 3.0  # of learning importances, in the exponent; 10 was worse on news, 1 hardly did anything
+_LENGTH_POWER = 0.6  # between the plain sum (0) and the mean (1); on news 0.5 to 0.7 were alike, and both ends worse
 
 
 class BagClassifier(nn.Module):
-    """Ragged rows of buckets to logits; fastText (Joulin et al., 2016) with another scaling.
+    """Ragged rows of buckets to logits: fastText (Joulin et al., 2016) with a learned importance per bucket.
 
-    A sample's embeddings are added and divided by the square root of their number, not by the number itself: so the sum
-    keeps its size whatever the length, while what sets a long text apart still counts for more than in a short one.
+    An importance is one factor on the whole embedding. It plays the part of TF-IDF's idf, but is learned from the
+    classes: what tells nothing becomes quiet in all of its numbers at once.
     """
 
     def __init__(self, model: Bag, classes: int, buckets: int) -> None:
         super().__init__()
         # Dense gradients: the engine adds flat ones, in which a sparse row has no fixed place.
-        self.embedding = nn.EmbeddingBag(buckets, model.width, mode="sum", sparse=False)
+        self.embedding = nn.Embedding(buckets, model.width)
+        self.importance = nn.Embedding(buckets, 1)
         nn.init.normal_(self.embedding.weight, std=_INITIAL_STD)
+        nn.init.zeros_(self.importance.weight)
         self.head = nn.Sequential(nn.Dropout(model.dropout))
         if model.hidden:
             self.head.extend([nn.Linear(model.width, model.hidden), nn.ReLU(), nn.Dropout(model.dropout)])
         self.head.append(nn.Linear(model.hidden or model.width, classes))
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return logits [n, classes]; int64 ids [features], of which sample i has those from offsets[i] (int64 [n])."""
-        end = torch.full_like(offsets[:1], len(ids))
-        features = torch.diff(offsets, append=end).unsqueeze(-1)
-        return self.head(self.embedding(ids, offsets) / features.sqrt())
+        """Return logits [n, classes] for int64 ids [features]; sample i has those from offsets[i], int64 [n]."""
+        factors = torch.exp(_SPEED * self.importance(ids)).squeeze(-1)
+        added = F.embedding_bag(ids, self.embedding.weight, offsets, mode="sum", per_sample_weights=factors)
+        features = torch.diff(offsets, append=torch.full_like(offsets[:1], len(ids))).unsqueeze(-1)
+        return self.head(added / features.to(added.dtype) ** _LENGTH_POWER)

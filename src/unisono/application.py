@@ -1,0 +1,228 @@
+"""A trained text classifier at work: loaded, evaluated, predicting.
+
+Owns what a finished model folder is read as, and the files and tables that come out. Work is shared out by `evaluation.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unisono import recipe as recipes
+from unisono.data.encode import load_encoder
+from unisono.data.read import Texts, read_texts
+from unisono.data.samples import EncodedSamples, encode_samples
+from unisono.data.store import open_dataset
+from unisono.errors import DataError, ModelError
+from unisono.evaluation import measure_all
+from unisono.exchange.protocol import Exchange
+from unisono.exchange.solo import Solo
+from unisono.files import load_tensors, whole_file
+from unisono.folder import model_folder
+from unisono.launch import run_everywhere
+from unisono.launch.seat import Seat
+from unisono.launch.worker import Stop
+from unisono.models.text.classification import TextClassification
+from unisono.recipe import Recipe
+from unisono.scores import confusion, per_class, summarise
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from unisono.data.encoder import Encoder
+
+WORKERS_AT_MOST = 65_536
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+    """A trained text classifier. `predict(texts)` is all that most will need."""
+
+    module: nn.Module
+    task: TextClassification
+    encoder: Encoder
+    labels: tuple[str, ...]
+    recipe: Recipe
+    dataset: str
+    """SHA-256 of the dataset that it was trained on."""
+
+    def probabilities(self, texts: Sequence[str], exchange: Exchange | None = None, device: torch.device | None = None) -> np.ndarray:
+        """float64 [texts, classes]: how likely each class is for each text, the same bits on any number of workers."""
+        if not len(texts):
+            return np.zeros((0, len(self.labels)))
+        source = encode_samples(self.encoder, texts)
+        results = self._measure(source, lambda module, microbatch: {"p": self.task.probabilities(module, microbatch)}, exchange, device)
+        return results["p"]
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most likely class of each text."""
+        return [self.labels[number] for number in self.probabilities(texts).argmax(1)]
+
+    def measure(self, source: EncodedSamples, exchange: Exchange, device: torch.device) -> dict[str, np.ndarray]:
+        """Per-sample results on labelled samples."""
+        return self._measure(source, self.task.measure, exchange, device)
+
+    def _measure(self, source: Any, measure: Any, exchange: Exchange | None, device: torch.device | None) -> dict[str, np.ndarray]:
+        device = device or torch.device("cpu")
+        return measure_all(
+            self.module.to(device), measure, source, exchange or Solo(), device=device, precision=self.recipe.train.precision,
+            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch, seed=self.recipe.train.seed,
+        )  # fmt: skip
+
+
+def load(run: str | Path) -> Classifier:
+    """Load the text classifier of a finished run.
+
+    Raises:
+        RunFolderError: the run has no finished model.
+        ModelError: the model is not one of a text recipe.
+        DamagedError: a file is not readable.
+    """
+    folder = model_folder(run)
+    path = folder / "unisono.json"
+    if not path.is_file():
+        raise ModelError(f"{str(folder)!r} holds no text classifier (no unisono.json). For a task of your own, see Trained.module().")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    recipe = recipes.check(facts["recipe"])
+    encoder = load_encoder(folder)
+    if recipe.model.kind == "pretrained":  # its configuration lies beside the weights, wherever the original has gone
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"folder": str(folder)})})
+    task = TextClassification(
+        model=recipe.model, classes=len(facts["labels"]), vocabulary_size=encoder.vocabulary_size, padding=encoder.padding,
+        max_tokens=recipe.encode.max_tokens,
+    )  # fmt: skip
+    module = task.build()
+    module.load_state_dict(load_tensors(folder / "model.safetensors"))
+    return Classifier(
+        module=module.eval(), task=task, encoder=encoder, labels=tuple(facts["labels"]), recipe=recipe, dataset=facts["dataset"]
+    )
+
+
+def evaluate(run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Score a run's model on labelled data (a file or a frame), or on the run's own test samples; print and return the scores.
+
+    Every sample is visited exactly once, whatever the number of workers, and the figures are the same bits.
+
+    Raises:
+        DataError: the data cannot be used, or the run has no test samples of its own.
+    """
+    classifier = load(run)
+
+    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        source, left_out = _labelled(classifier, Path(run), data)
+        results = classifier.measure(source, exchange, device)
+        if seat.rank == 0:
+            report.write_text(json.dumps(_report(classifier, results, left_out)), encoding="utf-8")
+
+    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+        report = Path(scratch) / "report.json"
+        train = classifier.recipe.train
+        if not run_everywhere(act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device):
+            return {}
+        found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    if not quiet:
+        print(json.dumps(found) if as_json else "\n".join(_tables(found)), flush=True)
+    return found
+
+
+def predict(run: str | Path, source: str | Path, target: str | Path, *, workers: str | int = "auto") -> int:
+    """Write `target`: the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row has none).
+
+    Rows stay in order and none is dropped. The format goes by the name: .csv, .tsv, .jsonl or .parquet. Returns the number of rows.
+
+    Raises:
+        DataError: the source cannot be read, or the target's format is unknown.
+    """
+    from unisono.data.write import check_target, write_table
+
+    classifier, target = load(run), Path(target)
+    check_target(target)
+    texts = read_texts(source, classifier.recipe.data.model_copy(update={"format": "auto"}))
+
+    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        usable = texts.usable
+        found = classifier.probabilities([texts.texts[row] for row in usable], exchange, device)
+        if seat.rank == 0:
+            with whole_file(target) as part:
+                write_table(_predictions(classifier, texts, usable, found), part, target.suffix)
+
+    train = classifier.recipe.train
+    if run_everywhere(act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device):
+        unusable = len(texts.texts) - len(texts.usable)
+        print(f"{len(texts.texts):,} rows written to {target}" + (f", {unusable} of them without a prediction (see column unusable)" if unusable else ""))
+    return len(texts.texts)
+
+
+def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedSamples, dict[str, int]]:
+    """The samples to evaluate, and how many rows were left out for which reason."""
+    if data is None:
+        folder = Path(classifier.recipe.data.store)
+        dataset = next((open_dataset(path.parent) for path in folder.glob("*/manifest.json") if classifier.dataset in path.read_text()), None)
+        source = dataset.split("test") if dataset else None
+        if source is None:
+            raise DataError(f"{str(run)!r} has no test samples of its own in {str(folder)!r}. Name a labelled file: unisono evaluate RUN DATA.")
+        return source, {}
+    settings = classifier.recipe.data.model_copy(update={"format": "auto"})
+    texts = read_texts(data, settings)
+    if texts.labels is None:
+        raise DataError(f"the data has no column {settings.label!r} of classes, without which it cannot be scored. Use predict, or name the column so.")
+    numbers = {label: number for number, label in enumerate(classifier.labels)}
+    left_out: dict[str, int] = {}
+    kept: list[int] = []
+    for row, (label, fault) in enumerate(zip(texts.labels, texts.faults, strict=True)):
+        reason = fault or ("label missing" if label is None else "" if label in numbers else "unknown label")
+        if reason:
+            left_out[reason] = left_out.get(reason, 0) + 1
+        else:
+            kept.append(row)
+    if not kept:
+        raise DataError(f"no row can be scored: {left_out}. The model's classes are {', '.join(classifier.labels)}.")
+    return encode_samples(classifier.encoder, [texts.texts[row] for row in kept], [numbers[str(texts.labels[row])] for row in kept]), left_out
+
+
+def _report(classifier: Classifier, results: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> dict[str, Any]:
+    table = confusion(results["label"], results["predicted"], len(classifier.labels))
+    classes = [dataclasses.asdict(scores) for scores in per_class(table, classifier.labels)]
+    return {**summarise(results), "left_out": dict(left_out), "classes": classes, "confusion": table.tolist()}
+
+
+def _tables(found: Mapping[str, Any]) -> list[str]:
+    """The scores as text: a summary, a line per class, the confusion matrix."""
+    lines = [f"samples {found['samples']:,}  loss {found['loss']:.4f}  accuracy {found['accuracy']:.2%}  macro-F1 {found['macro_f1']:.4f}"]
+    lines += [f"left out: {number} rows, {reason}" for reason, number in found["left_out"].items()]
+    width = max(len(scores["label"]) for scores in found["classes"])
+    lines += ["", f"{'class':<{width + 4}}  precision  recall      F1  samples"]
+    for number, scores in enumerate(found["classes"]):
+        lines.append(f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  {scores['f1']:.4f}  {scores['samples']:>7,}")
+    digits = max(3, *(len(str(cell)) for row in found["confusion"] for cell in row))
+    lines += ["", "confusion: rows are the true classes, columns the predicted ones", "    " + "".join(f"{n:>{digits + 1}}" for n in range(len(found["classes"])))]
+    lines += [f"{number:>2}  " + "".join(f"{cell:>{digits + 1}}" for cell in row) for number, row in enumerate(found["confusion"])]
+    return lines
+
+
+def _predictions(classifier: Classifier, texts: Texts, usable: np.ndarray, found: np.ndarray) -> pa.Table:
+    import pyarrow as pa
+
+    table = texts.table
+    rows = len(texts.texts)
+    predicted: list[str | None] = [None] * rows
+    probabilities = np.full((rows, len(classifier.labels)), np.nan)
+    for row, values in zip(usable, found, strict=True):
+        predicted[row], probabilities[row] = classifier.labels[int(values.argmax())], values
+    new = {"predicted": pa.array(predicted, pa.string())}
+    for number, label in enumerate(classifier.labels):
+        new[f"probability of {label}"] = pa.array(probabilities[:, number], from_pandas=True)
+    new["unusable"] = pa.array([fault or None for fault in texts.faults], pa.string())
+    for name, column in new.items():
+        place = table.column_names.index(name) if name in table.column_names else None
+        table = table.append_column(name, column) if place is None else table.set_column(place, name, column)
+    return table
+

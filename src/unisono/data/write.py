@@ -1,0 +1,43 @@
+"""Tables out: CSV, TSV, JSONL, Parquet, by the file's name."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from unisono.errors import DataError
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def check_target(path: Path) -> None:
+    """Raise DataError unless a table can be written there."""
+    if path.suffix not in FORMATS:
+        raise DataError(f"{str(path)!r}: cannot tell the format to write. Allowed are names that end in {', '.join(FORMATS)}.")
+    if not path.resolve().parent.is_dir():
+        raise DataError(f"{str(path)!r}: there is no folder {str(path.resolve().parent)!r}. Make it first.")
+
+
+def write_table(table: pa.Table, path: Path, suffix: str) -> None:
+    """Write a table in the format of `suffix`, one of FORMATS. Numbers are written so that they read back to the same bits."""
+    if suffix == ".parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(table, path)
+        return
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if suffix == ".jsonl":
+            for row in table.to_pylist():
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return
+        plain = suffix == ".csv"
+        writer = csv.writer(file) if plain else None
+        for row in [table.column_names, *(list(row.values()) for row in table.to_pylist())]:
+            cells = ["" if cell is None else str(cell) for cell in row]
+            if writer:
+                writer.writerow(cells)
+            else:  # a TSV has no quoting: what would break a row becomes a space
+                file.write("\t".join(cell.replace("\t", " ").replace("\n", " ").replace("\r", " ") for cell in cells) + "\n")
