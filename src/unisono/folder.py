@@ -20,7 +20,7 @@ def new_folder(name: str, given: str | Path | None) -> Path:
         path = Path(given)
         if path.exists():
             raise RunFolderError(
-                f"--run {str(path)!r} exists. Give another folder, go on with what is there (--resume), or remove it (rm -r {path})."
+                f"--run-folder {str(path)!r} exists. Give another folder, go on with what is there (--resume), or remove it (rm -r {path})."
             )
         return path
     return RUNS / f"{name}-{_newest_number(name) + 1:03d}"
@@ -29,10 +29,10 @@ def new_folder(name: str, given: str | Path | None) -> Path:
 def old_folder(name: str, given: str | Path | None) -> Path:
     """The folder of a run to resume: the given one, or the newest `runs/NAME-…`."""
     if given is None and not _newest_number(name):
-        raise RunFolderError(f"--resume: there is no run folder runs/{name}-…. Name one with --run, or start without --resume.")
+        raise RunFolderError(f"--resume: there is no run folder runs/{name}-…. Name one with --run-folder, or start without --resume.")
     path = Path(given) if given is not None else RUNS / f"{name}-{_newest_number(name):03d}"
     if not (path / "checkpoints").is_dir():
-        raise RunFolderError(f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run, or start without --resume.")
+        raise RunFolderError(f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder, or start without --resume.")
     return path
 
 

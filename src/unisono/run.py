@@ -118,7 +118,7 @@ def execute(
     if interrupted:
         raise Interrupted(
             f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same command and "
-            f"`--run {job.folder} --resume`, on any number of workers."
+            f"`--run-folder {job.folder} --resume`, on any number of workers."
         )
     _finish(run)
 

@@ -1,4 +1,4 @@
-"""The text models: losses by their formulas, padding and company that change nothing, folders that can be used or not."""
+"""The text models: losses by their formulas, padding that changes nothing, folders that are usable or not."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def weights() -> dict[str, Tensor]:
     for name in norms:
         shapes |= {f"{name}.weight": (32,), f"{name}.bias": (32,)}
     made = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name: tensor + 1 if name.endswith("LayerNorm.weight") else tensor for name, tensor in made.items()}
+    return {
+        name: tensor + 1 if name.endswith("LayerNorm.weight") else tensor for name, tensor in made.items()
+    }
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def gradient(one: TextClassification, module: nn.Module, microbatch: dict[str, T
 SMALL = Transformer(layers=2, width=32, heads=4, feedforward=48, dropout=0.2)
 
 
-# ── the task ──────────────────────────────────────────────────────────────────────────────────────────────────
+# the task
 
 
 def test_loss_is_a_sum_with_smoothing_and_a_weight_per_sample() -> None:
@@ -120,7 +122,10 @@ def test_loss_is_a_sum_with_smoothing_and_a_weight_per_sample() -> None:
 
 
 def test_measure_is_neither_smoothed_nor_weighted() -> None:
-    plain, treated = task(Bag(width=4)), task(Bag(width=4), label_smoothing=0.3, class_weights=(9.0, 9.0, 9.0))
+    plain, treated = (
+        task(Bag(width=4)),
+        task(Bag(width=4), label_smoothing=0.3, class_weights=(9.0, 9.0, 9.0)),
+    )
     module = build(plain).eval()
     measured = treated.measure(module, ragged())
     assert torch.equal(measured["label"], ragged()["label"])
@@ -156,10 +161,12 @@ def test_same_seed_same_bits(model: Model) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     before, after = gradient(one, first, microbatch), gradient(one, second, microbatch)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), build(one, 1).parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(first.parameters(), build(one, 1).parameters(), strict=True)
+    )
 
 
-# ── the bag ───────────────────────────────────────────────────────────────────────────────────────────────────
+# the bag
 
 
 @pytest.mark.parametrize("model", [Bag(width=4), Bag(width=4, hidden=6)])
@@ -180,7 +187,7 @@ def test_a_bag_has_dense_float32_gradients() -> None:
     assert all(g.layout == torch.strided and g.dtype == torch.float32 for g in grads.values())
 
 
-# ── encoders ──────────────────────────────────────────────────────────────────────────────────────────────────
+# encoders
 
 
 @pytest.fixture(params=["transformer", "mean", "cls"])
@@ -196,7 +203,9 @@ def test_padding_and_company_change_nothing(encoder: Model) -> None:
     together = module(microbatch["ids"], microbatch["mask"])
     for number, length in enumerate((7, 3, 12)):
         alone = microbatch["ids"][number : number + 1, :length]
-        torch.testing.assert_close(together[number], module(alone, torch.ones_like(alone, dtype=torch.bool))[0])
+        torch.testing.assert_close(
+            together[number], module(alone, torch.ones_like(alone, dtype=torch.bool))[0]
+        )
     junk = torch.where(microbatch["mask"], microbatch["ids"], 49)
     torch.testing.assert_close(together, module(junk, microbatch["mask"]))
 
@@ -222,14 +231,16 @@ def test_dropout_acts_in_training_alone(encoder: Model) -> None:
     assert torch.equal(*[module(padded()["ids"], padded()["mask"]) for _ in range(2)])
 
 
-# ── pretrained folders ────────────────────────────────────────────────────────────────────────────────────────
+# pretrained folders
 
 
 def test_weights_are_read_and_copied_into_aligned_memory(folder: Path) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + size].rstrip() + b" "  # a header of an odd length: every tensor lies at an odd address
+    header = (
+        content[8 : 8 + size].rstrip() + b" "
+    )  # a header of an odd length: every tensor lies at an odd address
     header += b" " * (1 - len(header) % 2)
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
     assert any(t.data_ptr() % 64 for t in load_file(path).values()) or len(header) % 2
@@ -250,7 +261,9 @@ def rename(change: Callable[[str], str]) -> dict[str, Tensor]:
     "change",
     [
         lambda name: "bert." + name,
-        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ),
     ],
 )
 def test_other_spellings_of_the_names_are_read(folder: Path, change: Callable[[str], str]) -> None:
@@ -356,6 +369,8 @@ def test_a_written_folder_opens_in_transformers_with_equal_outputs(
     microbatch = padded()
     with torch.no_grad():
         ours = module.bert(microbatch["ids"], microbatch["mask"])
-        expected = theirs.eval()(microbatch["ids"], attention_mask=microbatch["mask"].long()).last_hidden_state
+        expected = theirs.eval()(
+            microbatch["ids"], attention_mask=microbatch["mask"].long()
+        ).last_hidden_state
     chosen = microbatch["mask"]
     torch.testing.assert_close(ours[chosen], expected[chosen], atol=1e-5, rtol=0)

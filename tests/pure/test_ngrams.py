@@ -33,19 +33,25 @@ def test_buckets_are_these_for_ever() -> None:
 
 
 def test_another_process_with_another_hash_seed_agrees() -> None:
-    code = (  # two words per run, in two processes
+    code = (
         "from unisono.data.ngrams import NGrams\n"
         "print(NGrams(words=9, order=3, buckets=999, lowercase=True).encode(['a b c d', 'ü 中文'])[0:2])"
     )
     seen = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        seen.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
+        seen.add(
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+            ).stdout
+        )
     assert len(seen) == 1
 
 
 @given(st.lists(st.text(), max_size=5), st.integers(1, 5), st.integers(2, 5000), st.integers(1, 9))
-def test_rows_are_never_empty_and_within_bounds(texts: list[str], order: int, buckets: int, words: int) -> None:
+def test_rows_are_never_empty_and_within_bounds(
+    texts: list[str], order: int, buckets: int, words: int
+) -> None:
     rows = ngrams(words, order, buckets).encode(texts)
     assert len(rows) == len(texts)
     for found in rows:
@@ -94,7 +100,9 @@ def test_prefixes_join_the_forms_of_a_word() -> None:
     one, other = row("vote", prefix=4), row("voted", prefix=4)
     assert len(one) == len(other) == 2 and len(set(one) & set(other)) == 1
     assert not set(row("vote")) & set(row("voted"))
-    assert set(row("vote", prefix=4)) - set(row("vote"))  # a word and the same letters as prefix are two features
+    assert set(row("vote", prefix=4)) - set(
+        row("vote")
+    )  # a word and the same letters as prefix are two features
 
 
 def test_lowercase() -> None:
@@ -121,9 +129,17 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"kind": "wordpiece"}, {"words": "7"}, {"lowercase": 1}, {"order": 0}, {"buckets": 1}, {"prefix": -1}]
+    "change",
+    [{"kind": "wordpiece"}, {"words": "7"}, {"lowercase": 1}, {"order": 0}, {"buckets": 1}, {"prefix": -1}],
 )
 def test_wrong_fields_are_refused(change: dict[str, object]) -> None:
-    fields = {"kind": "ngrams", "words": 7, "order": 2, "buckets": 321, "lowercase": True, "prefix": 0} | change
+    fields = {
+        "kind": "ngrams",
+        "words": 7,
+        "order": 2,
+        "buckets": 321,
+        "lowercase": True,
+        "prefix": 0,
+    } | change
     with pytest.raises(UserError, match="allowed"):
         NGrams.load(fields)

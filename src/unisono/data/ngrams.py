@@ -45,7 +45,7 @@ class NGrams:
         order: longest run of words that is one feature; runs of 1, 2, … order words all are features.
         buckets: how many features there are; bucket 0 is that of a text without words.
         lowercase: whether `The` and `the` are one word.
-        prefix: first letters of a word that are a feature as well, so that `vote` and `voted` share one; 0: none.
+        prefix: first letters of a word that are a feature as well: `vote` and `voted` share one; 0: none.
     """
 
     padded = False
@@ -54,8 +54,8 @@ class NGrams:
     def __init__(self, *, words: int, order: int, buckets: int, lowercase: bool, prefix: int = 0) -> None:
         if words < 1 or order < 1 or prefix < 0 or not 2 <= buckets < 2**31:
             raise DataError(
-                f"n-grams of words={words}, order={order}, prefix={prefix}, buckets={buckets}: allowed are words and "
-                f"order from 1, prefix from 0, and buckets from 2 to 2147483647. Change the recipe's [encode]."
+                f"n-grams of words={words}, order={order}, prefix={prefix}, buckets={buckets}: allowed are "
+                f"words and order from 1, prefix from 0, buckets from 2 to 2147483647. See [encode]."
             )
         self.words = words
         self.order = order
@@ -65,8 +65,8 @@ class NGrams:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [features] array per text, never empty: its distinct buckets, ascending."""
-        hashes = _WordHashes()
-        return [self._buckets(self._split(text), hashes) for text in texts]
+        words, prefixes = _Hashes(), _Hashes(self.prefix)
+        return [self._buckets(self._split(text), words, prefixes) for text in texts]
 
     def save(self, folder: Path) -> None:
         """Write `encoder.json`, whose fields `NGrams.load` takes."""
@@ -91,15 +91,15 @@ class NGrams:
         wrong = [name for name, kind in names.items() if type(fields.get(name)) is not kind]
         if fields.get("kind") != KIND or wrong:
             raise ModelError(
-                f"encoder.json: kind {fields.get('kind')!r}, unusable fields {wrong}; allowed is kind {KIND!r} with "
-                f"{', '.join(names)}. Prepare the data again, or take the file from where it was written."
+                f"encoder.json: kind {fields.get('kind')!r}, unusable fields {wrong}; allowed is kind "
+                f"{KIND!r} with {', '.join(names)}. Prepare the data again, or restore the file."
             )
         return cls(**{name: fields[name] for name in names})
 
     def _split(self, text: str) -> list[str]:
         return _WORD.findall(text.lower() if self.lowercase else text)[: self.words]
 
-    def _buckets(self, words: list[str], hashes: _WordHashes) -> np.ndarray:
+    def _buckets(self, words: list[str], hashes: _Hashes, prefixes: _Hashes) -> np.ndarray:
         if not words:
             return np.array([_EMPTY], np.int32)
         single = runs = hashes.of(words)
@@ -107,16 +107,22 @@ class NGrams:
         for length in range(2, min(self.order, len(words)) + 1):
             runs = _mix(runs[:-1] * _PRIME + single[length - 1 :])
             found.append(runs)
-        if self.prefix:  # no word holds a `<`
-            found.append(hashes.of([f"<{word[: self.prefix]}" for word in words]))
-        return np.unique(np.concatenate(found) % np.uint64(self.vocabulary_size - 1)).astype(np.int32) + np.int32(1)
+        if self.prefix:
+            found.append(prefixes.of(words))
+        buckets = np.concatenate(found) % np.uint64(self.vocabulary_size - 1)
+        return np.unique(buckets.astype(np.int32)) + np.int32(1)
 
 
-class _WordHashes(dict[str, int]):
-    """Word → 64-bit hash, computed when first asked for: a corpus repeats its words some forty times."""
+class _Hashes(dict[str, int]):
+    """Word → 64-bit hash of it, or of its prefix, computed when first asked for: words repeat."""
+
+    def __init__(self, prefix: int = 0) -> None:
+        super().__init__()
+        self.prefix = prefix
 
     def __missing__(self, word: str) -> int:
-        digest = blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        spelt = f"<{word[: self.prefix]}" if self.prefix else word  # no word has a `<` in it
+        digest = blake2b(spelt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         number = self[word] = int.from_bytes(digest, "little")
         return number
 
@@ -125,7 +131,7 @@ class _WordHashes(dict[str, int]):
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64; uint64 in and out. SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
+    """Spread every bit over all 64; uint64 in and out. SplitMix64's finaliser (Steele et al., 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
     numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
     return numbers ^ (numbers >> np.uint64(31))

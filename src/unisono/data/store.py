@@ -253,10 +253,18 @@ def _alone(path: Path) -> Iterator[None]:
     while True:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if not _names(path, file.fileno()):
                 continue  # its last holder has removed it meanwhile
             try:
                 yield
             finally:
                 path.unlink()
             return
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

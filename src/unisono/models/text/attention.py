@@ -24,13 +24,13 @@ _KERNELS = {"cpu": SDPBackend.FLASH_ATTENTION, "cuda": SDPBackend.EFFICIENT_ATTE
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) -> Tensor:
     """Let every token attend to its sample's tokens, by scaled dot products.
 
-    Takes three floats [n, t, w] and the bool mask [n, t], true where there is a token, as there is in each sample.
+    Takes three floats [n, t, w] and the bool mask [n, t], true where there is a token; each sample has one.
     Returns a float [n, t, w]; on CPUs in float32 at least.
     """
-    parts = (query, key, value)
     device = query.device.type
-    if device == "cpu":  # the CPU kernel's backward pass takes 2.2 times as long in bfloat16
-        parts = tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+    parts = [query, key, value]
+    if device == "cpu":  # the CPU kernel's forward and backward pass take 2.2 times as long in bfloat16
+        parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
     with torch.autocast(device, enabled=False), sdpa_kernel(_KERNELS.get(device, SDPBackend.MATH)):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])

@@ -1,10 +1,10 @@
 """Text classification as a task: which class does a text belong to?
 
-Owns the loss, what is measured, and the choice among the three models. The models are in modules of their own;
-texts arrive as numbers.
+Owns the loss, what is measured, and the choice among the three models. The models are in modules of their
+own; texts arrive as numbers.
 
-A microbatch of a bag is ragged: {"ids": int64 [features], "offsets": int64 [n], "label": int64 [n]}. One of the
-others is a padded rectangle of t tokens: {"ids": int64 [n, t], "mask": bool [n, t], "label": int64 [n]}.
+A microbatch of a bag is ragged: {"ids": int64 [features], "offsets": int64 [n], "label": int64 [n]}. One of
+the others is a padded rectangle of t tokens: {"ids": int64 [n, t], "mask": bool [n, t], "label": int64 [n]}.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class TextClassification(Task):
         if weights is None or (len(weights) == self.classes and all(0 <= w < math.inf for w in weights)):
             return
         raise RecipeError(
-            f"train.class_weights = {list(weights)}: allowed is one number from 0 for each of the {self.classes} classes. "
-            f'Give so many, or "balanced", or "none".'
+            f"train.class_weights = {list(weights)}: allowed is one number from 0 for each of the "
+            f'{self.classes} classes. Give so many, or "balanced", or "none".'
         )
 
     def _check_sizes(self, model: Pretrained) -> None:

@@ -12,7 +12,7 @@ Shapes: n samples, t tokens, w = hidden_size.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,13 @@ from unisono.recipe import Pretrained
 
 PREFIX = "bert."
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_new": partial(nn.GELU, approximate="tanh"),
     "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
 }
-_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in folders that were converted from TensorFlow
+_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in folders converted from TensorFlow
 _FILES = "config.json, model.safetensors and tokenizer.json"
 
 
@@ -106,19 +106,21 @@ class _Layer(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         projections = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
         self.heads = config.num_attention_heads
-        self.attention = nn.ModuleDict({"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)})
+        self.attention = nn.ModuleDict(
+            {"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)}
+        )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = _Branch(inner, config, dropout)
         self.activation = _ACTIVATIONS[config.hidden_act]()
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        query, key, value = (project(states) for project in self.attention["self"].children())
+        query, key, value = (project(states) for project in self.attention.get_submodule("self").children())
         states = self.attention["output"](attend(query, key, value, mask, self.heads), states)
         return self.output(self.activation(self.intermediate["dense"](states)), states)
 
 
 class _Branch(nn.Module):
-    """The end of a residual branch: back to the hidden size, added to the states, and normalised after that."""
+    """The end of a residual branch: back to the hidden size, added to the states, then normalised."""
 
     def __init__(self, inputs: int, config: BertConfig, dropout: float) -> None:
         super().__init__()
@@ -155,8 +157,8 @@ def read_config(folder: Path) -> BertConfig:
     table = _read_table(folder)
     if table.get("model_type") != "bert":
         raise ModelError(
-            f"{folder / 'config.json'}: model_type {table.get('model_type')!r} is not supported; allowed is 'bert' "
-            f"(BERT, MiniLM, others of that kind). Choose such a folder, or write a Task of your own."
+            f"{folder / 'config.json'}: model_type {table.get('model_type')!r} is not supported; allowed is "
+            f"'bert' (BERT, MiniLM, others of that kind). Choose such a folder, or write a Task of your own."
         )
     _check_table(folder, table)
     known = {field.name: table[field.name] for field in fields(BertConfig) if field.name in table}
@@ -214,8 +216,8 @@ def _weights_path(folder: Path) -> Path:
     pickles = [found.name for found in folder.iterdir() if found.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if not path.is_file() and pickles:
         raise ModelError(
-            f"{folder}: weights only as pickle ({', '.join(sorted(pickles))}), which can run code when it is opened "
-            f"and is never read. Convert them to model.safetensors: in transformers, "
+            f"{folder}: weights only as pickle ({', '.join(sorted(pickles))}), which can run code when it is "
+            f"opened and is never read. Convert them to model.safetensors: in transformers, "
             f"model.save_pretrained(folder, safe_serialization=True)."
         )
     for needed in (path, folder / "tokenizer.json"):
@@ -246,7 +248,9 @@ def _check_tensor(path: Path, name: str, wanted: Tensor, found: Any) -> None:
         raise ModelError(f"{path}: tensor {name!r} has shape {given}, config.json asks for {asked}. {remedy}")
     kind = found.get_dtype()
     if kind not in ("F64", "F32", "F16", "BF16"):
-        raise ModelError(f"{path}: tensor {name!r} is {kind}; allowed are F32, F16, BF16 and F64. Convert it.")
+        raise ModelError(
+            f"{path}: tensor {name!r} is {kind}; allowed are F32, F16, BF16 and F64. Convert it."
+        )
 
 
 def _plain(name: str) -> str:

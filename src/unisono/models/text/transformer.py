@@ -49,7 +49,7 @@ class TransformerClassifier(nn.Module):
         self.norm = nn.LayerNorm(model.width)
         self.classifier = nn.Linear(model.width, classes)
         self.apply(_initialize)
-        for block in blocks:  # so that the sum of the residual branches starts no larger with more blocks (GPT-2)
+        for block in blocks:  # so that more blocks do not start with a larger sum of branches (GPT-2)
             for last in (block.mix, block.contract):
                 nn.init.normal_(last.weight, std=_INITIAL_STD / (2 * model.layers) ** 0.5)
 

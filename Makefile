@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` trains a classifier on real documents, `make test` passes the tests.
+# Each target sets up what it needs, inside this folder.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+BIN     := .venv/bin
+
+.PHONY: demo data test check bench clean
+
+demo: .venv/ready data/newsgroups  ## train a text classifier on 20 Newsgroups: make demo WORKERS=3 gives the same bits
+	$(BIN)/unisono train examples/text/newsgroups.toml --workers $(WORKERS)
+
+data: .venv/ready data/newsgroups data/bbc data/minilm  ## fetch the data of all examples
+
+data/%: | .venv/ready
+	$(BIN)/python examples/data.py $*
+
+test: .venv/ready data  ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready data  ## measurements against peers, side by side
+	$(BIN)/python benchmarks/run.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:  ## remove what these targets made, but no runs and no data
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
