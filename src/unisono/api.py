@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unisono import events, recipe as recipes
+from unisono import events
+from unisono import recipe as recipes
 from unisono.errors import RecipeError
 from unisono.folder import new_folder, old_folder
 from unisono.launch import run_everywhere
@@ -96,10 +97,16 @@ def train(
         DivergedError, WorkerError, Interrupted: see unisono.errors.
     """
     recipe = resolve(what, name, overrides, settings)
-    frames = {split: frame for split, frame in (("train", data), ("validation", validation), ("test", test)) if frame is not None}
+    frames = {
+        split: frame
+        for split, frame in (("train", data), ("validation", validation), ("test", test))
+        if frame is not None
+    }
     if isinstance(what, Task):
         if data is None:
-            raise RecipeError("unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset.")
+            raise RecipeError(
+                "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
+            )
         check_own_sections(recipe)
 
     def open_material(preparing: int, notify: Callable[[str], None]) -> Material:
@@ -108,7 +115,14 @@ def train(
         return open_text(recipe, preparing, notify, frames)
 
     job_folder = old_folder(recipe.name, run) if resume else new_folder(recipe.name, run)
-    job = Job(recipe=recipe, folder=job_folder, resume=resume, accept_new_numerics=accept_new_numerics, allow_impure=allow_impure, trace=trace)
+    job = Job(
+        recipe=recipe,
+        folder=job_folder,
+        resume=resume,
+        accept_new_numerics=accept_new_numerics,
+        allow_impure=allow_impure,
+        trace=trace,
+    )
     run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json)
     summary = json.loads((job_folder / "summary.json").read_text(encoding="utf-8"))
     return Trained(folder=job_folder, summary=summary, task=what if isinstance(what, Task) else None)
@@ -143,7 +157,9 @@ def run_job(job: Job, open_material: OpenMaterial, *, workers: str | int, quiet:
     run_everywhere(act, workers=workers, microbatches=train.microbatches, threads=train.threads, device=train.device)
 
 
-def resolve(what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Recipe:
+def resolve(
+    what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]
+) -> Recipe:
     """The recipe that the arguments of `train` describe."""
     tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint")}
     train = {key: value for key, value in settings.items() if key not in tables}
@@ -162,6 +178,6 @@ def check_own_sections(recipe: Recipe) -> None:
     """Refuse keys of [train] that only the text presets heed: for an own task they would do nothing."""
     for key, meaningless in (("label_smoothing", 0.0), ("class_weights", "none"), ("gradient_checkpointing", False)):
         if getattr(recipe.train, key) != meaningless:
-            raise RecipeError(f"'train.{key}' is for text recipes; in a task of your own it is a matter of your loss or module. Leave it out.")
-
-
+            raise RecipeError(
+                f"'train.{key}' is for text recipes; in a task of your own it is a matter of your loss or module. Leave it out."
+            )

@@ -54,12 +54,16 @@ class Classifier:
     dataset: str
     """SHA-256 of the dataset that it was trained on."""
 
-    def probabilities(self, texts: Sequence[str], exchange: Exchange | None = None, device: torch.device | None = None) -> np.ndarray:
+    def probabilities(
+        self, texts: Sequence[str], exchange: Exchange | None = None, device: torch.device | None = None
+    ) -> np.ndarray:
         """float64 [texts, classes]: how likely each class is for each text, the same bits on any number of workers."""
         if not len(texts):
             return np.zeros((0, len(self.labels)))
         source = encode_samples(self.encoder, texts)
-        results = self._measure(source, lambda module, microbatch: {"p": self.task.probabilities(module, microbatch)}, exchange, device)
+        results = self._measure(
+            source, lambda module, microbatch: {"p": self.task.probabilities(module, microbatch)}, exchange, device
+        )
         return results["p"]
 
     def predict(self, texts: Sequence[str]) -> list[str]:
@@ -70,12 +74,20 @@ class Classifier:
         """Per-sample results on labelled samples."""
         return self._measure(source, self.task.measure, exchange, device)
 
-    def _measure(self, source: Any, measure: Any, exchange: Exchange | None, device: torch.device | None) -> dict[str, np.ndarray]:
+    def _measure(
+        self, source: Any, measure: Any, exchange: Exchange | None, device: torch.device | None
+    ) -> dict[str, np.ndarray]:
         device = device or torch.device("cpu")
         return measure_all(
-            self.module.to(device), measure, source, exchange or Solo(), device=device, precision=self.recipe.train.precision,
-            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch, seed=self.recipe.train.seed,
-        )  # fmt: skip
+            self.module.to(device),
+            measure,
+            source,
+            exchange or Solo(),
+            device=device,
+            precision=self.recipe.train.precision,
+            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch,
+            seed=self.recipe.train.seed,
+        )
 
 
 def load(run: str | Path) -> Classifier:
@@ -89,24 +101,36 @@ def load(run: str | Path) -> Classifier:
     folder = model_folder(run)
     path = folder / "unisono.json"
     if not path.is_file():
-        raise ModelError(f"{str(folder)!r} holds no text classifier (no unisono.json). For a task of your own, see Trained.module().")
+        raise ModelError(
+            f"{str(folder)!r} holds no text classifier (no unisono.json). For a task of your own, see Trained.module()."
+        )
     facts = json.loads(path.read_text(encoding="utf-8"))
     recipe = recipes.check(facts["recipe"])
     encoder = load_encoder(folder)
     if recipe.model.kind == "pretrained":  # its configuration lies beside the weights, wherever the original has gone
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"folder": str(folder)})})
     task = TextClassification(
-        model=recipe.model, classes=len(facts["labels"]), vocabulary_size=encoder.vocabulary_size, padding=encoder.padding,
+        model=recipe.model,
+        classes=len(facts["labels"]),
+        vocabulary_size=encoder.vocabulary_size,
+        padding=encoder.padding,
         max_tokens=recipe.encode.max_tokens,
-    )  # fmt: skip
+    )
     module = task.build()
     module.load_state_dict(load_tensors(folder / "model.safetensors"))
     return Classifier(
-        module=module.eval(), task=task, encoder=encoder, labels=tuple(facts["labels"]), recipe=recipe, dataset=facts["dataset"]
+        module=module.eval(),
+        task=task,
+        encoder=encoder,
+        labels=tuple(facts["labels"]),
+        recipe=recipe,
+        dataset=facts["dataset"],
     )
 
 
-def evaluate(run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False) -> dict[str, Any]:
+def evaluate(
+    run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Score a run's model on labelled data (a file or a frame), or on the run's own test samples; print and return the scores.
 
     Every sample is visited exactly once, whatever the number of workers, and the figures are the same bits.
@@ -125,7 +149,9 @@ def evaluate(run: str | Path, data: object = None, *, workers: str | int = "auto
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         report = Path(scratch) / "report.json"
         train = classifier.recipe.train
-        if not run_everywhere(act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device):
+        if not run_everywhere(
+            act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device
+        ):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     if not quiet:
@@ -157,7 +183,10 @@ def predict(run: str | Path, source: str | Path, target: str | Path, *, workers:
     train = classifier.recipe.train
     if run_everywhere(act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device):
         unusable = len(texts.texts) - len(texts.usable)
-        print(f"{len(texts.texts):,} rows written to {target}" + (f", {unusable} of them without a prediction (see column unusable)" if unusable else ""))
+        print(
+            f"{len(texts.texts):,} rows written to {target}"
+            + (f", {unusable} of them without a prediction (see column unusable)" if unusable else "")
+        )
     return len(texts.texts)
 
 
@@ -165,15 +194,26 @@ def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedS
     """The samples to evaluate, and how many rows were left out for which reason."""
     if data is None:
         folder = Path(classifier.recipe.data.store)
-        dataset = next((open_dataset(path.parent) for path in folder.glob("*/manifest.json") if classifier.dataset in path.read_text()), None)
+        dataset = next(
+            (
+                open_dataset(path.parent)
+                for path in folder.glob("*/manifest.json")
+                if classifier.dataset in path.read_text()
+            ),
+            None,
+        )
         source = dataset.split("test") if dataset else None
         if source is None:
-            raise DataError(f"{str(run)!r} has no test samples of its own in {str(folder)!r}. Name a labelled file: unisono evaluate RUN DATA.")
+            raise DataError(
+                f"{str(run)!r} has no test samples of its own in {str(folder)!r}. Name a labelled file: unisono evaluate RUN DATA."
+            )
         return source, {}
     settings = classifier.recipe.data.model_copy(update={"format": "auto"})
     texts = read_texts(data, settings)
     if texts.labels is None:
-        raise DataError(f"the data has no column {settings.label!r} of classes, without which it cannot be scored. Use predict, or name the column so.")
+        raise DataError(
+            f"the data has no column {settings.label!r} of classes, without which it cannot be scored. Use predict, or name the column so."
+        )
     numbers = {label: number for number, label in enumerate(classifier.labels)}
     left_out: dict[str, int] = {}
     kept: list[int] = []
@@ -185,7 +225,9 @@ def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedS
             kept.append(row)
     if not kept:
         raise DataError(f"no row can be scored: {left_out}. The model's classes are {', '.join(classifier.labels)}.")
-    return encode_samples(classifier.encoder, [texts.texts[row] for row in kept], [numbers[str(texts.labels[row])] for row in kept]), left_out
+    return encode_samples(
+        classifier.encoder, [texts.texts[row] for row in kept], [numbers[str(texts.labels[row])] for row in kept]
+    ), left_out
 
 
 def _report(classifier: Classifier, results: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> dict[str, Any]:
@@ -196,15 +238,26 @@ def _report(classifier: Classifier, results: Mapping[str, np.ndarray], left_out:
 
 def _tables(found: Mapping[str, Any]) -> list[str]:
     """The scores as text: a summary, a line per class, the confusion matrix."""
-    lines = [f"samples {found['samples']:,}  loss {found['loss']:.4f}  accuracy {found['accuracy']:.2%}  macro-F1 {found['macro_f1']:.4f}"]
+    lines = [
+        f"samples {found['samples']:,}  loss {found['loss']:.4f}  accuracy {found['accuracy']:.2%}  macro-F1 {found['macro_f1']:.4f}"
+    ]
     lines += [f"left out: {number} rows, {reason}" for reason, number in found["left_out"].items()]
     width = max(len(scores["label"]) for scores in found["classes"])
     lines += ["", f"{'class':<{width + 4}}  precision  recall      F1  samples"]
     for number, scores in enumerate(found["classes"]):
-        lines.append(f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  {scores['f1']:.4f}  {scores['samples']:>7,}")
+        lines.append(
+            f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  {scores['f1']:.4f}  {scores['samples']:>7,}"
+        )
     digits = max(3, *(len(str(cell)) for row in found["confusion"] for cell in row))
-    lines += ["", "confusion: rows are the true classes, columns the predicted ones", "    " + "".join(f"{n:>{digits + 1}}" for n in range(len(found["classes"])))]
-    lines += [f"{number:>2}  " + "".join(f"{cell:>{digits + 1}}" for cell in row) for number, row in enumerate(found["confusion"])]
+    lines += [
+        "",
+        "confusion: rows are the true classes, columns the predicted ones",
+        "    " + "".join(f"{n:>{digits + 1}}" for n in range(len(found["classes"]))),
+    ]
+    lines += [
+        f"{number:>2}  " + "".join(f"{cell:>{digits + 1}}" for cell in row)
+        for number, row in enumerate(found["confusion"])
+    ]
     return lines
 
 
@@ -225,4 +278,3 @@ def _predictions(classifier: Classifier, texts: Texts, usable: np.ndarray, found
         place = table.column_names.index(name) if name in table.column_names else None
         table = table.append_column(name, column) if place is None else table.set_column(place, name, column)
     return table
-

@@ -14,13 +14,29 @@ import typer
 from unisono.errors import UnisonoError
 
 app = typer.Typer(
-    help="Train on any number of workers. Get the same bits.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Train on any number of workers. Get the same bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None,
-)  # fmt: skip
+)
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file; `unisono recipe --show-defaults` documents every key")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one key of the recipe; may be repeated")]
-Workers = Annotated[str, typer.Option("--workers", "-w", metavar="N|auto", help="processes; auto: all GPUs, else all cores, at most train.microbatches")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="TOML file; `unisono recipe --show-defaults` documents every key")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one key of the recipe; may be repeated"),
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        "-w",
+        metavar="N|auto",
+        help="processes; auto: all GPUs, else all cores, at most train.microbatches",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
@@ -31,11 +47,20 @@ def train(
     recipe: RecipePath,
     workers: Workers = "auto",
     set_: Set = None,
-    run: Annotated[Path | None, typer.Option("--run-folder", metavar="FOLDER", help="run folder; default: runs/NAME-001 and so on")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…")] = False,
+    run: Annotated[
+        Path | None, typer.Option("--run-folder", metavar="FOLDER", help="run folder; default: runs/NAME-001 and so on")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…"),
+    ] = False,
     strict: Strict = False,
-    accept_new_numerics: Annotated[bool, typer.Option("--accept-new-numerics", help="resume although the numerics fingerprint differs")] = False,
-    allow_impure: Annotated[bool, typer.Option("--allow-impure", help="train a model that fails the purity probe, without the promise")] = False,
+    accept_new_numerics: Annotated[
+        bool, typer.Option("--accept-new-numerics", help="resume although the numerics fingerprint differs")
+    ] = False,
+    allow_impure: Annotated[
+        bool, typer.Option("--allow-impure", help="train a model that fails the purity probe, without the promise")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -44,9 +69,16 @@ def train(
     from unisono import api
 
     api.train(
-        recipe, workers=count, overrides=_with_strict(set_, strict), run=run, resume=resume, accept_new_numerics=accept_new_numerics,
-        allow_impure=allow_impure, quiet=quiet, as_json=as_json,
-    )  # fmt: skip
+        recipe,
+        workers=count,
+        overrides=_with_strict(set_, strict),
+        run=run,
+        resume=resume,
+        accept_new_numerics=accept_new_numerics,
+        allow_impure=allow_impure,
+        quiet=quiet,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -61,7 +93,9 @@ def prepare(recipe: RecipePath, workers: Workers = "auto", set_: Set = None, str
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
-    data: Annotated[Path | None, typer.Argument(metavar="[DATA]", help="labelled file; default: the run's own test samples")] = None,
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="labelled file; default: the run's own test samples")
+    ] = None,
     workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
@@ -75,7 +109,9 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="CSV, TSV, JSONL or Parquet with the column of the texts")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="CSV, TSV, JSONL or Parquet with the column of the texts")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="CSV, JSONL or Parquet to write; rows in order")],
     workers: Workers = "auto",
 ) -> None:
@@ -89,7 +125,9 @@ def predict(
 @app.command()
 def verify(
     recipe: RecipePath,
-    workers: Annotated[str, typer.Option("--workers", "-w", metavar="N,N,…", help="numbers of workers to compare")] = "1,2,3",
+    workers: Annotated[
+        str, typer.Option("--workers", "-w", metavar="N,N,…", help="numbers of workers to compare")
+    ] = "1,2,3",
     steps: Annotated[int, typer.Option("--steps", min=0, help="stop after so many steps; 0: train to the end")] = 0,
     set_: Set = None,
 ) -> None:
@@ -103,7 +141,9 @@ def verify(
 
 @app.command()
 def recipe(
-    path: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="show this recipe, checked and with defaults filled in")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="show this recipe, checked and with defaults filled in")
+    ] = None,
     show_defaults: Annotated[bool, typer.Option("--show-defaults", help="document every key")] = False,
     set_: Set = None,
 ) -> None:
@@ -123,7 +163,9 @@ def check_count(workers: str, *, auto: bool = True) -> int | str:
     if auto and workers == "auto":
         return "auto"
     if not workers.strip().isdigit() or int(workers) < 1:
-        raise typer.BadParameter(f"{workers!r}: allowed is a whole number from 1{' or auto' if auto else ''}.", param_hint="--workers")
+        raise typer.BadParameter(
+            f"{workers!r}: allowed is a whole number from 1{' or auto' if auto else ''}.", param_hint="--workers"
+        )
     return int(workers)
 
 

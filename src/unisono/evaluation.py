@@ -23,13 +23,23 @@ Results = dict[str, np.ndarray]
 def pieces(lengths: np.ndarray, samples_per_microbatch: int) -> list[np.ndarray]:
     """Cut all samples into microbatches of similar length: fixed by the data alone."""
     longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
-    return [longest_first[start : start + samples_per_microbatch] for start in range(0, len(lengths), samples_per_microbatch)]
+    return [
+        longest_first[start : start + samples_per_microbatch]
+        for start in range(0, len(lengths), samples_per_microbatch)
+    ]
 
 
 def measure_all(
-    module: nn.Module, measure: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]], source: Source, exchange: Exchange, *,
-    samples_per_microbatch: int, precision: str, device: torch.device, seed: int = 0,
-) -> Results:  # fmt: skip
+    module: nn.Module,
+    measure: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]],
+    source: Source,
+    exchange: Exchange,
+    *,
+    samples_per_microbatch: int,
+    precision: str,
+    device: torch.device,
+    seed: int = 0,
+) -> Results:
     """Call `measure` on every sample once, shared out among the workers; return everything on each of them."""
     cut = pieces(source.lengths, samples_per_microbatch)
     found: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
@@ -42,18 +52,28 @@ def measure_all(
             for name, values in measure(module, microbatch).items():
                 found.setdefault(name, []).append((cut[number], values.detach()))
     module.train(was_training)
-    return {name: _gather(found.get(name, []), len(source), floating, width, exchange, device)
-            for name, floating, width in _columns(found, exchange)}
+    return {
+        name: _gather(found.get(name, []), len(source), floating, width, exchange, device)
+        for name, floating, width in _columns(found, exchange)
+    }
 
 
 def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:
     """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: it has a microbatch if anybody has."""
-    mine = [(name, rows[0][1].is_floating_point(), rows[0][1].shape[1] if rows[0][1].ndim > 1 else 0) for name, rows in found.items()]
+    mine = [
+        (name, rows[0][1].is_floating_point(), rows[0][1].shape[1] if rows[0][1].ndim > 1 else 0)
+        for name, rows in found.items()
+    ]
     return [tuple(column) for column in json.loads(exchange.gather_bytes(json.dumps(mine).encode())[0])]
 
 
 def _gather(
-    rows: list[tuple[np.ndarray, Tensor]], samples: int, floating: bool, width: int, exchange: Exchange, device: torch.device
+    rows: list[tuple[np.ndarray, Tensor]],
+    samples: int,
+    floating: bool,
+    width: int,
+    exchange: Exchange,
+    device: torch.device,
 ) -> np.ndarray:
     """Put every worker's rows in their places. Floats travel as bits, so that adding zeros cannot change them."""
     shape = (samples, width) if width else (samples,)

@@ -80,7 +80,11 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors; equal tensors give equal bytes. Each is copied: the format allows no shared memory."""
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -97,7 +101,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
     """Write `facts` as JSON file `name`, with size and SHA-256 of every other file of the folder under "files"."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+    }
     (folder / name).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -112,7 +118,9 @@ def open_sealed(folder: Path, name: str) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         files = dict(facts["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}.") from error
+        raise DamagedError(
+            f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}."
+        ) from error
     for file, expected in files.items():
         _check(folder / file, expected["bytes"], expected["sha256"])
     return facts
@@ -129,7 +137,9 @@ def _check(path: Path, size: int, sha256: str) -> None:
     if not path.is_file():
         raise DamagedError(f"{str(path)!r} is missing. {remedy}")
     if path.stat().st_size != size:
-        raise DamagedError(f"{str(path)!r} has {path.stat().st_size} bytes, not {size}: it is truncated or altered. {remedy}")
+        raise DamagedError(
+            f"{str(path)!r} has {path.stat().st_size} bytes, not {size}: it is truncated or altered. {remedy}"
+        )
     if file_sha256(path) != sha256:
         raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. {remedy}")
 
@@ -145,4 +155,6 @@ def _sync(path: Path) -> None:
 def _unwritable(path: Path, error: Exception) -> RunFolderError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
     remedy = "the disk is full. Free space" if full else f"{error}. Make the place writable"
-    return RunFolderError(f"{str(path)!r} cannot be written: {remedy} and go on with --resume; nothing half-written was left.")
+    return RunFolderError(
+        f"{str(path)!r} cannot be written: {remedy} and go on with --resume; nothing half-written was left."
+    )

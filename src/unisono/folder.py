@@ -29,10 +29,14 @@ def new_folder(name: str, given: str | Path | None) -> Path:
 def old_folder(name: str, given: str | Path | None) -> Path:
     """The folder of a run to resume: the given one, or the newest `runs/NAME-…`."""
     if given is None and not _newest_number(name):
-        raise RunFolderError(f"--resume: there is no run folder runs/{name}-…. Name one with --run-folder, or start without --resume.")
+        raise RunFolderError(
+            f"--resume: there is no run folder runs/{name}-…. Name one with --run-folder, or start without --resume."
+        )
     path = Path(given) if given is not None else RUNS / f"{name}-{_newest_number(name):03d}"
     if not (path / "checkpoints").is_dir():
-        raise RunFolderError(f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder, or start without --resume.")
+        raise RunFolderError(
+            f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder, or start without --resume."
+        )
     return path
 
 
@@ -40,7 +44,9 @@ def model_folder(run: str | Path) -> Path:
     """The finished model of a run."""
     path = Path(run) / "model"
     if not path.is_dir():
-        raise RunFolderError(f"{str(run)!r} has no finished model (no folder {str(path)!r}). Give the folder of a run that has ended.")
+        raise RunFolderError(
+            f"{str(run)!r} has no finished model (no folder {str(path)!r}). Give the folder of a run that has ended."
+        )
     return path
 
 

@@ -37,7 +37,12 @@ class Done:
 
 
 def steps(
-    state: TrainState, order: Order, feed: Feed, contributor: Contributes, train: Train, stop: Callable[[], bool] = lambda: False
+    state: TrainState,
+    order: Order,
+    feed: Feed,
+    contributor: Contributes,
+    train: Train,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Done]:
     """Train from `state.step` to the order's end, or until any worker's `stop` is true; yield after each committed step."""
     reduction = Reduction(state.replica, state.exchange)

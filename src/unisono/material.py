@@ -49,7 +49,9 @@ class Material:
                 )
 
 
-def open_text(recipe: Recipe, workers: int, notify: Callable[[str], None], frames: Mapping[str, object] | None = None) -> Material:
+def open_text(
+    recipe: Recipe, workers: int, notify: Callable[[str], None], frames: Mapping[str, object] | None = None
+) -> Material:
     """Prepare the dataset that the recipe describes, or open it if nothing has changed; make its task."""
     from unisono.data.prepare import prepare
 
@@ -104,5 +106,9 @@ def open_own(recipe: Recipe, task: Task, train: Any, validation: Any = None, tes
     seed = recipe.train.seed
     sources = [None if data is None else open_source(data, seed) for data in (train, validation, test)]
     assert sources[0] is not None
-    hashes = {f"data.{name}": source.sha256 for name, source in zip(("train", "validation", "test"), sources, strict=True) if source}
+    hashes = {
+        f"data.{name}": source.sha256
+        for name, source in zip(("train", "validation", "test"), sources, strict=True)
+        if source
+    }
     return Material(task=task, train=sources[0], validation=sources[1], test=sources[2], data=hashes)

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    what: Recipe | str | Path, frames: Mapping[str, object] | None = None, *, workers: str | int = "auto", overrides: Sequence[str] = ()
+    what: Recipe | str | Path,
+    frames: Mapping[str, object] | None = None,
+    *,
+    workers: str | int = "auto",
+    overrides: Sequence[str] = (),
 ) -> Dataset:
     """Read, screen and encode a recipe's data; open it if nothing has changed since. Prints what it does.
 
@@ -34,9 +38,16 @@ def prepare(
     recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
     count = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
     dataset = stages.prepare(recipe, workers=count, frames=frames, notify=lambda line: print(line, flush=True))
-    print(f"{sum(dataset.counts.values()):,} samples: " + ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items()))
+    print(
+        f"{sum(dataset.counts.values()):,} samples: "
+        + ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items())
+    )
     if dataset.quarantined:
-        reasons = [f"{number} {reason} ({split})" for split, found in dataset.quarantined.items() for reason, number in found.items()]
+        reasons = [
+            f"{number} {reason} ({split})"
+            for split, found in dataset.quarantined.items()
+            for reason, number in found.items()
+        ]
         print(f"quarantined: {', '.join(reasons)}; each is in {dataset.folder / 'quarantine.jsonl'}")
     print(f"{len(dataset.labels)} classes, sha256 {dataset.sha256}")
     return dataset

@@ -28,33 +28,51 @@ class Section(BaseModel):
 class Data(Section):
     """Where the records are, and what is taken from each."""
 
-    train: str = Field("", description="file (or folder with one sub-folder per class) to train on; relative to the recipe")
+    train: str = Field(
+        "", description="file (or folder with one sub-folder per class) to train on; relative to the recipe"
+    )
     validation: str = Field("", description="file for evaluation while training; empty: see validation_fraction")
     test: str = Field("", description="file for the test after training; empty: see test_fraction")
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field("auto", description="auto goes by the file's name")
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="auto goes by the file's name"
+    )
     text: str = Field("text", description="name of the column with the text")
     label: str = Field("label", description="name of the column with the class")
-    header_lines: int = Field(1, ge=0, le=100, description="CSV, TSV: lines before the first record; the first of them names the columns")
+    header_lines: int = Field(
+        1, ge=0, le=100, description="CSV, TSV: lines before the first record; the first of them names the columns"
+    )
     columns: Names = Field((), description="CSV, TSV: the columns' names, instead of those in the header")
     labels: Names = Field((), description="the classes, in order; empty: those of the training records, sorted")
-    validation_fraction: Rate = Field(0.0, description="share of the training records kept for validation, cut by a hash of their content")
-    test_fraction: Rate = Field(0.0, description="share of the training records kept for the test, cut by a hash of their content")
+    validation_fraction: Rate = Field(
+        0.0, description="share of the training records kept for validation, cut by a hash of their content"
+    )
+    test_fraction: Rate = Field(
+        0.0, description="share of the training records kept for the test, cut by a hash of their content"
+    )
     strict: bool = Field(False, description="true: a quarantined record is an error")
-    store: str = Field("runs/datasets", description="folder where encoded datasets are kept, each under the hash of what it was made from")
+    store: str = Field(
+        "runs/datasets",
+        description="folder where encoded datasets are kept, each under the hash of what it was made from",
+    )
 
 
 class Encode(Section):
     """How a text becomes numbers."""
 
     kind: Literal["auto", "ngrams", "wordpiece", "bpe", "tokenizer"] = Field(
-        "auto", description="auto: ngrams for bag, wordpiece for transformer, the folder's tokenizer.json for pretrained"
+        "auto",
+        description="auto: ngrams for bag, wordpiece for transformer, the folder's tokenizer.json for pretrained",
     )
     tokenizer: str = Field("", description="kind tokenizer: path of a tokenizer.json")
-    vocabulary_size: int = Field(16_000, ge=64, description="wordpiece, bpe: entries of the vocabulary trained on the training texts")
+    vocabulary_size: int = Field(
+        16_000, ge=64, description="wordpiece, bpe: entries of the vocabulary trained on the training texts"
+    )
     max_tokens: int = Field(256, ge=2, description="longer texts are cut; for ngrams the limit is on words")
     lowercase: bool = Field(True, description="ngrams, wordpiece, bpe: fold case (and accents, for wordpiece)")
     ngrams: int = Field(2, ge=1, le=5, description="ngrams: longest run of words that is one feature")
-    prefix: int = Field(0, ge=0, le=32, description="ngrams: first letters of a word that are a feature as well; 0: none")
+    prefix: int = Field(
+        0, ge=0, le=32, description="ngrams: first letters of a word that are a feature as well; 0: none"
+    )
     buckets: int = Field(131_072, ge=16, description="ngrams: number of hash buckets")
 
 
@@ -90,7 +108,9 @@ class Pretrained(Section):
     kind: Literal["pretrained"] = "pretrained"
     folder: str = Field("", description="folder with config.json, model.safetensors and tokenizer.json")
     dropout: Rate = Field(0.1, description="dropout in the encoder and before the head")
-    pooling: Literal["mean", "cls"] = Field("mean", description="what the head sees: the mean of the tokens, or the first one")
+    pooling: Literal["mean", "cls"] = Field(
+        "mean", description="what the head sees: the mean of the tokens, or the first one"
+    )
     freeze: bool = Field(False, description="true: only the head is trained")
 
 
@@ -113,14 +133,18 @@ class Train(Section):
     beta1: Rate = Field(0.9, description="adam, adamw, lion")
     beta2: Rate = Field(0.999, description="adam, adamw, lion")
     epsilon: float = Field(1e-8, gt=0, description="adam, adamw")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="what the rate does after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="what the rate does after the warm-up"
+    )
     warmup: float = Field(0.1, ge=0, description="below 1: share of all steps; from 1: number of steps")
     clip_norm: float = Field(0.0, ge=0, description="limit of the gradient's norm; 0: none")
     label_smoothing: Rate = Field(0.0, description="share of the target spread over all classes")
     class_weights: Literal["none", "balanced"] | Annotated[tuple[float, ...], Field(strict=False)] = Field(
         "none", description="none, balanced (inverse frequency), or one number per class"
     )
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast; weights and sums stay float32")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="bf16: autocast; weights and sums stay float32"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
     ema_decay: Rate = Field(0.0, description="keep an averaged copy of the weights, and test and export that; 0: none")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
@@ -136,7 +160,9 @@ class Evaluate(Section):
     samples_per_microbatch: int = Field(64, ge=1, description="samples evaluated at once")
     metric: str = Field("loss", description="what `patience` and `keep_best` compare; loss falls, all others rise")
     patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
-    keep_best: bool = Field(False, description="true: test and export the weights of the best evaluation, not the last ones")
+    keep_best: bool = Field(
+        False, description="true: test and export the weights of the best evaluation, not the last ones"
+    )
 
 
 class Checkpoint(Section):
@@ -157,9 +183,19 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
 
+    @model_validator(mode="after")
+    def _encoding_fits_model(self) -> Recipe:
+        kind, model = self.encode.kind, self.model.kind
+        if kind != "auto" and (kind == "ngrams") != (model == "bag"):
+            allowed = "ngrams" if model == "bag" else "wordpiece, bpe or tokenizer"
+            raise ValueError(
+                f"encode.kind = {kind!r} does not fit model.kind = {model!r}, which reads {allowed}; or leave it on auto"
+            )
+        return self
+
 
 PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("encode", "tokenizer"), ("model", "folder"))
-MODELS = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
+MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -174,7 +210,9 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"recipe {str(path)!r}: no such file. Give the path of a TOML recipe; examples/text has some.") from None
+        raise RecipeError(
+            f"recipe {str(path)!r}: no such file. Give the path of a TOML recipe; examples/text has some."
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"recipe {str(path)!r}: not readable as TOML: {error}") from None
     _anchor(table, path.resolve().parent)
@@ -197,7 +235,7 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json"))
 
 
-def document(section: type[Section] = Recipe, prefix: str = "") -> str:
+def document(section: type[BaseModel] = Recipe, prefix: str = "") -> str:
     """Every key with its default, allowed values and meaning, as a commented TOML file."""
     lines: list[str] = []
     tables: list[str] = []
@@ -206,20 +244,24 @@ def document(section: type[Section] = Recipe, prefix: str = "") -> str:
             for kind in MODELS.values():
                 tables.append(f"# One of the [model] tables. {kind.__doc__}\n[model]\n" + document(kind, "model."))
         elif isinstance(field.default, Section):
-            kind = type(field.default)
-            tables.append(f"# {kind.__doc__}\n[{name}]\n" + document(kind, name + "."))
+            section_type: type[BaseModel] = type(field.default)
+            tables.append(f"# {section_type.__doc__}\n[{name}]\n" + document(section_type, name + "."))
         else:
             value = tomli_w.dumps({name: field.default}).strip()
             lines.append(f"{value}  # {_allowed(section, name)}{field.description or 'which model'}")
     return "\n".join(lines) + "\n" + ("\n" + "\n".join(tables) if tables else "")
 
 
-def _allowed(section: type[Section], name: str) -> str:
+def _allowed(section: type[BaseModel], name: str) -> str:
     schema = section.model_json_schema()["properties"][name]
     if "enum" in schema:
         return "|".join(schema["enum"]) + ": "
     words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[key]:g}" if schema[key] < 1e6 else f"{sign} {schema[key]}" for key, sign in words.items() if key in schema]
+    limits = [
+        f"{sign} {schema[key]:g}" if schema[key] < 1e6 else f"{sign} {schema[key]}"
+        for key, sign in words.items()
+        if key in schema
+    ]
     return ", ".join(limits) + ": " if limits else ""
 
 
@@ -234,7 +276,9 @@ def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        raise RecipeError(f"--set {override!r}: allowed is section.key=value, for instance --set train.learning_rate=3e-4.")
+        raise RecipeError(
+            f"--set {override!r}: allowed is section.key=value, for instance --set train.learning_rate=3e-4."
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -244,7 +288,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         one = {name: one}
     _anchor(one, Path.cwd())
     while True:  # merge the one key into the tables
-        (name, value), = one.items()
+        ((name, value),) = one.items()
         if isinstance(value, dict) and isinstance(table.get(name), dict):
             table, one = table[name], value
         else:
@@ -286,6 +330,10 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _all_keys() -> list[str]:
-    keys = [f"{name}.{key}" for name, field in Recipe.model_fields.items() if isinstance(field.default, Section) and name != "model"
-            for key in type(field.default).model_fields]
+    keys = [
+        f"{name}.{key}"
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.default, Section) and name != "model"
+        for key in type(field.default).model_fields
+    ]
     return keys + [f"model.{key}" for kind in MODELS.values() for key in kind.model_fields]

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from unisono import events, keys, recipe as recipes
+from unisono import events, keys
+from unisono import recipe as recipes
 from unisono.checkpoint import checkpoints
 from unisono.data.feed import Feed
 from unisono.data.order import Order, count_steps
@@ -32,10 +33,10 @@ from unisono.errors import ContractError, Interrupted, RecipeError, RunFolderErr
 from unisono.evaluation import measure_all
 from unisono.exchange.protocol import Exchange
 from unisono.files import save_tensors, whole_folder, write_text
+from unisono.loop import Done, steps
 from unisono.material import Material
 from unisono.recipe import Recipe
 from unisono.scores import summarise
-from unisono.loop import Done, steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,12 @@ def check_workers(recipe: Recipe, workers: int, said: str = "--workers") -> None
 
 
 def execute(
-    job: Job, material: Material, exchange: Exchange, device: torch.device, observers: Sequence[events.Observer], stop: Callable[[], bool]
+    job: Job,
+    material: Material,
+    exchange: Exchange,
+    device: torch.device,
+    observers: Sequence[events.Observer],
+    stop: Callable[[], bool],
 ) -> None:
     """Train, test and export; leave everything in `job.folder`. Every worker calls this.
 
@@ -108,7 +114,11 @@ def execute(
     feed = Feed(material.train, run.order, device)
     traced = Traced(run.contributor, job.trace, exchange.rank) if job.trace else None
     try:
-        done = steps(run.state, run.order, feed, traced or run.contributor, run.recipe.train, stop) if not _has_settled(run) else ()
+        done = (
+            steps(run.state, run.order, feed, traced or run.contributor, run.recipe.train, stop)
+            if not _has_settled(run)
+            else ()
+        )
         interrupted = _follow(run, done, traced)
     finally:
         feed.close()
@@ -136,16 +146,26 @@ def join(
     found = numerics.fingerprint(train, device=device, data=material.data, layout=replica.layout_digest())
     warnings = _compare_workers(found, exchange)
     order = Order(
-        lengths=material.train.lengths, padded=material.train.padded, samples_per_step=train.samples_per_step,
-        microbatches=train.microbatches, seed=train.seed,
+        lengths=material.train.lengths,
+        padded=material.train.padded,
+        samples_per_step=train.samples_per_step,
+        microbatches=train.microbatches,
+        seed=train.seed,
         total_steps=count_steps(len(material.train), train.samples_per_step, train.epochs, train.max_steps),
-    )  # fmt: skip
+    )
     contributor = Contributor(replica=replica, task=material.task, precision=train.precision, seed=train.seed)
     run = Run(
-        job=job, material=material, exchange=exchange, device=device, observers=observers if exchange.rank == 0 else (),
+        job=job,
+        material=material,
+        exchange=exchange,
+        device=device,
+        observers=observers if exchange.rank == 0 else (),
         state=TrainState(step=0, replica=replica, optimizer=Optimizer(replica, exchange, train), exchange=exchange),
-        order=order, contributor=contributor, fingerprint=found, pure=not job.allow_impure,
-    )  # fmt: skip
+        order=order,
+        contributor=contributor,
+        fingerprint=found,
+        pure=not job.allow_impure,
+    )
     if not job.allow_impure:
         _probe(run)
     if job.resume:
@@ -170,7 +190,9 @@ def _probe(run: Run) -> None:
     shortest = first[-1]
     longest = first[0] if len(first) > 1 else shortest[: max(1, len(shortest) // 2)]
     take = run.material.train.take
-    one, other = ({name: column.to(run.device) for name, column in take(samples).items()} for samples in (shortest, longest))
+    one, other = (
+        {name: column.to(run.device) for name, column in take(samples).items()} for samples in (shortest, longest)
+    )
     probe(run.contributor, one, other)
 
 
@@ -182,14 +204,18 @@ def _resume(run: Run) -> list[str]:
     mine, theirs = _decisive(run.recipe), saved.facts["recipe"]
     if changed := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
         told = ", ".join(f"{key} = {mine.get(key)!r} (was {theirs.get(key)!r})" for key in changed)
-        raise RunFolderError(f"--resume: the recipe has changed: {told}. Resume with the recipe that began the run, or start a new run.")
+        raise RunFolderError(
+            f"--resume: the recipe has changed: {told}. Resume with the recipe that began the run, or start a new run."
+        )
     warnings = []
     if run.job.accept_new_numerics:
         if names := numerics.differences(run.fingerprint, saved.facts["fingerprint"]):
             warnings.append(f"going on under new numerics ({', '.join(names)} differ): the bits are those of neither")
     else:
         remedy = "Resume where the run began, or give --accept-new-numerics: it then goes on, to other bits."
-        warnings = numerics.compare(run.fingerprint, saved.facts["fingerprint"], who="in the checkpoint", here="here", remedy=remedy)
+        warnings = numerics.compare(
+            run.fingerprint, saved.facts["fingerprint"], who="in the checkpoint", here="here", remedy=remedy
+        )
     checkpoints.restore(run.state, saved)
     return warnings
 
@@ -199,7 +225,9 @@ def _decisive(recipe: Recipe) -> dict[str, Any]:
     dump = recipe.model_dump(mode="json")
     dump["train"].pop("device")
     dump["model"].pop("folder", None)
-    return {f"{section}.{key}": value for section in ("model", "train", "evaluate") for key, value in dump[section].items()}
+    return {
+        f"{section}.{key}": value for section in ("model", "train", "evaluate") for key, value in dump[section].items()
+    }
 
 
 def _open_folder(run: Run) -> None:
@@ -211,13 +239,24 @@ def _open_folder(run: Run) -> None:
 
 def _announce(run: Run) -> None:
     train, state = run.recipe.train, run.state
-    run.tell(events.RunStarted(
-        name=run.recipe.name, folder=str(run.job.folder), workers=run.exchange.workers, device=str(run.fingerprint["device"]),
-        threads=train.threads, microbatches_each=[len(share) for share in shares(train.microbatches, run.exchange.workers)],
-        samples_per_step=train.samples_per_step, train_samples=len(run.material.train), steps=run.order.total_steps,
-        steps_per_epoch=run.order.steps_per_epoch, start_step=state.step, fingerprint=numerics.digest(run.fingerprint),
-        parameters=sum(parameter.numel() for parameter in state.replica.module.parameters()), pure=run.pure,
-    ))  # fmt: skip
+    run.tell(
+        events.RunStarted(
+            name=run.recipe.name,
+            folder=str(run.job.folder),
+            workers=run.exchange.workers,
+            device=str(run.fingerprint["device"]),
+            threads=train.threads,
+            microbatches_each=[len(share) for share in shares(train.microbatches, run.exchange.workers)],
+            samples_per_step=train.samples_per_step,
+            train_samples=len(run.material.train),
+            steps=run.order.total_steps,
+            steps_per_epoch=run.order.steps_per_epoch,
+            start_step=state.step,
+            fingerprint=numerics.digest(run.fingerprint),
+            parameters=sum(parameter.numel() for parameter in state.replica.module.parameters()),
+            pure=run.pure,
+        )
+    )
 
 
 def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
@@ -228,10 +267,18 @@ def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
         run.last_loss = one.totals.loss
         run.samples += one.step.samples
         now = time.perf_counter()
-        run.tell(events.StepDone(
-            step=state.step, epoch=round(run.epoch(), 6), loss=one.totals.loss, gradient_norm=one.norm, learning_rate=one.rate,
-            samples=one.step.samples, tokens=int(sum(lengths[piece].sum() for piece in one.step.microbatches)), seconds=now - last,
-        ))  # fmt: skip
+        run.tell(
+            events.StepDone(
+                step=state.step,
+                epoch=round(run.epoch(), 6),
+                loss=one.totals.loss,
+                gradient_norm=one.norm,
+                learning_rate=one.rate,
+                samples=one.step.samples,
+                tokens=int(sum(lengths[piece].sum() for piece in one.step.microbatches)),
+                seconds=now - last,
+            )
+        )
         last = now
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)
@@ -243,7 +290,11 @@ def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
         if every and state.step % every == 0 and not at_end:
             _save(run)
         if _has_settled(run):
-            run.tell(events.Notice(message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} evaluations"))
+            run.tell(
+                events.Notice(
+                    message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} evaluations"
+                )
+            )
             return False
         if one.totals.stop:
             return True
@@ -285,16 +336,26 @@ def _evaluate(run: Run) -> None:
 def _score(run: Run, source: Any) -> dict[str, float]:
     with run.state.averaged_weights():
         results = measure_all(
-            run.state.replica.module, run.material.task.measure, source, run.exchange, device=run.device,
-            samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch, precision=run.recipe.train.precision, seed=run.recipe.train.seed,
-        )  # fmt: skip
+            run.state.replica.module,
+            run.material.task.measure,
+            source,
+            run.exchange,
+            device=run.device,
+            samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch,
+            precision=run.recipe.train.precision,
+            seed=run.recipe.train.seed,
+        )
     if not results:
-        raise ContractError("the task's measure returned nothing. Return at least {\"loss\": one number per sample}.")
+        raise ContractError('the task\'s measure returned nothing. Return at least {"loss": one number per sample}.')
     return summarise(results)
 
 
 def _save(run: Run) -> None:
-    facts = {"fingerprint": dict(run.fingerprint), "recipe": _decisive(run.recipe), "total_steps": run.order.total_steps}
+    facts = {
+        "fingerprint": dict(run.fingerprint),
+        "recipe": _decisive(run.recipe),
+        "total_steps": run.order.total_steps,
+    }
     path = checkpoints.save(run.state, run.job.folder / "checkpoints", facts=facts, keep=run.recipe.checkpoint.keep)
     run.tell(events.CheckpointWritten(step=run.state.step, path=str(path)))
 
@@ -316,15 +377,27 @@ def _finish(run: Run) -> None:
                 save_tensors(part / "model.safetensors", tensors)
                 run.material.export(part)
             summary = {
-                "name": run.recipe.name, "steps": state.step, "epochs": round(run.epoch(), 6), "seconds": round(seconds, 3),
-                "samples_per_second": round(run.samples / seconds, 2), "workers": run.exchange.workers,
-                "device": run.fingerprint["device"], "fingerprint": numerics.digest(run.fingerprint), "pure": run.pure,
+                "name": run.recipe.name,
+                "steps": state.step,
+                "epochs": round(run.epoch(), 6),
+                "seconds": round(seconds, 3),
+                "samples_per_second": round(run.samples / seconds, 2),
+                "workers": run.exchange.workers,
+                "device": run.fingerprint["device"],
+                "fingerprint": numerics.digest(run.fingerprint),
+                "pure": run.pure,
                 "train": {"loss": run.last_loss if run.samples else None, "samples": len(run.material.train)},
-                "test": test, "best_step": state.best_step or None,
-                "weights_sha256": tensors_sha256(tensors), "optimizer_sha256": optimizer_sha256,
-            }  # fmt: skip
+                "test": test,
+                "best_step": state.best_step or None,
+                "weights_sha256": tensors_sha256(tensors),
+                "optimizer_sha256": optimizer_sha256,
+            }
             if test is not None:
-                run.tell(events.Evaluated(step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False))
+                run.tell(
+                    events.Evaluated(
+                        step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False
+                    )
+                )
             write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
             run.tell(events.RunEnded(summary=summary))
     run.exchange.wait_for_all()

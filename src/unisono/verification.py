@@ -28,8 +28,14 @@ class Difference:
     parameters: tuple[str, ...]
 
     def __str__(self) -> str:
-        where = f"microbatch {self.microbatch}" if self.microbatch is not None else "after the exchange, every contribution being equal"
-        names = ", ".join(self.parameters[:5]) + (f" and {len(self.parameters) - 5} more" if len(self.parameters) > 5 else "")
+        where = (
+            f"microbatch {self.microbatch}"
+            if self.microbatch is not None
+            else "after the exchange, every contribution being equal"
+        )
+        names = ", ".join(self.parameters[:5]) + (
+            f" and {len(self.parameters) - 5} more" if len(self.parameters) > 5 else ""
+        )
         return f"{self.workers[0]} and {self.workers[1]} workers first differ at step {self.step}, {where}: {names}"
 
 
@@ -46,9 +52,15 @@ class Verdict:
 
 
 def verify(
-    what: Task | Recipe | str | Path, data: Any = None, *, workers: Sequence[int] = (1, 2, 3), steps: int = 0,
-    overrides: Sequence[str] = (), say: Callable[[str], None] = lambda line: print(line, flush=True), **settings: Any,
-) -> Verdict:  # fmt: skip
+    what: Task | Recipe | str | Path,
+    data: Any = None,
+    *,
+    workers: Sequence[int] = (1, 2, 3),
+    steps: int = 0,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    **settings: Any,
+) -> Verdict:
     """Train under each number of workers and compare contributions, weights and optimiser state bit for bit.
 
     Args:
@@ -76,7 +88,9 @@ def verify(
             say(f"{count} worker{'s' if count > 1 else ''}: {runs[count].summary['steps']} steps in {seconds:.1f} s")
         traces = {count: _read(Path(scratch) / f"workers-{count}") for count in runs}
         first = workers[0]
-        differences = [found for count in workers[1:] if (found := compare(traces[first], traces[count], (first, count)))]
+        differences = [
+            found for count in workers[1:] if (found := compare(traces[first], traces[count], (first, count)))
+        ]
     hashes = {count: (run.weights_sha256, str(run.summary["optimizer_sha256"])) for count, run in runs.items()}
     verdict = Verdict(hashes=hashes, difference=min(differences, key=lambda found: found.step, default=None))
     for line in table(verdict):
@@ -88,7 +102,11 @@ def table(verdict: Verdict) -> list[str]:
     """The hashes, one line per number of workers, and the verdict."""
     lines = ["", "workers  weights           optimizer"]
     lines += [f"{count:>7}  {weights[:16]}  {optimizer[:16]}" for count, (weights, optimizer) in verdict.hashes.items()]
-    return [*lines, "", "equal, bit for bit" if verdict else f"NOT EQUAL: {verdict.difference or 'the final hashes differ'}"]
+    return [
+        *lines,
+        "",
+        "equal, bit for bit" if verdict else f"NOT EQUAL: {verdict.difference or 'the final hashes differ'}",
+    ]
 
 
 Trace = dict[tuple[int, int | None], dict[str, str]]

@@ -84,9 +84,7 @@ def test_a_vocabulary_does_not_depend_on_the_process(train: str) -> None:
         "sys.stdout.write(train(json.load(sys.stdin), 400, True).to_str())"
     )
     run = [sys.executable, "-c", script]
-    made = {
-        subprocess.run(run, input=json.dumps(corpus()), capture_output=True, text=True, check=True).stdout
-    }
+    made = {subprocess.run(run, input=json.dumps(corpus()), capture_output=True, text=True, check=True).stdout}
     here = train_wordpiece if train == "train_wordpiece" else train_bpe
     assert made == {here(corpus(), 400, True).to_str()}
 
@@ -150,9 +148,7 @@ def test_a_tokenizer_without_special_tokens_gives_no_empty_sample() -> None:
 
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert [
-        len(sample) for sample in Pieces(tokenizer, kind="tokenizer", max_tokens=4).encode(["", "a"])
-    ] == [1, 1]
+    assert [len(sample) for sample in Pieces(tokenizer, kind="tokenizer", max_tokens=4).encode(["", "a"])] == [1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,9 +156,7 @@ def test_chunks_do_not_depend_on_workers(monkeypatch: pytest.MonkeyPatch, kind: 
     monkeypatch.setattr(encode, "SAMPLES_PER_CHUNK", 16)
     texts = corpus(100)
     labels = np.arange(100, dtype=np.int32)
-    chunks = {
-        workers: list(encode_chunks(encoder(kind), texts, labels, workers=workers)) for workers in (1, 3, 7)
-    }
+    chunks = {workers: list(encode_chunks(encoder(kind), texts, labels, workers=workers)) for workers in (1, 3, 7)}
     for one in chunks.values():
         assert [len(chunk.lengths) for chunk in one] == [16] * 6 + [4]
         assert np.concatenate([chunk.labels for chunk in one]).tolist() == list(range(100))

@@ -55,9 +55,7 @@ def weights() -> dict[str, Tensor]:
     for name in norms:
         shapes |= {f"{name}.weight": (32,), f"{name}.bias": (32,)}
     made = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {
-        name: tensor + 1 if name.endswith("LayerNorm.weight") else tensor for name, tensor in made.items()
-    }
+    return {name: tensor + 1 if name.endswith("LayerNorm.weight") else tensor for name, tensor in made.items()}
 
 
 @pytest.fixture
@@ -161,9 +159,7 @@ def test_same_seed_same_bits(model: Model) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     before, after = gradient(one, first, microbatch), gradient(one, second, microbatch)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert any(
-        not torch.equal(a, b) for a, b in zip(first.parameters(), build(one, 1).parameters(), strict=True)
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), build(one, 1).parameters(), strict=True))
 
 
 # the bag
@@ -203,9 +199,7 @@ def test_padding_and_company_change_nothing(encoder: Model) -> None:
     together = module(microbatch["ids"], microbatch["mask"])
     for number, length in enumerate((7, 3, 12)):
         alone = microbatch["ids"][number : number + 1, :length]
-        torch.testing.assert_close(
-            together[number], module(alone, torch.ones_like(alone, dtype=torch.bool))[0]
-        )
+        torch.testing.assert_close(together[number], module(alone, torch.ones_like(alone, dtype=torch.bool))[0])
     junk = torch.where(microbatch["mask"], microbatch["ids"], 49)
     torch.testing.assert_close(together, module(junk, microbatch["mask"]))
 
@@ -238,9 +232,7 @@ def test_weights_are_read_and_copied_into_aligned_memory(folder: Path) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    header = (
-        content[8 : 8 + size].rstrip() + b" "
-    )  # a header of an odd length: every tensor lies at an odd address
+    header = content[8 : 8 + size].rstrip() + b" "  # a header of an odd length: every tensor lies at an odd address
     header += b" " * (1 - len(header) % 2)
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
     assert any(t.data_ptr() % 64 for t in load_file(path).values()) or len(header) % 2
@@ -261,9 +253,7 @@ def rename(change: Callable[[str], str]) -> dict[str, Tensor]:
     "change",
     [
         lambda name: "bert." + name,
-        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ),
+        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
     ],
 )
 def test_other_spellings_of_the_names_are_read(folder: Path, change: Callable[[str], str]) -> None:
@@ -361,16 +351,12 @@ def test_a_written_folder_opens_in_transformers_with_equal_outputs(
     written.mkdir()
     write_config(folder, written, ["no", "yes", "ja"])
     save_file(module.state_dict(), written / "model.safetensors", metadata={"format": "pt"})
-    theirs, report = transformers.AutoModel.from_pretrained(
-        written, add_pooling_layer=False, output_loading_info=True
-    )
+    theirs, report = transformers.AutoModel.from_pretrained(written, add_pooling_layer=False, output_loading_info=True)
     assert not report["missing_keys"]
     assert theirs.config.id2label == {0: "no", 1: "yes", 2: "ja"}
     microbatch = padded()
     with torch.no_grad():
         ours = module.bert(microbatch["ids"], microbatch["mask"])
-        expected = theirs.eval()(
-            microbatch["ids"], attention_mask=microbatch["mask"].long()
-        ).last_hidden_state
+        expected = theirs.eval()(microbatch["ids"], attention_mask=microbatch["mask"].long()).last_hidden_state
     chosen = microbatch["mask"]
     torch.testing.assert_close(ours[chosen], expected[chosen], atol=1e-5, rtol=0)

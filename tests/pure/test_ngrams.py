@@ -17,9 +17,7 @@ from unisono.data.ngrams import NGrams
 from unisono.errors import UserError
 
 
-def ngrams(
-    words: int = 100, order: int = 1, buckets: int = 2**20, lowercase: bool = True, prefix: int = 0
-) -> NGrams:
+def ngrams(words: int = 100, order: int = 1, buckets: int = 2**20, lowercase: bool = True, prefix: int = 0) -> NGrams:
     return NGrams(words=words, order=order, buckets=buckets, lowercase=lowercase, prefix=prefix)
 
 
@@ -40,18 +38,12 @@ def test_another_process_with_another_hash_seed_agrees() -> None:
     seen = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        seen.add(
-            subprocess.run(
-                [sys.executable, "-c", code], env=environment, capture_output=True, check=True
-            ).stdout
-        )
+        seen.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
     assert len(seen) == 1
 
 
 @given(st.lists(st.text(), max_size=5), st.integers(1, 5), st.integers(2, 5000), st.integers(1, 9))
-def test_rows_are_never_empty_and_within_bounds(
-    texts: list[str], order: int, buckets: int, words: int
-) -> None:
+def test_rows_are_never_empty_and_within_bounds(texts: list[str], order: int, buckets: int, words: int) -> None:
     rows = ngrams(words, order, buckets).encode(texts)
     assert len(rows) == len(texts)
     for found in rows:
@@ -100,9 +92,7 @@ def test_prefixes_join_the_forms_of_a_word() -> None:
     one, other = row("vote", prefix=4), row("voted", prefix=4)
     assert len(one) == len(other) == 2 and len(set(one) & set(other)) == 1
     assert not set(row("vote")) & set(row("voted"))
-    assert set(row("vote", prefix=4)) - set(
-        row("vote")
-    )  # a word and the same letters as prefix are two features
+    assert set(row("vote", prefix=4)) - set(row("vote"))  # a word and the same letters as prefix are two features
 
 
 def test_lowercase() -> None:

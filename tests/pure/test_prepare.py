@@ -17,9 +17,7 @@ from unisono.recipe import Recipe, check
 
 
 def lines(count: int = 40, start: int = 0) -> list[str]:
-    return [
-        f"word{number} and word{number * 7 % 11},{'xy'[number % 2]}" for number in range(start, start + count)
-    ]
+    return [f"word{number} and word{number * 7 % 11},{'xy'[number % 2]}" for number in range(start, start + count)]
 
 
 def write(path: Path, rows: list[str]) -> str:
@@ -27,13 +25,9 @@ def write(path: Path, rows: list[str]) -> str:
     return str(path)
 
 
-def recipe(
-    folder: Path, model: str = "bag", encode_: dict[str, object] | None = None, **data: object
-) -> Recipe:
+def recipe(folder: Path, model: str = "bag", encode_: dict[str, object] | None = None, **data: object) -> Recipe:
     encode_ = {"vocabulary_size": 100} | (encode_ or {})
-    return check(
-        {"data": {"store": str(folder / "store"), **data}, "encode": encode_, "model": {"kind": model}}
-    )
+    return check({"data": {"store": str(folder / "store"), **data}, "encode": encode_, "model": {"kind": model}})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -44,12 +38,8 @@ def nothing_written(folder: Path) -> bool:
     return not (folder / "store").exists() or not list((folder / "store").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("model", "kind"), [("bag", "ngrams"), ("transformer", "wordpiece"), ("transformer", "bpe")]
-)
-def test_bytes_do_not_depend_on_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str
-) -> None:
+@pytest.mark.parametrize(("model", "kind"), [("bag", "ngrams"), ("transformer", "wordpiece"), ("transformer", "bpe")])
+def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
     monkeypatch.setattr(encode, "SAMPLES_PER_CHUNK", 8)
     train = write(tmp_path / "train.csv", lines())
     made = []
@@ -170,9 +160,7 @@ def test_what_cannot_be_prepared(
     tmp_path: Path, train: list[str] | None, test: list[str] | None, data: dict[str, object], message: str
 ) -> None:
     paths = {"train": train, "test": test}
-    files = {
-        split: write(tmp_path / f"{split}.csv", rows) for split, rows in paths.items() if rows is not None
-    }
+    files = {split: write(tmp_path / f"{split}.csv", rows) for split, rows in paths.items() if rows is not None}
     with pytest.raises(DataError, match=message):
         prepare(recipe(tmp_path, **files, **data))
     assert nothing_written(tmp_path)

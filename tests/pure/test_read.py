@@ -126,9 +126,7 @@ GOOD, FINE = b'{"text":"good","label":"x"}\n', b'\n{"text":"fine","label":"x"}'
         ("a.jsonl", GOOD + b'{"text":[1],"label":"x"}' + FINE, "not a text", "[1]"),
     ],
 )  # fmt: skip
-def test_a_bad_row_spoils_only_itself(
-    tmp_path: Path, name: str, content: bytes, fault: str, text: str
-) -> None:
+def test_a_bad_row_spoils_only_itself(tmp_path: Path, name: str, content: bytes, fault: str, text: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     good, bad, fine = read_records(path, DATA)
@@ -212,9 +210,7 @@ def test_texts_of_frames_and_lists() -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.tuples(st.text(max_size=20), st.text("ab,\"'\n\r\t中", max_size=5)), min_size=1, max_size=8)
-)
+@given(st.lists(st.tuples(st.text(max_size=20), st.text("ab,\"'\n\r\t中", max_size=5)), min_size=1, max_size=8))
 def test_csv_round_trip(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     file = io.StringIO(newline="")
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *rows])

@@ -67,9 +67,7 @@ records = st.lists(
 
 
 @given(records, records, st.sampled_from([0.0, 0.3]), st.sampled_from([(), ("x",)]))
-def test_no_record_is_lost(
-    train: list[Record], test: list[Record], fraction: float, labels: tuple[str, ...]
-) -> None:
+def test_no_record_is_lost(train: list[Record], test: list[Record], fraction: float, labels: tuple[str, ...]) -> None:
     given_ = {"train": train, "test": test}
     screened = screen_splits(given_, labels=labels, validation_fraction=fraction)
     kept = [id(one) for split in screened.splits.values() for one in split]

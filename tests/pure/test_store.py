@@ -81,9 +81,7 @@ def test_what_is_stored_is_what_is_taken(
     expected = naive(rows, samples, padded, ENCODER.padding)
     assert {name: tensor.tolist() for name, tensor in microbatch.items()} == expected
     kinds = {tensor.dtype for name, tensor in microbatch.items() if name != "mask"}
-    assert (
-        kinds == {torch.int64} and microbatch.get("mask", torch.ones(1, dtype=torch.bool)).dtype == torch.bool
-    )
+    assert kinds == {torch.int64} and microbatch.get("mask", torch.ones(1, dtype=torch.bool)).dtype == torch.bool
 
 
 def test_padding_is_the_encoders() -> None:
@@ -168,9 +166,7 @@ def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_failed_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
-) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str) -> None:
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 

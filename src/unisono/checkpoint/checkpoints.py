@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unisono.files import load_tensors, open_sealed, save_tensors, seal, whole_folder
 from unisono.engine.state import TrainState
 from unisono.errors import DamagedError
+from unisono.files import load_tensors, open_sealed, save_tensors, seal, whole_folder
 
 FORMAT = 1
 
@@ -42,8 +42,12 @@ def save(state: TrainState, folder: Path, *, facts: Mapping[str, Any], keep: int
             if others := {name: value for name, value in everything.items() if name not in tensors}:
                 save_tensors(part / "buffers.safetensors", others)
             save_tensors(part / "optimizer.safetensors", optimizer)
-            progress = {"step": state.step, "best_score": state.best_score, "best_step": state.best_step,
-                        "evaluations_since_best": state.evaluations_since_best}
+            progress = {
+                "step": state.step,
+                "best_score": state.best_score,
+                "best_step": state.best_step,
+                "evaluations_since_best": state.evaluations_since_best,
+            }
             seal(part, "state.json", {"format": FORMAT, **progress, **facts})
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -79,7 +83,9 @@ def restore(state: TrainState, saved: Saved) -> None:
     try:
         state.restore(tensors, load_tensors(saved.folder / "optimizer.safetensors"))
     except (KeyError, RuntimeError) as error:
-        raise DamagedError(f"{str(saved.folder)!r} does not fit this model: {error}. Resume with the recipe that began the run.") from error
+        raise DamagedError(
+            f"{str(saved.folder)!r} does not fit this model: {error}. Resume with the recipe that began the run."
+        ) from error
     state.step = int(saved.facts["step"])
     state.best_score = saved.facts["best_score"]
     state.best_step = int(saved.facts["best_step"])

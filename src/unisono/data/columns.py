@@ -108,7 +108,9 @@ def _as_tensor(name: str, column: Any) -> Tensor:
         return column.detach().contiguous()
     array = np.asarray(column)
     if array.dtype.kind not in "biuf":
-        raise DataError(f"column {name!r} has {array.dtype} values; allowed are numbers. Encode it first, or leave it out.")
+        raise DataError(
+            f"column {name!r} has {array.dtype} values; allowed are numbers. Encode it first, or leave it out."
+        )
     return torch.from_numpy(np.ascontiguousarray(array).copy())
 
 
@@ -117,7 +119,9 @@ def _named(item: Any) -> Mapping[str, Any]:
         return item
     if isinstance(item, tuple | list) and len(item) == 2:
         return {"input": item[0], "target": item[1]}
-    raise DataError(f"a dataset's item is {type(item).__name__}; allowed is a mapping of names to values, or an (input, target) pair.")
+    raise DataError(
+        f"a dataset's item is {type(item).__name__}; allowed is a mapping of names to values, or an (input, target) pair."
+    )
 
 
 def _hash(columns: Mapping[str, Tensor]) -> str:
@@ -125,5 +129,5 @@ def _hash(columns: Mapping[str, Tensor]) -> str:
     for name in sorted(columns):
         column = columns[name].contiguous()
         result.update(f"{name} {column.dtype} {tuple(column.shape)}\n".encode())
-        result.update(column.reshape(-1).view(torch.uint8).numpy())
+        result.update(column.reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()

@@ -47,7 +47,7 @@ def find_settings(recipe: Recipe) -> dict[str, object]:
         return settings | {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     settings |= {"lowercase": encode.lowercase}
     if kind == "ngrams":
-        return settings | {"ngrams": encode.ngrams, "buckets": encode.buckets}
+        return settings | {"ngrams": encode.ngrams, "buckets": encode.buckets, "prefix": encode.prefix}
     return settings | {"vocabulary_size": encode.vocabulary_size}
 
 
@@ -61,7 +61,11 @@ def choose_encoder(recipe: Recipe, texts: Sequence[str]) -> Encoder:
     kind = str(find_settings(recipe)["kind"])
     if kind == "ngrams":
         return NGrams(
-            words=encode.max_tokens, order=encode.ngrams, buckets=encode.buckets, lowercase=encode.lowercase
+            words=encode.max_tokens,
+            order=encode.ngrams,
+            buckets=encode.buckets,
+            lowercase=encode.lowercase,
+            prefix=encode.prefix,
         )
     if kind == "tokenizer":
         tokenizer = read_tokenizer(_find_tokenizer(recipe))
@@ -88,9 +92,7 @@ def load_encoder(folder: Path) -> Encoder:
     return NGrams.load(fields) if fields.get("kind") == "ngrams" else Pieces.load(folder, fields)
 
 
-def encode_chunks(
-    encoder: Encoder, texts: Sequence[str], labels: np.ndarray, *, workers: int = 1
-) -> Iterator[Chunk]:
+def encode_chunks(encoder: Encoder, texts: Sequence[str], labels: np.ndarray, *, workers: int = 1) -> Iterator[Chunk]:
     """Encode texts with their class numbers (int32 [texts]) in chunks of `SAMPLES_PER_CHUNK`, in order.
 
     Raises:

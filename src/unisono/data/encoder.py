@@ -1,6 +1,6 @@
 """How texts become numbers, as the rest of the house sees it.
 
-Owns the interface `Encoder`. `data/ngrams.py` hashes word n-grams, `data/encode.py` uses the tokenizers library.
+Owns the interface `Encoder`. `data/ngrams.py` hashes word n-grams, `data/tokens.py` uses the tokenizers library.
 """
 
 from __future__ import annotations

@@ -220,9 +220,7 @@ def _name_columns(path: Path, header: Sequence[list[str] | Fault], data: Data) -
     if data.columns:
         names = list(data.columns)
     elif not header:
-        raise DataError(
-            f"{str(path)!r}: with data.header_lines = 0 no line names the columns. Set data.columns."
-        )
+        raise DataError(f"{str(path)!r}: with data.header_lines = 0 no line names the columns. Set data.columns.")
     elif isinstance(header[0], Fault):
         reason = header[0].reason
         raise DataError(f"{str(path)!r}: the first line does not name columns: {reason}. Set data.columns.")
@@ -265,9 +263,7 @@ def _cut_csv(path: Path, file: BinaryIO) -> Iterator[list[str] | Fault]:
             return
         except csv.Error as error:
             if "unexpected end of data" in str(error):
-                message = (
-                    f"{str(path)!r}: a quote in the row from line {start} never closes. Close or double it."
-                )
+                message = f"{str(path)!r}: a quote in the row from line {start} never closes. Close or double it."
                 raise DataError(message) from None
             yield Fault(reason="not CSV", raw="".join(consumed).rstrip("\r\n"))
 

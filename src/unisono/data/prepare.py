@@ -78,13 +78,9 @@ def prepare(
     chunks = {}
     for split, records in screened.splits.items():
         classes = np.array([numbers[str(record.label)] for record in records], np.int32)
-        chunks[split] = encode.encode_chunks(
-            encoder, [record.text for record in records], classes, workers=workers
-        )
+        chunks[split] = encode.encode_chunks(encoder, [record.text for record in records], classes, workers=workers)
     notify(
-        "encoding "
-        + ", ".join(f"{len(records)} {split}" for split, records in screened.splits.items())
-        + " records"
+        "encoding " + ", ".join(f"{len(records)} {split}" for split, records in screened.splits.items()) + " records"
     )
     dataset = store.write_dataset(
         folder,
@@ -102,9 +98,7 @@ def _find_inputs(data: Data, frames: Mapping[str, object]) -> dict[str, Input]:
     """Return what each split is read from, with the hash of its content."""
     unknown = set(frames) - set(SPLITS)
     if unknown:
-        raise DataError(
-            f"frames for {', '.join(map(repr, sorted(unknown)))}: allowed are {', '.join(SPLITS)}."
-        )
+        raise DataError(f"frames for {', '.join(map(repr, sorted(unknown)))}: allowed are {', '.join(SPLITS)}.")
     inputs = {}
     for split in SPLITS:
         path = getattr(data, split)
@@ -114,9 +108,7 @@ def _find_inputs(data: Data, frames: Mapping[str, object]) -> dict[str, Input]:
             inputs[split] = Input(name=f"{split} frame", kind="frame", sha256=_hash(content), source=records)
         elif path:
             kind = find_format(Path(path), data)
-            inputs[split] = Input(
-                name=Path(path).name, kind=kind, sha256=_hash_path(Path(path)), source=Path(path)
-            )
+            inputs[split] = Input(name=Path(path).name, kind=kind, sha256=_hash_path(Path(path)), source=Path(path))
     if "train" not in inputs:
         raise DataError("data.train is empty. Set it to a file, or to a folder with one folder per class.")
     for split in ("validation", "test"):
@@ -127,9 +119,7 @@ def _find_inputs(data: Data, frames: Mapping[str, object]) -> dict[str, Input]:
             )
     if data.validation_fraction + data.test_fraction >= 1:
         total = data.validation_fraction + data.test_fraction
-        raise RecipeError(
-            f"data.validation_fraction + data.test_fraction = {total}. Allowed is a sum below 1."
-        )
+        raise RecipeError(f"data.validation_fraction + data.test_fraction = {total}. Allowed is a sum below 1.")
     return inputs
 
 
@@ -139,8 +129,7 @@ def _make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
 
     return {
         "inputs": {
-            split: {"name": one.name, "format": one.kind, "sha256": one.sha256}
-            for split, one in inputs.items()
+            split: {"name": one.name, "format": one.kind, "sha256": one.sha256} for split, one in inputs.items()
         },
         "data": recipe.data.model_dump(mode="json", include=set(SEEN)),
         "encode": encode.find_settings(recipe),
@@ -177,9 +166,7 @@ def _read_and_screen(data: Data, inputs: Mapping[str, Input], notify: Callable[[
             raise DataError(
                 f"{split}: no record can be used: {_list(screened.counts)}. First: {_first(screened, split)}."
             )
-        raise DataError(
-            f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records."
-        )
+        raise DataError(f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records.")
     return screened
 
 
@@ -207,9 +194,7 @@ def _find_labels(splits: Mapping[str, Sequence[Record]], data: Data) -> tuple[st
     if len(set(labels)) < len(labels):
         raise DataError(f"data.labels = {list(labels)}: a label is named twice. Name each once.")
     if len(labels) < 2:
-        raise DataError(
-            f"there is one class only, {labels[0]!r}. Give records of two classes or more; see data.label."
-        )
+        raise DataError(f"there is one class only, {labels[0]!r}. Give records of two classes or more; see data.label.")
     for split in ("validation", "test"):
         alone = sorted(set(classes.get(split, ())) - set(labels))
         if alone:
@@ -238,10 +223,7 @@ def _show(line: Mapping[str, object]) -> str:
 
 
 def _list(counts: Mapping[str, Mapping[str, int]]) -> str:
-    listed = {
-        split: ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-        for split, reasons in counts.items()
-    }
+    listed = {split: ", ".join(f"{n} {reason}" for reason, n in reasons.items()) for split, reasons in counts.items()}
     return "; ".join(f"{split}: {reasons}" for split, reasons in listed.items())
 
 

@@ -55,9 +55,7 @@ class Texts:
 
 def read_sheet(source: object, data: Data, name: str = "frame") -> Sheet:
     """Read a path (str or Path) or a frame, whose `name` stands in messages. Raises DataError."""
-    return (
-        read_file(Path(source), data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
-    )
+    return read_file(Path(source), data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
 
 
 def read_records(source: object, data: Data, name: str = "frame") -> list[Record]:
@@ -73,9 +71,7 @@ def read_records(source: object, data: Data, name: str = "frame") -> list[Record
         file = sheet.files[row] if sheet.files else sheet.name
         if row in sheet.faults:
             fault = sheet.faults[row]
-            records.append(
-                Record(file=file, row=row + 1, text=_as_text(fault.raw)[0], label=None, fault=fault.reason)
-            )
+            records.append(Record(file=file, row=row + 1, text=_as_text(fault.raw)[0], label=None, fault=fault.reason))
             continue
         text, text_fault = _as_text(given_text)
         label, label_fault = _as_text(given_label)

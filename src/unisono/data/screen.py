@@ -86,9 +86,7 @@ def also_in(training: Iterable[Record]) -> Rule:
     return lambda records: [record.text.strip() in texts for record in records]
 
 
-def screen(
-    records: Sequence[Record], rules: Mapping[str, Rule], split: str
-) -> tuple[list[Record], list[Quarantined]]:
+def screen(records: Sequence[Record], rules: Mapping[str, Rule], split: str) -> tuple[list[Record], list[Quarantined]]:
     """Apply rules one after the other, each to what those before have kept; their keys are the reasons."""
     reasons: dict[int, str] = {number: record.fault for number, record in enumerate(records) if record.fault}
     for reason, rule in rules.items():
@@ -131,9 +129,7 @@ def screen_splits(
     return Screened(splits=splits, quarantined=quarantined)
 
 
-def cut(
-    records: Sequence[Record], validation_fraction: float, test_fraction: float
-) -> dict[str, list[Record]]:
+def cut(records: Sequence[Record], validation_fraction: float, test_fraction: float) -> dict[str, list[Record]]:
     """Cut records into train, validation and test, those with a share of 0 left out.
 
     Where a record goes depends on its own text and class alone, so neither order nor company changes it.

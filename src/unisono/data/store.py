@@ -110,9 +110,7 @@ def open_dataset(folder: Path) -> Dataset:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. Prepare the data first."
-        )
+        raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. Prepare the data first.")
     manifest = _read_manifest(path)
     for name, known in manifest["files"].items():
         _verify(folder / name, known["bytes"], known["sha256"])
@@ -155,9 +153,7 @@ def _fill(
     manifest: dict[str, Any] = {"format": FORMAT, "sha256": _hash_fields(visible), "labels": list(labels)}
     manifest |= {"splits": entries, "files": files, **notes}
     manifest["manifest_sha256"] = _hash_fields(manifest)
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
 

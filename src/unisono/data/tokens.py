@@ -81,9 +81,7 @@ class Pieces:
         kind, max_tokens, padding = (fields.get(name) for name in ("kind", "max_tokens", "padding"))
         if kind not in KINDS or type(max_tokens) is not int or type(padding) is not int:
             kinds = ", ".join(KINDS)
-            raise ModelError(
-                f"{folder}/encoder.json: needed are kind ({kinds}), max_tokens, padding. Export it again."
-            )
+            raise ModelError(f"{folder}/encoder.json: needed are kind ({kinds}), max_tokens, padding. Export it again.")
         try:
             encoder = cls(read_tokenizer(folder / "tokenizer.json"), kind=kind, max_tokens=max_tokens)
         except DataError as error:

@@ -16,7 +16,9 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 def check_target(path: Path) -> None:
     """Raise DataError unless a table can be written there."""
     if path.suffix not in FORMATS:
-        raise DataError(f"{str(path)!r}: cannot tell the format to write. Allowed are names that end in {', '.join(FORMATS)}.")
+        raise DataError(
+            f"{str(path)!r}: cannot tell the format to write. Allowed are names that end in {', '.join(FORMATS)}."
+        )
     if not path.resolve().parent.is_dir():
         raise DataError(f"{str(path)!r}: there is no folder {str(path.resolve().parent)!r}. Make it first.")
 
@@ -40,4 +42,6 @@ def write_table(table: pa.Table, path: Path, suffix: str) -> None:
             if writer:
                 writer.writerow(cells)
             else:  # a TSV has no quoting: what would break a row becomes a space
-                file.write("\t".join(cell.replace("\t", " ").replace("\n", " ").replace("\r", " ") for cell in cells) + "\n")
+                file.write(
+                    "\t".join(cell.replace("\t", " ").replace("\n", " ").replace("\r", " ") for cell in cells) + "\n"
+                )

@@ -56,7 +56,9 @@ class Contributor:
             loss, weight = self.task.loss(replica.module, microbatch)
         weight = _whole(weight)
         if loss.ndim != 0 or not loss.is_floating_point():
-            raise ContractError(f"the task's loss is {loss.dtype} of shape {tuple(loss.shape)}; allowed is one float: the sum.")
+            raise ContractError(
+                f"the task's loss is {loss.dtype} of shape {tuple(loss.shape)}; allowed is one float: the sum."
+            )
         gradients: list[Tensor | None] = [None] * len(replica.parameters)
         if loss.requires_grad:
             loss.backward()
@@ -66,7 +68,9 @@ class Contributor:
         changes = [None if change is None else change.mul_(weight) for change in replica.take_buffer_changes()]
         integers = replica.integer_values()
         replica.restore_buffers()
-        return Contribution(loss=loss.detach().to(torch.float64), weight=weight, parts=gradients + changes, integers=integers)
+        return Contribution(
+            loss=loss.detach().to(torch.float64), weight=weight, parts=gradients + changes, integers=integers
+        )
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

@@ -24,9 +24,17 @@ from unisono.errors import NumericsError
 from unisono.recipe import Train
 
 LIMITING_VARIABLES = (
-    "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE",
-    "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
-)  # fmt: skip
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
 EXPLAINING_ONLY = frozenset({"processor"})
 """Names whose difference is a warning where the battery agrees."""
 
@@ -41,7 +49,7 @@ def settle(*, threads: int, device: torch.device) -> None:
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
     if device.type == "cuda":
@@ -68,7 +76,9 @@ def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], 
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "precision": train.precision,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "attention": ",".join(name for name in ("flash", "mem_efficient", "math") if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()),
+        "attention": ",".join(
+            name for name in ("flash", "mem_efficient", "math") if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+        ),
         "compile": "off",
         "optimizer": f"{train.optimizer}, {'foreach' if train.optimizer == 'lion' else 'fused'}",
         "microbatches": train.microbatches,
@@ -121,17 +131,29 @@ def _kernels(device: torch.device) -> list[Tensor]:
     """One result each of the kernels that models are made of, on inputs from integer arithmetic."""
 
     def numbers(*shape: int, seed: int = 1) -> Tensor:
-        grid = (np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(seed * 97)) % np.uint64(4093)
+        grid = (np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(seed * 97)) % np.uint64(
+            4093
+        )
         return torch.from_numpy(grid.astype(np.float32).reshape(shape) / 2048 - 1).to(device)
 
     x, w = numbers(77, 193), numbers(129, 193, seed=2)
     out = [F.linear(x, w), F.linear(x[:3], w[:5]), F.linear(x.bfloat16(), w.bfloat16()), x.sum(), x.mean(0), x.var(1)]
-    out += [function(x * 3) for function in (torch.exp, torch.tanh, torch.sigmoid, torch.erf, F.gelu, F.silu, torch.sin)]
-    out += [(x.abs() + 0.1).pow(0.37), (x.abs() + 0.1).log(), (x.abs() + 0.1).rsqrt(), F.softmax(x, -1), F.layer_norm(x, (193,))]
+    out += [
+        function(x * 3) for function in (torch.exp, torch.tanh, torch.sigmoid, torch.erf, F.gelu, F.silu, torch.sin)
+    ]
+    out += [
+        (x.abs() + 0.1).pow(0.37),
+        (x.abs() + 0.1).log(),
+        (x.abs() + 0.1).rsqrt(),
+        F.softmax(x, -1),
+        F.layer_norm(x, (193,)),
+    ]
     query = numbers(2, 3, 19, 32)
     out.append(F.scaled_dot_product_attention(query, query * 0.5, query + 0.25))
     out.append(F.conv2d(numbers(2, 3, 17, 17), numbers(5, 3, 3, 3, seed=3), padding=1))
-    out.append(F.embedding_bag(torch.arange(40, device=device) % 77, x, torch.tensor([0, 7, 20], device=device), mode="sum"))
+    out.append(
+        F.embedding_bag(torch.arange(40, device=device) % 77, x, torch.tensor([0, 7, 20], device=device), mode="sum")
+    )
     weight = w.clone().requires_grad_()
     F.cross_entropy(F.gelu(F.linear(x, weight)), torch.arange(77, device=device) % 129).backward()
     assert weight.grad is not None

@@ -22,7 +22,12 @@ from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
 from unisono.recipe import Train
 
-SLOTS = {"sgd": ("momentum",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+SLOTS = {
+    "sgd": ("momentum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "lion": ("exp_avg",),
+}
 """What each rule remembers of every parameter element."""
 
 
@@ -39,15 +44,39 @@ class Pieces:
 
 def update_sgd(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
     """SGD with momentum, as torch.optim.SGD; the first momentum is the first gradient."""
-    sgd(pieces.weights, pieces.gradients, list(pieces.slots[0]), fused=True, weight_decay=decay, momentum=train.momentum, lr=rate,
-        dampening=0.0, nesterov=train.nesterov, maximize=False)  # fmt: skip
+    sgd(
+        pieces.weights,
+        pieces.gradients,
+        list(pieces.slots[0]),
+        fused=True,
+        weight_decay=decay,
+        momentum=train.momentum,
+        lr=rate,
+        dampening=0.0,
+        nesterov=train.nesterov,
+        maximize=False,
+    )
 
 
 def update_adam(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
     """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim has them."""
-    adam(pieces.weights, pieces.gradients, pieces.slots[0], pieces.slots[1], [], pieces.counts, fused=True, amsgrad=False,
-         beta1=train.beta1, beta2=train.beta2, lr=rate, weight_decay=decay, eps=train.epsilon, maximize=False,
-         decoupled_weight_decay=train.optimizer == "adamw")  # fmt: skip
+    adam(
+        pieces.weights,
+        pieces.gradients,
+        pieces.slots[0],
+        pieces.slots[1],
+        [],
+        pieces.counts,
+        fused=True,
+        amsgrad=False,
+        beta1=train.beta1,
+        beta2=train.beta2,
+        lr=rate,
+        weight_decay=decay,
+        eps=train.epsilon,
+        maximize=False,
+        decoupled_weight_decay=train.optimizer == "adamw",
+    )
 
 
 def update_lion(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
@@ -63,8 +92,11 @@ def update_lion(train: Train, pieces: Pieces, rate: float, decay: float) -> None
 
 
 RULES: dict[str, Callable[[Train, Pieces, float, float], None]] = {
-    "sgd": update_sgd, "adam": update_adam, "adamw": update_adam, "lion": update_lion,
-}  # fmt: skip
+    "sgd": update_sgd,
+    "adam": update_adam,
+    "adamw": update_adam,
+    "lion": update_lion,
+}
 
 
 class Optimizer:
@@ -86,9 +118,14 @@ class Optimizer:
         self.slots = {name: torch.zeros_like(mine) for name in SLOTS[train.optimizer]}
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
         self.average = mine.clone() if train.ema_decay else None
-        self._places = [(index, segment.group, place) for index, segment in enumerate(replica.space.parameters)
-                        if (place := replica.shard.local(segment)) is not None]
-        self._parameter_elements = min(max(replica.space.parameter_blocks * BLOCK - replica.shard.start, 0), replica.shard.size)
+        self._places = [
+            (index, segment.group, place)
+            for index, segment in enumerate(replica.space.parameters)
+            if (place := replica.shard.local(segment)) is not None
+        ]
+        self._parameter_elements = min(
+            max(replica.space.parameter_blocks * BLOCK - replica.shard.start, 0), replica.shard.size
+        )
 
     def update(self, gradient: Tensor, totals: Totals, *, step: int, rate: float) -> float:
         """Apply one step; afterwards `replica.flat` holds everybody's new weights. Return the norm of the whole gradient.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from unisono.engine.contribution import Contribution, Contributor
+from unisono.engine.replica import same_bits
 from unisono.errors import ImpureError
-
 
 INTERNAL = frozenset(vars(nn.Module()))
 
@@ -49,15 +49,6 @@ def _differing(names: list[str], one: Contribution, other: Contribution) -> list
             found.append(f"gradient of {name!r} in module {name.rpartition('.')[0] or '(root)'!r}")
     # the loss differs with almost any fault, so the parameter, which names a module, comes first
     return found[1:] + found[:1] if found and found[0] == "loss" else found
-
-
-def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether two tensors are equal byte for byte (None: absent)."""
-    if left is None or right is None:
-        return left is right
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
 
 
 def _remembered(module: nn.Module, task: object) -> dict[str, Any]:

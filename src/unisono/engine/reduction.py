@@ -79,8 +79,10 @@ class Reduction:
         pending = self._tree.pending
         owned = [node for share in self._shares for node in nodes(share)]
         received = self._exchange.to_owners(
-            [buffer for _, buffer in pending], [len(nodes(share)) for share in self._shares],
-            shard_size=self._replica.shard.size, dtype=self._replica.space.dtype,
+            [buffer for _, buffer in pending],
+            [len(nodes(share)) for share in self._shares],
+            shard_size=self._replica.shard.size,
+            dtype=self._replica.space.dtype,
         )
         return fold_nodes(list(zip(owned, received, strict=True))), totals
 
@@ -100,7 +102,9 @@ class Reduction:
         everyone = self._exchange.add_integers(mine.to(device)).cpu()
         sizes = [microbatches, microbatches, parameters, self._integers, 1]
         loss_bits, weights, used, integers, stops = everyone.split(sizes)
-        return self._conclude(loss_bits.view(torch.float64).tolist(), weights.tolist(), used, integers, bool(stops.item()))
+        return self._conclude(
+            loss_bits.view(torch.float64).tolist(), weights.tolist(), used, integers, bool(stops.item())
+        )
 
     def _conclude(self, losses: list[float], weights: list[int], used: Tensor, integers: Tensor, stop: bool) -> Totals:
         assert self._step is not None
@@ -113,7 +117,9 @@ class Reduction:
                 )
         weight = sum(weights)
         if weight == 0:
-            raise ContractError(f"step {self._step.number + 1} has no terms: the task's loss returned 0 for all its microbatches.")
+            raise ContractError(
+                f"step {self._step.number + 1} has no terms: the task's loss returned 0 for all its microbatches."
+            )
         return Totals(loss=fold(losses) / weight, weight=weight, used=(used > 0).tolist(), integers=integers, stop=stop)
 
     def _write(self, parts: Sequence[Tensor | None], buffer: Tensor, add: bool) -> None:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from unisono.engine.space import BLOCK, Shard, Space, lay_out
 from unisono.errors import ContractError
 
-SPARED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+SPARED = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +61,8 @@ class Replica:
         self.integers = [name for name, buffer in buffers if not buffer.is_floating_point() and not buffer.is_complex()]
         self._others = [name for name, _ in buffers if name not in self.integers and name not in {n for n, _ in floats}]
         self._step_integers = [self._buffer(name).clone() for name in self.integers]
+        self._step_others = {name: self._buffer(name).clone() for name in self._others}
         self._step_floats = self.buffer_values.clone()
-        self._versions: dict[str, int] = {}
-        self._remember()
 
     @property
     def buffer_values(self) -> Tensor:
@@ -66,26 +71,31 @@ class Replica:
         return self.flat[start : self.space.blocks * BLOCK]
 
     def take_buffer_changes(self) -> list[Tensor | None]:
-        """Return what the last microbatch added to each buffer of the space (None: untouched).
+        """Return what the last microbatch added to each buffer of the space.
+
+        Values are compared, not version counters: native batch normalisation changes its running statistics without counting.
 
         Raises:
-            ContractError: a buffer of another floating dtype, which no contribution can carry, was changed.
+            ContractError: a buffer changed that no contribution can carry: one of another floating dtype, or one of another shape now.
         """
-        for name in self._others:
-            if self._touched(name):
+        for name, before in self._step_others.items():
+            if not same_bits(self._buffer(name), before):
                 raise ContractError(
-                    f"buffer {name!r} is {self._buffer(name).dtype} and changes while training; allowed are {self.space.dtype} "
+                    f"buffer {name!r} is {before.dtype} and changes while training; allowed are {self.space.dtype} "
                     "and integer buffers. Register it with one of those dtypes."
                 )
-        changes: list[Tensor | None] = []
+        for name in [segment.name for segment in self.space.buffers] + self.integers:
+            if (now := self._buffer(name)).shape != (before := self._views[name]).shape:
+                raise ContractError(
+                    f"buffer {name!r} had shape {tuple(before.shape)} and has {tuple(now.shape)} after a microbatch; allowed is a fixed shape. "
+                    "Register it with its final size."
+                )
+            if now is not before:  # assigned anew in the forward pass
+                before.copy_(now.detach())
+        # an untouched −inf, as masks have it, has changed by 0 and not by −inf − (−inf)
+        change = (self.buffer_values - self._step_floats).masked_fill_(self.buffer_values == self._step_floats, 0.0)
         start = self.space.parameter_blocks * BLOCK
-        for segment in self.space.buffers:
-            if not self._touched(segment.name):
-                changes.append(None)
-                continue
-            before = self._step_floats[segment.start - start :][: segment.size].view(segment.shape)
-            changes.append(self._buffer(segment.name).detach() - before)
-        return changes
+        return [change[segment.start - start :][: segment.size].view(segment.shape) for segment in self.space.buffers]
 
     def integer_values(self) -> Tensor:
         """The integer buffers' values now, int64, one after another."""
@@ -94,26 +104,20 @@ class Replica:
 
     def restore_buffers(self) -> None:
         """Give every buffer the value it had at the step's start."""
-        touched = [name for name in self._versions if self._touched(name)]
-        if not touched:
-            return
         self.buffer_values.copy_(self._step_floats)
-        for segment in self.space.buffers:
-            self._rebind(segment.name, self._views[segment.name])
+        for name, view in self._views.items():
+            self._rebind(name, view)
         for name, value in zip(self.integers, self._step_integers, strict=True):
-            self._rebind(name, self._views[name])
             self._views[name].copy_(value)
-        self._remember()
 
     def accept(self, integer_values: Tensor) -> None:
         """Make the present content of `flat` and these integer values the next step's start."""
         self._step_floats.copy_(self.buffer_values)
-        for value, part in zip(self._step_integers, integer_values.split([v.numel() for v in self._step_integers]), strict=True):
+        for value, part in zip(
+            self._step_integers, integer_values.split([v.numel() for v in self._step_integers]), strict=True
+        ):
             value.copy_(part.view(value.shape))
-        for name, value in zip(self.integers, self._step_integers, strict=True):
-            self._rebind(name, self._views[name])
-            self._views[name].copy_(value)
-        self._remember()
+        self.restore_buffers()
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all there."""
@@ -143,7 +147,7 @@ class Replica:
                 if name not in placed:
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             for segment in self.space.buffers:
-                view = segment.view(self.flat).data  # .data: each buffer counts its own versions
+                view = segment.view(self.flat).data  # .data: own versions, so that changing one spares what autograd saved of others
                 view.copy_(self._buffer(segment.name))
                 self._views[segment.name] = view
                 self._rebind(segment.name, view)
@@ -162,11 +166,15 @@ class Replica:
         for module, attribute in self._owners[name]:
             module._buffers[attribute] = value
 
-    def _remember(self) -> None:
-        self._versions = {name: view._version for name, view in self._views.items()}
 
-    def _touched(self, name: str) -> bool:
-        return self._buffer(name) is not self._views[name] or self._views[name]._version != self._versions[name]
+def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors are equal byte for byte (None: absent)."""
+    if left is None or right is None:
+        return left is right
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    one, other = (value.detach().contiguous().view(-1).view(torch.uint8) for value in (left, right))
+    return torch.equal(one, other)
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -180,13 +188,18 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
         value = tensors[name].detach().cpu().contiguous()
         shape = ",".join(str(size) for size in value.shape)
         result.update(f"{name} {str(value.dtype).removeprefix('torch.')} {shape}\n".encode())
-        result.update(value.reshape(-1).view(torch.uint8).numpy())
+        result.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 
 def _group(module: nn.Module, pretrained: tuple[str, ...]) -> dict[Group, list[tuple[str, Tensor]]]:
     """Trainable parameters by group. Biases, norms and other vectors are spared weight decay."""
-    spared = {id(parameter) for part in module.modules() if isinstance(part, SPARED) for parameter in part.parameters(recurse=False)}
+    spared = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, SPARED)
+        for parameter in part.parameters(recurse=False)
+    }
     groups: dict[Group, list[tuple[str, Tensor]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -194,7 +207,9 @@ def _group(module: nn.Module, pretrained: tuple[str, ...]) -> dict[Group, list[t
             group = Group(pretrained=name.startswith(pretrained) if pretrained else False, decays=decays)
             groups.setdefault(group, []).append((name, parameter))
     if not groups:
-        raise ContractError("the module has no parameter that requires a gradient: there is nothing to train. Unfreeze one.")
+        raise ContractError(
+            "the module has no parameter that requires a gradient: there is nothing to train. Unfreeze one."
+        )
     return groups
 
 
@@ -207,7 +222,7 @@ def _only_dtype(module: nn.Module) -> torch.dtype:
         given = ", ".join(f"{name!r} is {dtype}" for dtype, name in kinds.items())
         raise ContractError(
             f"trainable parameters: {given}; allowed is float32 for all, or float64 for all. "
-            "For half precision keep float32 weights and set train.precision = \"bf16\"."
+            'For half precision keep float32 weights and set train.precision = "bf16".'
         )
     return next(iter(kinds), torch.float32)
 

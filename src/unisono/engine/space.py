@@ -87,7 +87,9 @@ class Shard:
         return flat[self.start : self.start + self.size]
 
 
-def lay_out(groups: Sequence[Sequence[tuple[str, Tensor]]], buffers: Sequence[tuple[str, Tensor]], dtype: torch.dtype) -> Space:
+def lay_out(
+    groups: Sequence[Sequence[tuple[str, Tensor]]], buffers: Sequence[tuple[str, Tensor]], dtype: torch.dtype
+) -> Space:
     """Lay out named parameters, group after group, and then named buffers."""
     position = 0
 
@@ -101,8 +103,13 @@ def lay_out(groups: Sequence[Sequence[tuple[str, Tensor]]], buffers: Sequence[tu
     position = _up(position, BLOCK)
     parameter_blocks = position // BLOCK
     placed = tuple(place(name, tensor, -1) for name, tensor in buffers)
-    return Space(parameters=parameters, buffers=placed, parameter_blocks=parameter_blocks,
-                 blocks=_up(position, BLOCK) // BLOCK, dtype=dtype)
+    return Space(
+        parameters=parameters,
+        buffers=placed,
+        parameter_blocks=parameter_blocks,
+        blocks=_up(position, BLOCK) // BLOCK,
+        dtype=dtype,
+    )
 
 
 def _up(number: int, multiple: int) -> int:

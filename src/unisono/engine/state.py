@@ -76,7 +76,11 @@ class TrainState:
         space, optimizer = self.replica.space, self.optimizer
         found: dict[str, Tensor] = {}
         shards = dict(optimizer.slots)
-        shards |= {name: shard for name, shard in (("average", optimizer.average), ("best", self.best_weights)) if shard is not None}
+        shards |= {
+            name: shard
+            for name, shard in (("average", optimizer.average), ("best", self.best_weights))
+            if shard is not None
+        }
         flat = torch.zeros_like(self.replica.flat)
         for slot, shard in shards.items():
             self.exchange.gather_shards(shard, flat)

@@ -30,12 +30,17 @@ class Traced:
         """Compute and write down a contribution."""
         found = self._contributor.contribute(step, number, microbatch)
         parts = {name: _digest(part) for name, part in zip(self._names, found.parts, strict=True)}
-        self._write({"step": step + 1, "microbatch": number, "loss": found.loss.item().hex(), "parts": parts})
+        self._write({"step": step + 1, "microbatch": number, "loss": float(found.loss).hex(), "parts": parts})
         return found
 
     def record_weights(self, step: int, replica: Replica) -> None:
         """Write down the weights after a step."""
-        self._write({"step": step, "weights": {segment.name: _digest(segment.view(replica.flat)) for segment in replica.space.segments}})
+        self._write(
+            {
+                "step": step,
+                "weights": {segment.name: _digest(segment.view(replica.flat)) for segment in replica.space.segments},
+            }
+        )
 
     def close(self) -> None:
         """Finish the file."""
@@ -48,5 +53,5 @@ class Traced:
 def _digest(value: Tensor | None) -> str:
     if value is None:
         return "none"
-    content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     return hashlib.blake2b(content, digest_size=12).hexdigest()

@@ -23,13 +23,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Distributed:
     """A worker among processes. `store` is where they meet; `device` decides the backend."""
 
-    def __init__(self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float) -> None:
+    def __init__(
+        self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float
+    ) -> None:
         self.rank = rank
         self.workers = workers
         self._device = device
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=workers, timeout=timedelta(seconds=timeout_seconds),
+            backend,
+            store=store,
+            rank=rank,
+            world_size=workers,
+            timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
         self._outbox = torch.empty(0, device=device)
@@ -70,7 +76,10 @@ class Distributed:
         mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else mine[:0]
         rows = torch.zeros(self.workers * longest, dtype=torch.uint8, device=self._device)
         self.gather_shards(mine, rows)
-        return [bytes(row[:length].cpu().numpy().tobytes()) for row, length in zip(rows.view(-1, longest), lengths, strict=True)]
+        return [
+            bytes(row[:length].cpu().numpy().tobytes())
+            for row, length in zip(rows.view(-1, longest), lengths, strict=True)
+        ]
 
     def wait_for_all(self) -> None:
         self.add_integers(torch.zeros(1, dtype=torch.int64, device=self._device))
@@ -83,7 +92,7 @@ def _sized(buffer: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     """The buffer cut to a size, or a larger one."""
     if buffer.dtype != dtype or buffer.untyped_storage().nbytes() < elements * dtype.itemsize:
         return torch.empty(elements, dtype=dtype, device=buffer.device)
-    return torch.empty(0, dtype=dtype, device=buffer.device).set_(buffer.untyped_storage(), 0, (elements,))
+    return torch.empty(0, dtype=dtype, device=buffer.device).set_(buffer.untyped_storage(), 0, (elements,), (1,))
 
 
 def _call(collective: Callable[[], Result]) -> Result:

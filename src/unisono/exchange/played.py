@@ -63,7 +63,9 @@ class Played:
     def to_owners(
         self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
-        rows = self._stage.swap(self.rank, nodes, lambda all_nodes: torch.stack([node for nodes in all_nodes for node in nodes]))
+        rows = self._stage.swap(
+            self.rank, nodes, lambda all_nodes: torch.stack([node for nodes in all_nodes for node in nodes])
+        )
         return list(rows.view(-1, self.workers, shard_size)[:, self.rank].unbind(0))
 
     def gather_shards(self, shard: Tensor, flat: Tensor) -> None:

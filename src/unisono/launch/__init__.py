@@ -20,5 +20,7 @@ def run_everywhere(act: Act, *, workers: str | int, microbatches: int, threads: 
         return True
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(lambda: work(seat, act, threads=threads, wanted_device=device))()  # torchrun reads the error file that this writes
+    record(
+        lambda: work(seat, act, threads=threads, wanted_device=device)
+    )()  # torchrun reads the error file that this writes
     return seat.rank == 0

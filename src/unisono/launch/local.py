@@ -58,8 +58,17 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         children: list[BaseProcess] = []
         with _Interrupts(children) as interrupts:
             for rank in range(workers):
-                seat = Seat(rank=rank, workers=workers, local_rank=rank, local_workers=workers, port=port, listener=listener.fileno())
-                child = fork.Process(target=_child, args=(seat, act, threads, device, Path(scratch), os.getpid()), name=f"worker {rank}")
+                seat = Seat(
+                    rank=rank,
+                    workers=workers,
+                    local_rank=rank,
+                    local_workers=workers,
+                    port=port,
+                    listener=listener.fileno(),
+                )
+                child = fork.Process(
+                    target=_child, args=(seat, act, threads, device, Path(scratch), os.getpid()), name=f"worker {rank}"
+                )
                 child.start()
                 children.append(child)
             try:
@@ -73,7 +82,9 @@ def _child(seat: Seat, act: Act, threads: int, device: str, scratch: Path, paren
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before the line above
-    code = guarded(lambda: work(seat, act, threads=threads, wanted_device=device), scratch / f"{seat.rank}.json", seat.rank)
+    code = guarded(
+        lambda: work(seat, act, threads=threads, wanted_device=device), scratch / f"{seat.rank}.json", seat.rank
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no clean-up of what was inherited from the parent

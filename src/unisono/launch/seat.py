@@ -45,21 +45,32 @@ class Seat:
             return Solo()
         from unisono.exchange.distributed import Distributed
 
-        return Distributed(self._store(), rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS)
+        return Distributed(
+            self._store(), rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS
+        )
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
         if self.listener >= 0:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all on this host; a host name that does not resolve would stop gloo
+            os.environ["GLOO_SOCKET_IFNAME"] = (
+                "lo"  # all on this host; a host name that does not resolve would stop gloo
+            )
             return dist.TCPStore(
-                "127.0.0.1", self.port, self.workers, is_master=self.rank == 0, timeout=timeout, wait_for_workers=False,
+                "127.0.0.1",
+                self.port,
+                self.workers,
+                is_master=self.rank == 0,
+                timeout=timeout,
+                wait_for_workers=False,
                 master_listen_fd=self.listener if self.rank == 0 else None,
-            )  # fmt: skip
+            )
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UnisonoError(f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun another --master-port.") from error
+            raise UnisonoError(
+                f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun another --master-port."
+            ) from error
         return store
 
 

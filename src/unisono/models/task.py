@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-Microbatch = Mapping[str, Tensor]  # column name → host or device tensor; dim 0 is samples, unless the source says otherwise
+Microbatch = Mapping[
+    str, Tensor
+]  # column name → host or device tensor; dim 0 is samples, unless the source says otherwise
 
 
 class Task(ABC):

@@ -68,7 +68,13 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
     done = [line for line in lines if line["event"] == "StepDone"]
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axis.plot([line["epoch"] for line in done], [line["loss"] for line in done], color="#9ab", linewidth=0.8, label="training loss, each step")
+    axis.plot(
+        [line["epoch"] for line in done],
+        [line["loss"] for line in done],
+        color="#9ab",
+        linewidth=0.8,
+        label="training loss, each step",
+    )
     axis.set(xlabel="epoch", ylabel="loss")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
@@ -77,11 +83,25 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         scored = [line for line in lines if line["event"] == "Evaluated" and line["split"] == split]
         epochs = [line["epoch"] for line in scored]
         if scored and "loss" in scored[0]["scores"]:
-            axis.plot(epochs, [line["scores"]["loss"] for line in scored], "o-", color=color, markersize=4, label=f"{split} loss")
+            axis.plot(
+                epochs,
+                [line["scores"]["loss"] for line in scored],
+                "o-",
+                color=color,
+                markersize=4,
+                label=f"{split} loss",
+            )
         if scored and "accuracy" in scored[0]["scores"]:
             right = right or axis.twinx()
             right.set(ylabel="accuracy", ylim=(0, 1))
-            right.plot(epochs, [line["scores"]["accuracy"] for line in scored], "s--", color=color, markersize=4, label=f"{split} accuracy")
+            right.plot(
+                epochs,
+                [line["scores"]["accuracy"] for line in scored],
+                "s--",
+                color=color,
+                markersize=4,
+                label=f"{split} accuracy",
+            )
     handles = [handle for part in (axis, right) if part for handle in part.get_legend_handles_labels()[0]]
     axis.legend(handles=handles, loc="center right", fontsize=8)
     figure.savefig(path, format="svg", metadata={"Date": None})

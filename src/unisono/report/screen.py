@@ -79,16 +79,23 @@ class Live:
         self._console = Console(highlight=False)
         self._pace = Pace()
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"), TimeRemainingColumn(compact=True),
-            console=self._console, auto_refresh=False, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+        )
         self._task: TaskID | None = None
         self._last = 0.0
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.StepDone) and self._task is not None:
             self._pace.count(event)
-            self._progress.update(self._task, completed=event.step, description=f"epoch {event.epoch:.2f}", facts=self._pace.facts(event))
+            self._progress.update(
+                self._task, completed=event.step, description=f"epoch {event.epoch:.2f}", facts=self._pace.facts(event)
+            )
             if time.monotonic() - self._last > SECONDS_BETWEEN_REFRESHES:
                 self._last = time.monotonic()
                 self._progress.refresh()
@@ -96,7 +103,9 @@ class Live:
         if isinstance(event, events.RunEnded):
             self._progress.stop()
         for line in tell(event, self._pace):
-            self._console.print(line, style="yellow" if isinstance(event, events.Notice) and event.warning else None, soft_wrap=True)
+            self._console.print(
+                line, style="yellow" if isinstance(event, events.Notice) and event.warning else None, soft_wrap=True
+            )
         if isinstance(event, events.RunStarted):
             self._pace.begin(event)
             self._task = self._progress.add_task("training", total=event.steps, completed=event.start_step, facts="")
@@ -139,20 +148,26 @@ def tell(event: events.Event, pace: Pace) -> list[str]:
     match event:
         case events.RunStarted():
             each = event.microbatches_each
-            microbatches = f"{each[0]} microbatches each" if len(set(each)) == 1 else f"{'+'.join(map(str, each))} microbatches"
+            microbatches = (
+                f"{each[0]} microbatches each" if len(set(each)) == 1 else f"{'+'.join(map(str, each))} microbatches"
+            )
             workers = "1 worker" if event.workers == 1 else f"{event.workers} workers"
             threads = "1 thread" if event.threads == 1 else f"{event.threads} threads"
             promise = "" if event.pure else "  WITHOUT the promise of equal bits (--allow-impure)"
-            lines = [f"{event.name}: {workers} on {event.device}, {threads}, {microbatches}, {event.samples_per_step} samples per step, "
-                     f"fingerprint {event.fingerprint}{promise}",
-                     f"{event.train_samples:,} samples, {event.parameters:,} parameters, {event.steps:,} steps, run folder {event.folder}"]
+            lines = [
+                f"{event.name}: {workers} on {event.device}, {threads}, {microbatches}, {event.samples_per_step} samples per step, "
+                f"fingerprint {event.fingerprint}{promise}",
+                f"{event.train_samples:,} samples, {event.parameters:,} parameters, {event.steps:,} steps, run folder {event.folder}",
+            ]
             return lines + ([f"going on after step {event.start_step}"] if event.start_step else [])
         case events.StepDone():
             return [f"epoch {event.epoch:.2f}  {pace.facts(event)}  {pace.time_left(event)}"]
         case events.Evaluated():
             pace.accuracy = event.scores.get("accuracy", pace.accuracy)
             scores = "  ".join(f"{name} {_number(name, value)}" for name, value in event.scores.items())
-            return [f"after step {event.step} (epoch {event.epoch:.2f})  {event.split}: {scores}{'  best so far' if event.best else ''}"]
+            return [
+                f"after step {event.step} (epoch {event.epoch:.2f})  {event.split}: {scores}{'  best so far' if event.best else ''}"
+            ]
         case events.Notice():
             return [f"warning: {event.message}" if event.warning else event.message]
         case events.RunEnded():

@@ -106,9 +106,7 @@ class _Layer(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         projections = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
         self.heads = config.num_attention_heads
-        self.attention = nn.ModuleDict(
-            {"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)}
-        )
+        self.attention = nn.ModuleDict({"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = _Branch(inner, config, dropout)
         self.activation = _ACTIVATIONS[config.hidden_act]()
@@ -248,9 +246,7 @@ def _check_tensor(path: Path, name: str, wanted: Tensor, found: Any) -> None:
         raise ModelError(f"{path}: tensor {name!r} has shape {given}, config.json asks for {asked}. {remedy}")
     kind = found.get_dtype()
     if kind not in ("F64", "F32", "F16", "BF16"):
-        raise ModelError(
-            f"{path}: tensor {name!r} is {kind}; allowed are F32, F16, BF16 and F64. Convert it."
-        )
+        raise ModelError(f"{path}: tensor {name!r} is {kind}; allowed are F32, F16, BF16 and F64. Convert it.")
 
 
 def _plain(name: str) -> str:
