@@ -44,6 +44,7 @@ def measure_all(
     cut = pieces(source.lengths, samples_per_microbatch)
     found: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
     was_training = module.training
+    buffers = _Buffers(module)
     module.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         for number in range(exchange.rank, len(cut), exchange.workers):
@@ -51,11 +52,30 @@ def measure_all(
             microbatch = {name: column.to(device) for name, column in source.take(cut[number]).items()}
             for name, values in measure(module, microbatch).items():
                 found.setdefault(name, []).append((cut[number], values.detach()))
+            buffers.restore()
     module.train(was_training)
     return {
         name: _gather(found.get(name, []), len(source), floating, width, exchange, device)
         for name, floating, width in _columns(found, exchange)
     }
+
+
+class _Buffers:
+    """A module's buffers as they were, so that what one microbatch leaves in them reaches no other, and no later training."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [
+            (part, name, buffer, buffer.clone())
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Give every buffer its value back."""
+        for part, name, buffer, value in self._before:
+            part._buffers[name] = buffer
+            buffer.copy_(value)
 
 
 def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:

@@ -144,12 +144,16 @@ class Optimizer:
                 "before are kept. Lower train.learning_rate, or set train.clip_norm = 1.0."
             )
         if train.clip_norm and norm > train.clip_norm:
-            gradient.mul_(train.clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            # as torch.nn.utils.clip_grad_norm_; what follows the parameters is the buffers' change, and no gradient
+            gradient[: self._parameter_elements].mul_(train.clip_norm / (norm + 1e-6))
         self._apply(gradient, totals.used, rate)
         self.weights[self._parameter_elements :].add_(gradient[self._parameter_elements :])  # the buffers' mean change
         if self.average is not None:
             decay = min(train.ema_decay, (1 + step) / (10 + step))
-            self.average.lerp_(self.weights, 1 - decay)
+            self.average[: self._parameter_elements].lerp_(self.weights[: self._parameter_elements], 1 - decay)
+            old, new = self.average[self._parameter_elements :], self.weights[self._parameter_elements :]
+            # an untouched −inf, as masks have it, has no mean with itself
+            old.copy_(torch.where(old == new, old, old.lerp(new, 1 - decay)))
         self.counts += torch.tensor(totals.used, dtype=torch.int64)
         self._exchange.gather_shards(self.weights, self._replica.flat)
         self._replica.accept(totals.integers)

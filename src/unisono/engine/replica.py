@@ -73,10 +73,10 @@ class Replica:
     def take_buffer_changes(self) -> list[Tensor | None]:
         """Return what the last microbatch added to each buffer of the space.
 
-        Values are compared, not version counters: native batch normalisation changes its running statistics without counting.
+        Values are compared, not version counters: native batch normalisation does not count its changes.
 
         Raises:
-            ContractError: a buffer changed that no contribution can carry: one of another floating dtype, or one of another shape now.
+            ContractError: a buffer of another floating dtype has changed, which no contribution can carry, or a shape has.
         """
         for name, before in self._step_others.items():
             if not same_bits(self._buffer(name), before):
@@ -87,8 +87,8 @@ class Replica:
         for name in [segment.name for segment in self.space.buffers] + self.integers:
             if (now := self._buffer(name)).shape != (before := self._views[name]).shape:
                 raise ContractError(
-                    f"buffer {name!r} had shape {tuple(before.shape)} and has {tuple(now.shape)} after a microbatch; allowed is a fixed shape. "
-                    "Register it with its final size."
+                    f"buffer {name!r} had shape {tuple(before.shape)} and has {tuple(now.shape)} after a microbatch; "
+                    "allowed is a fixed shape. Register it with its final size."
                 )
             if now is not before:  # assigned anew in the forward pass
                 before.copy_(now.detach())
@@ -147,7 +147,8 @@ class Replica:
                 if name not in placed:
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             for segment in self.space.buffers:
-                view = segment.view(self.flat).data  # .data: own versions, so that changing one spares what autograd saved of others
+                # .data: own version counters, so that changing one buffer spares what autograd saved of the others
+                view = segment.view(self.flat).data
                 view.copy_(self._buffer(segment.name))
                 self._views[segment.name] = view
                 self._rebind(segment.name, view)

@@ -25,7 +25,7 @@ from typing import Any
 from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
 from unisono.launch.seat import Seat
-from unisono.launch.worker import Act, guarded, work
+from unisono.launch.worker import STOPPING, Act, guarded, work
 
 GRACE_SECONDS = 5.0  # for the others, after one has failed
 PR_SET_PDEATHSIG = 1
@@ -57,6 +57,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         fork = multiprocessing.get_context("fork")
         children: list[BaseProcess] = []
         with _Interrupts(children) as interrupts:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # they wait until every child is there, and listens
             for rank in range(workers):
                 seat = Seat(
                     rank=rank,
@@ -71,6 +72,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
                 )
                 child.start()
                 children.append(child)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             try:
                 _watch(children)
             finally:
@@ -119,7 +121,7 @@ class _Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupts:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOPPING:
             self._before[signum] = signal.signal(signum, self._handle)
         return self
 

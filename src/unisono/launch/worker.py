@@ -22,6 +22,9 @@ from unisono.errors import Interrupted, LostPeerError, UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.launch.seat import Seat
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""What asks a run to stop."""
+
 
 class Stop:
     """Whether this worker was asked to stop (SIGTERM). While `graceful` is false the request ends it at once."""
@@ -53,6 +56,7 @@ def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
     stop = Stop()
     signal.signal(signal.SIGTERM, stop.ask)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     device = seat.device(wanted_device)
     numerics.settle(threads=threads, device=device)
     exchange = seat.join(device)

@@ -1,0 +1,96 @@
+"""Samples per second of training: unisono against a plain DistributedDataParallel loop (`peer.py`).
+
+    python benchmarks/step.py               all rows
+    python benchmarks/step.py minilm bag    the rows of these workloads
+
+The same model, precision, samples and workers. Runs alternate, A B A B, so that what else the machine does falls on both; the ratio is
+the median of the ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import peer
+import torch
+from record import Cell, Spread, record
+from workloads import WORKLOADS, Workload
+from world import WORKERS, in_plain, in_unisono
+
+from unisono.data.feed import Feed
+from unisono.exchange.protocol import Exchange
+from unisono.loop import steps
+from unisono.material import open_own
+from unisono.run import Job, join
+
+REPEATS = 3
+ROWS = (
+    ("minilm", "float32", 8),
+    ("minilm", "float32", 2),
+    ("minilm", "bf16", 8),
+    ("minilm", "bf16", 2),
+    ("minilm-real", "bf16", 8),
+    ("transformer", "float32", 8),
+    ("transformer", "float32", 2),
+    ("bag", "float32", 8),
+    ("bag", "float32", 2),
+)
+"""Workload, precision, unisono's microbatches a step. DDP takes one forward pass per worker and step, as 2 microbatches do."""
+
+
+def train(workload: Workload, exchange: Exchange) -> float:
+    """Train the workload's steps on one worker of unisono; return the seconds that they took."""
+    train = workload.recipe.train
+    number = workload.warm_up + workload.steps
+    recipe = workload.recipe.model_copy(update={"train": train.model_copy(update={"epochs": 10_000.0})})
+    with tempfile.TemporaryDirectory() as folder:
+        material = open_own(recipe, workload.task, workload.samples)
+        run = join(Job(recipe=recipe, folder=Path(folder)), material, exchange, torch.device("cpu"))
+        feed = Feed(material.train, run.order, run.device)
+        done = steps(run.state, run.order, feed, run.contributor, train)
+        for _ in islice(done, workload.warm_up):
+            pass
+        exchange.wait_for_all()
+        started = time.perf_counter()
+        for _ in islice(done, number - workload.warm_up):
+            pass
+        exchange.wait_for_all()
+        seconds = time.perf_counter() - started
+        feed.close()
+    return seconds
+
+
+def compare(workload: Workload) -> dict[str, Cell]:
+    """Alternate the two sides; one row of the table."""
+    samples = workload.steps * workload.recipe.train.samples_per_step
+    ours: list[float] = []
+    theirs: list[float] = []
+    for _ in range(REPEATS):
+        ours.append(samples / in_unisono(lambda exchange: train(workload, exchange)))
+        theirs.append(samples / in_plain(lambda rank, workers: peer.train(workload, rank, workers)))
+    return {
+        "workload": workload.name,
+        "microbatches": workload.recipe.train.microbatches,
+        "unisono, samples/s": Spread(values=tuple(ours)),
+        "DDP, samples/s": Spread(values=tuple(theirs)),
+        "unisono / DDP": round(median(a / b for a, b in zip(ours, theirs, strict=True)), 3),
+    }
+
+
+def main(names: list[str]) -> None:
+    """Measure the rows of the named workloads, or all."""
+    rows = []
+    for name, precision, microbatches in ROWS:
+        if not names or name in names:
+            rows.append(compare(WORKLOADS[name](precision, microbatches)))
+            print(rows[-1]["workload"], rows[-1]["microbatches"], rows[-1]["unisono / DDP"], file=sys.stderr, flush=True)
+    record("step", f"A step of training, {WORKERS} workers with 1 thread each, {REPEATS} alternating repeats", rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,57 @@
+"""Two worlds of forked workers that a measurement alternates between: unisono's own, and a plain gloo group for the peer.
+
+Owns their start and how rank 0 hands back its seconds. Both have one thread per worker, flush denormals, and speak over the loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from unisono.exchange.protocol import Exchange
+from unisono.launch.local import launch
+from unisono.launch.seat import Seat
+from unisono.launch.worker import Stop
+
+WORKERS = 2
+TIMEOUT = timedelta(seconds=600)
+
+
+def in_unisono(act: Callable[[Exchange], float]) -> float:
+    """Run `act` in each of unisono's workers; return worker 0's result."""
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result"
+
+        def work(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+            found = act(exchange)
+            if seat.rank == 0:
+                result.write_text(repr(found))
+
+        launch(WORKERS, work, threads=1, device="cpu")
+        return float(result.read_text())
+
+
+def in_plain(act: Callable[[int, int], float]) -> float:
+    """Run `act(rank, workers)` in each process of a plain gloo group; return rank 0's result."""
+    with tempfile.TemporaryDirectory() as scratch:
+        processes.start_processes(_plain, (act, Path(scratch)), nprocs=WORKERS, start_method="fork")
+        return float((Path(scratch) / "result").read_text())
+
+
+def _plain(rank: int, act: Callable[[int, int], float], scratch: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(str(scratch / "store"), WORKERS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS, timeout=TIMEOUT)
+    found = act(rank, WORKERS)
+    if rank == 0:
+        (scratch / "result").write_text(repr(found))
+    dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""Every test computes with one thread, those that ask for `settled` as workers do; several share trained runs and the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from toy import Command, make_toy
+
+from unisono.engine import numerics
+
+torch.set_num_threads(1)  # here, before any test module computes something; it also keeps forking safe
+
+
+@pytest.fixture
+def settled() -> Iterator[None]:
+    """The state of a worker; not for all tests, since hypothesis refuses to draw floats under flush-to-zero."""
+    numerics.settle(threads=1, device=torch.device("cpu"))
+    yield
+    torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def warm() -> None:
+    """Import once what every forked worker would import for itself: it takes longer than training the toy."""
+    import matplotlib.pyplot
+    import torch._inductor.config
+
+    import unisono.application
+    import unisono.data.prepare
+    import unisono.models.text.classification
+    import unisono.verification
+
+    numerics.battery(torch.device("cpu"))
+    assert matplotlib and unisono
+
+
+@pytest.fixture(scope="session")
+def trained(warm: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Run folders of the toy, trained by 1, 2 and 3 workers."""
+    import unisono
+
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = make_toy(folder)
+    return {
+        workers: unisono.train(recipe, workers=workers, run=folder / f"run-{workers}", quiet=True).folder
+        for workers in (1, 2, 3)
+    }
+
+
+@pytest.fixture
+def command(
+    warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """Call the command line in this process, within tmp_path; returns exit code, output and errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        from unisono import cli
+
+        monkeypatch.setattr(sys, "argv", ["unisono", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        out, err = capfd.readouterr()
+        return (code if isinstance(code, int) else int(code is not None)), out, err
+
+    monkeypatch.chdir(tmp_path)
+    return call

@@ -1,0 +1,127 @@
+"""The order is a pure function that visits every sample exactly once an epoch, in pieces of even cost."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unisono.data.order import Order, count_steps, cut, permute
+
+KEYS = st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 10_000))
+
+
+def order(lengths: list[int] | np.ndarray, *, per_step: int, pieces: int, seed: int = 0, padded: bool = True) -> Order:
+    lengths = np.asarray(lengths, np.int32)
+    return Order(
+        lengths=lengths, padded=padded, samples_per_step=per_step, microbatches=pieces, seed=seed,
+        total_steps=count_steps(len(lengths), per_step, 3),
+    )  # fmt: skip
+
+
+@given(size=st.integers(1, 3000), key=KEYS)
+def test_permutation_is_a_bijection(size: int, key: tuple[int, int]) -> None:
+    permuted = permute(np.arange(size, dtype=np.uint64), size=size, key=key)
+    assert np.array_equal(np.sort(permuted), np.arange(size))
+
+
+@given(size=st.integers(2**20, 2**45), key=KEYS, positions=st.sets(st.integers(0, 2**20 - 1), min_size=1, max_size=50))
+def test_permutation_of_a_huge_set_needs_no_other_position(size: int, key: tuple[int, int], positions: set[int]) -> None:
+    together = permute(np.array(sorted(positions), np.uint64), size=size, key=key)
+    alone = [int(permute(np.array([position], np.uint64), size=size, key=key)[0]) for position in sorted(positions)]
+    assert together.tolist() == alone
+    assert len(set(alone)) == len(positions) and all(0 <= sample < size for sample in alone)
+
+
+def test_permutation_shuffles() -> None:
+    size = 10_000
+    positions = np.arange(size, dtype=np.uint64)
+    one, other = (permute(positions, size=size, key=key).astype(float) for key in ((0, 0), (0, 1)))
+    for left, right in ((positions.astype(float), one), (one, other), (one[:-1], one[1:])):
+        assert abs(np.corrcoef(left, right)[0, 1]) < 0.05
+    assert (permute(positions, size=size, key=(1, 0)) != one).any()
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=80),
+    per_step=st.integers(1, 90), pieces=st.integers(1, 20), seed=st.integers(0, 2**63 - 1), padded=st.booleans(),
+)  # fmt: skip
+def test_every_sample_once_an_epoch_in_no_empty_piece(
+    lengths: list[int], per_step: int, pieces: int, seed: int, padded: bool
+) -> None:
+    plan = order(lengths, per_step=per_step, pieces=pieces, seed=seed, padded=padded)
+    for epoch, steps in itertools.groupby(plan.steps(), key=lambda step: step.epoch):
+        samples: list[int] = []
+        sizes = []
+        for step in steps:
+            assert len(step.microbatches) == min(pieces, step.samples)
+            assert all(len(piece) for piece in step.microbatches)
+            sizes.append(step.samples)
+            samples += np.concatenate(step.microbatches).tolist()
+        assert sorted(samples) == list(range(len(lengths))), epoch
+        assert all(size == per_step for size in sizes[:-1]) and sizes[-1] <= per_step
+
+
+def test_epochs_differ_and_any_step_can_be_the_first() -> None:
+    plan = order(range(1, 31), per_step=8, pieces=4)
+    whole = list(plan.steps())
+    assert [step.samples for step in whole[:4]] == [8, 8, 8, 6]
+    assert set(np.concatenate(whole[0].microbatches)) != set(np.concatenate(whole[4].microbatches))
+    for start in range(len(whole)):
+        for expected, found in zip(whole[start:], plan.steps(start), strict=True):
+            assert (expected.number, expected.epoch) == (found.number, found.epoch)
+            assert all(np.array_equal(a, b) for a, b in zip(expected.microbatches, found.microbatches, strict=True))
+
+
+def test_fewer_samples_than_microbatches() -> None:
+    step = order([1] * 3, per_step=16, pieces=8).step(0)
+    assert [len(piece) for piece in step.microbatches] == [1, 1, 1]
+
+
+def test_pieces_hold_samples_of_like_length() -> None:
+    step = order(range(1, 65), per_step=64, pieces=8).step(0)
+    longest = [int(piece.max()) for piece in step.microbatches]
+    shortest = [int(piece.min()) for piece in step.microbatches]
+    assert all(above > below for above, below in zip(shortest, longest[1:], strict=False))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=60), data=st.data())
+def test_the_costliest_piece_costs_little_more_than_an_even_share(
+    padded: bool, lengths: list[int], data: st.DataObject
+) -> None:
+    falling = np.array(sorted(lengths, reverse=True), np.int32)
+    pieces = data.draw(st.integers(1, len(lengths)))
+    bounds = cut(falling, pieces, padded=padded)
+    assert bounds[0] == 0 and bounds[-1] == len(lengths) and all(a < b for a, b in itertools.pairwise(bounds))
+    parts = [falling[a:b].astype(np.int64) for a, b in itertools.pairwise(bounds)]
+    costs = [int(part[0]) * len(part) if padded else int(part.sum()) for part in parts]
+    if padded:
+        assert max(costs) <= 2 * _least_padded_cost(falling.tolist(), pieces)
+    else:
+        assert max(costs) <= falling.sum() / pieces + falling[0]
+
+
+def _least_padded_cost(falling: list[int], pieces: int) -> int:
+    """The smallest possible cost of the costliest of `pieces` rectangles, by trying each."""
+    candidates = sorted({falling[a] * n for a in range(len(falling)) for n in range(1, len(falling) - a + 1)})
+    for cost in candidates:
+        position, used = 0, 0
+        while position < len(falling) and used < pieces and falling[position] <= cost:
+            position += cost // falling[position]
+            used += 1
+        if position >= len(falling):
+            return cost
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("samples", "per_step", "epochs", "most", "steps"),
+    [(100, 10, 1, 0, 10), (101, 10, 1, 0, 11), (100, 10, 0.25, 0, 3), (100, 10, 2.5, 0, 25), (100, 10, 3, 7, 7), (3, 64, 2, 0, 2)],
+)  # fmt: skip
+def test_count_steps(samples: int, per_step: int, epochs: float, most: int, steps: int) -> None:
+    assert count_steps(samples, per_step, epochs, most) == steps

@@ -1,0 +1,262 @@
+"""A replica computes what the module computes, and guards its buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unisono.engine.contribution import Contributor
+from unisono.engine.reduction import Reduction
+from unisono.engine.replica import Replica, tensors_sha256
+from unisono.data.order import Step
+from unisono.errors import ContractError
+from unisono.exchange.solo import Solo
+from unisono.models.task import Microbatch, Task
+
+pytestmark = pytest.mark.usefixtures("settled")
+
+
+class Summed(Task):
+    """Sums a module's output, weighted by the number of samples."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        self._make = make
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self._make()
+
+    def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:
+        return module(microbatch["x"]).square().sum(), len(microbatch["x"])
+
+    def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
+        return {"loss": module(microbatch["x"]).square().sum(1)}
+
+
+def one_step(make: Callable[[], nn.Module], pieces: list[Tensor]) -> tuple[Replica, dict[str, Tensor], Tensor]:
+    """Contributions of `pieces`, reduced. Return the replica, the mean of every part by name, and the integers."""
+    task = Summed(make)
+    replica = Replica(task.build(), rank=0, workers=1)
+    before = {name: value.clone() for name, value in replica.all_tensors().items()}
+    contributor = Contributor(replica=replica, task=task, precision="float32", seed=0)
+    reduction = Reduction(replica, Solo())
+    step = Step(number=0, epoch=0, microbatches=tuple(np.arange(len(piece)) for piece in pieces))
+    for number in reduction.begin(step):
+        reduction.add(number, contributor.contribute(0, number, {"x": pieces[number]}))
+        for name, value in replica.all_tensors().items():
+            assert torch.equal(value, before[name]), f"{name} is not as it was"
+    flat, totals = reduction.finish()
+    flat = flat / totals.weight
+    return replica, {segment.name: segment.view(flat).clone() for segment in replica.space.segments}, totals.integers
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+
+
+def test_running_statistics_are_the_weighted_mean_over_microbatches() -> None:
+    pieces = [torch.randn(size, 3, generator=torch.Generator().manual_seed(size)) * 3 for size in (2, 5, 3)]
+    _, means, integers = one_step(normed, pieces)
+    for name in ("running_mean", "running_var"):
+        expected = torch.zeros(4, dtype=torch.float64)
+        for piece in pieces:
+            torch.manual_seed(0)
+            alone = normed()
+            start = getattr(alone[1], name).clone()
+            alone(piece)
+            change = getattr(alone[1], name) - start
+            assert change.abs().min() > 1e-4
+            expected += change.double() * len(piece) / 10
+        torch.testing.assert_close(means[f"1.{name}"].double(), expected, rtol=1e-5, atol=1e-7)
+    assert integers.tolist() == [1], "the counter of batches advances once a step"
+
+
+def test_gradient_is_that_of_the_whole_step() -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    pieces = [torch.randn(size, 3) for size in (4, 1, 3, 2, 2)]
+    replica, means, _ = one_step(plain, pieces)
+    torch.manual_seed(0)
+    reference = plain()
+    (reference(torch.cat(pieces)).square().sum() / 12).backward()
+    for name, parameter in reference.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(means[name], parameter.grad, rtol=1e-5, atol=1e-6)
+        assert torch.equal(dict(replica.module.named_parameters())[name].detach(), parameter.detach())
+
+
+class Buffers(nn.Module):
+    """Changes buffers in every way that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("assigned", torch.ones(3))
+        self.register_buffer("in_place", torch.ones(3))
+        self.register_buffer("data", torch.ones(3), persistent=False)
+        self.register_buffer("native", torch.zeros(3))
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.inf]))
+        self.register_buffer("flag", torch.tensor(False))
+        self.register_buffer("count", torch.tensor([5, 7], dtype=torch.int32))
+        self.register_buffer("half", torch.ones(2, dtype=torch.float16))
+        self.register_buffer("complex", torch.ones(2, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x) * self.scale  # autograd keeps this buffer, while others change
+        self.assigned = self.assigned + 1
+        self.in_place.mul_(3)
+        self.data.data.fill_(5)
+        nn.functional.batch_norm(x, self.native, None, training=True)
+        self.flag = torch.tensor(True)
+        self.count += 1
+        return x
+
+
+def test_buffers_however_they_are_changed() -> None:
+    replica, means, integers = one_step(Buffers, [torch.ones(2, 3), torch.ones(4, 3)])
+    assert means["assigned"].tolist() == [1, 1, 1]
+    assert means["in_place"].tolist() == [2, 2, 2]
+    assert means["data"].tolist() == [4, 4, 4]
+    assert means["native"].abs().min() > 0
+    assert means["mask"].tolist() == [0, 0, 0] and means["scale"].tolist() == [0, 0, 0]
+    assert dict(zip(replica.integers, [integers[:1].tolist(), integers[1:].tolist()], strict=True)) == {
+        "flag": [1], "count": [6, 8]
+    }  # fmt: skip
+    replica.accept(integers)
+    buffers = dict(replica.module.named_buffers())
+    assert buffers["flag"].dtype == torch.bool and buffers["flag"].item() is True
+    assert buffers["count"].dtype == torch.int32 and buffers["count"].tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("name", ["half", "complex"])
+def test_a_buffer_that_no_contribution_can_carry_may_not_change(name: str) -> None:
+    class Changing(Buffers):
+        def forward(self, x: Tensor) -> Tensor:
+            getattr(self, name).add_(1)
+            return super().forward(x)
+
+    with pytest.raises(ContractError, match=f"buffer '{name}'.*allowed are torch.float32"):
+        one_step(Changing, [torch.ones(2, 3)])
+
+
+def test_a_buffer_that_grows_is_refused() -> None:
+    class Growing(Buffers):
+        def forward(self, x: Tensor) -> Tensor:
+            self.assigned = torch.ones(4)
+            return self.linear(x)
+
+    with pytest.raises(ContractError, match=r"buffer 'assigned' had shape \(3,\) and has \(4,\)"):
+        one_step(Growing, [torch.ones(2, 3)])
+
+
+def test_tied_and_frozen() -> None:
+    torch.manual_seed(0)
+    module = zoo.Odd()
+    replica = Replica(module, rank=0, workers=1)
+    names = [segment.name for segment in replica.space.parameters]
+    assert "embedding.weight" in names and "out.weight" not in names
+    assert not any(name.startswith("frozen") for name in names)
+    assert module.out.weight is module.embedding.weight
+    replica.flat.fill_(2.0)
+    assert (module.out.weight == 2).all() and (module.unused.bias == 2).all()
+    assert (module.frozen.weight != 2).all()
+    tensors = replica.tensors()
+    assert {"out.weight", "embedding.weight", "frozen.weight"} <= tensors.keys() == module.state_dict().keys()
+
+
+def test_tied_buffers_stay_tied() -> None:
+    def make() -> nn.Module:
+        module = normed()
+        module.append(nn.BatchNorm1d(4, affine=False))
+        module[3].running_mean = module[1].running_mean
+        return module
+
+    replica = Replica(make(), rank=0, workers=1)
+    module = replica.module
+    assert module[3].running_mean is module[1].running_mean
+    module(torch.randn(5, 3))
+    replica.take_buffer_changes()
+    replica.restore_buffers()
+    assert module[3].running_mean is module[1].running_mean and not module[1].running_mean.any()
+
+
+def test_weights_at_odd_addresses_are_copied_to_aligned_memory(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1, dtype=torch.uint8), "b": torch.randn(33)}, tmp_path / "odd.safetensors")
+    odd = torch.frombuffer(bytearray(4 * 40), dtype=torch.uint8)[1 : 1 + 4 * 33].view(torch.uint8)
+    raw = torch.empty(0).set_(odd.untyped_storage()) if odd.data_ptr() % 4 == 0 else load_file(tmp_path / "odd.safetensors")["b"]
+    module = nn.ParameterDict({"train": nn.Parameter(raw[:33]), "frozen": nn.Parameter(raw[1:33], requires_grad=False)})
+    module.register_buffer("buffer", raw[3:33])
+    module.register_buffer("count", torch.arange(9)[1:])
+    replica = Replica(module, rank=0, workers=1)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for name, value in replica.all_tensors().items():
+        assert value.data_ptr() % 64 == 0, name
+        assert torch.equal(value, before[name])
+
+
+def test_strided_weights_become_contiguous() -> None:
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    expected = module.weight.detach().clone()
+    replica = Replica(module, rank=0, workers=1)
+    assert module.weight.is_contiguous() and torch.equal(replica.tensors()["weight"], expected)
+
+
+def test_float64() -> None:
+    replica, means, _ = one_step(lambda: normed().double(), [torch.randn(4, 3, dtype=torch.float64)])
+    assert replica.flat.dtype == torch.float64
+    assert means["1.running_mean"].dtype == torch.float64 and means["1.running_mean"].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), "'0.weight' is torch.float32, '1.weight' is torch.float64"),
+        (lambda: nn.Linear(2, 2).bfloat16(), "'weight' is torch.bfloat16"),
+        (lambda: nn.Linear(2, 2).requires_grad_(False), "nothing to train"),
+        (lambda: nn.ReLU(), "nothing to train"),
+    ],
+    ids=["mixed", "half", "frozen", "empty"],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused(make: Callable[[], nn.Module], said: str) -> None:
+    with pytest.raises(ContractError, match=said):
+        Replica(make(), rank=0, workers=1)
+
+
+def test_frozen_half_precision_is_fine() -> None:
+    Replica(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16().requires_grad_(False)), rank=0, workers=1)
+
+
+def test_hash_of_tensors_is_as_documented() -> None:
+    import hashlib
+
+    tensors = {"b": torch.tensor([[1.0, -0.0]]), "a": torch.tensor(3)}
+    content = b"a int64 \n" + np.int64(3).tobytes() + b"b float32 1,2\n" + np.array([1.0, -0.0], "<f4").tobytes()
+    assert tensors_sha256(tensors) == hashlib.sha256(content).hexdigest()
+    assert tensors_sha256({**tensors, "b": torch.tensor([[1.0, 0.0]])}) != hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ((torch.ones(2), 2), "of shape"),
+        ((torch.tensor(1), 2), "torch.int64"),
+        ((torch.tensor(1.0), 2.0), "2.0 as its number of terms"),
+        ((torch.tensor(1.0), True), "True as its number of terms"),
+        ((torch.tensor(1.0), -1), "-1 as its number of terms"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_no_sum_is_refused(loss: tuple[Tensor, object], said: str) -> None:
+    task = Summed(normed)
+    task.loss = lambda module, microbatch: loss  # type: ignore[method-assign,assignment,return-value]
+    contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
+    with pytest.raises(ContractError, match=said):
+        contributor.contribute(0, 0, {"x": torch.ones(2, 3)})

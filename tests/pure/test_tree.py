@@ -1,0 +1,133 @@
+"""Whoever adds what, the sum is that of the one tree, bit for bit."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unisono.engine.tree import Node, Tree, fold, fold_nodes, nodes
+
+SPECIAL = np.array([0.0, -0.0, 1e-42, -1e-42, 1.17e-38, 3.4e38, -3.4e38, 1e30, -1e30, 1.0, -1.0, 1e-8], np.float32)
+
+
+def contributions(microbatches: int, seed: int) -> list[Tensor]:
+    """Vectors of 67 float32: signed zeros, denormals and huge values among ordinary ones."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(microbatches):
+        value = (random.standard_normal(67) * 10.0 ** random.integers(-20, 20, 67)).astype(np.float32)
+        value[: len(SPECIAL)] = random.permutation(SPECIAL)
+        found.append(torch.from_numpy(value))
+    return found
+
+
+def serial(values: list[Tensor], level: int, index: int) -> Tensor | None:
+    """Node (level, index) by its definition, recursively."""
+    if level == 0:
+        return values[index] if index < len(values) else None
+    left, right = serial(values, level - 1, 2 * index), serial(values, level - 1, 2 * index + 1)
+    return left if right is None or left is None else left + right
+
+
+def root(values: list[Tensor]) -> Tensor:
+    found = serial(values, math.ceil(math.log2(len(values))) if len(values) > 1 else 0, 0)
+    assert found is not None
+    return found
+
+
+def bits(value: Tensor) -> bytes:
+    return value.numpy().tobytes()
+
+
+def reduce(values: list[Tensor], ranges: list[range]) -> tuple[Tensor, int]:
+    """As workers do: one Tree each, then the nodes in order of worker. Return the root and the most buffers of a worker."""
+    buffers = [0]
+    pending: list[tuple[Node, Tensor]] = []
+    for microbatches in ranges:
+        buffers.append(0)
+
+        def new_buffer() -> Tensor:
+            buffers[-1] += 1
+            return torch.full((67,), torch.nan)
+
+        tree = Tree(new_buffer)
+        for number in microbatches:
+            tree.add(number, lambda buffer, add, n=number: buffer.add_(values[n]) if add else buffer.copy_(values[n]))
+        assert [node for node, _ in tree.pending] == nodes(microbatches)
+        pending += [(node, value.clone()) for node, value in tree.pending]
+    return fold_nodes(pending), max(buffers)
+
+
+@settings(max_examples=150)
+@given(microbatches=st.integers(1, 70), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_any_sharing_out_gives_the_bits_of_the_serial_tree(microbatches: int, seed: int, data: st.DataObject) -> None:
+    values = contributions(microbatches, seed)
+    bounds = [0, *sorted(data.draw(st.lists(st.integers(0, microbatches), max_size=9))), microbatches]
+    ranges = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]  # empty ones too
+    found, buffers = reduce(values, ranges)
+    assert bits(found) == bits(root(values))
+    assert buffers <= 2 * math.log2(microbatches + 1) + 1
+
+
+@given(microbatches=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_fold_adds_numbers_as_the_tree_does(microbatches: int, seed: int) -> None:
+    values = contributions(microbatches, seed)
+    found = fold([float(value[20]) for value in values])
+    expected = root([value[20].to(torch.float64) for value in values])
+    assert struct.pack("<d", found) == struct.pack("<d", float(expected))
+
+
+def test_another_order_gives_other_bits() -> None:
+    values = contributions(8, 1)
+    running = values[0].clone()
+    for value in values[1:]:
+        running += value
+    assert bits(running) != bits(root(values)), "the inputs above would let a wrong tree pass"
+
+
+@pytest.mark.parametrize("microbatches", [1, 3, 5, 6, 7, 9, 13])
+def test_a_missing_right_child_is_not_added(microbatches: int) -> None:
+    values = [torch.full((4,), -0.0) for _ in range(microbatches)]
+    found = fold_nodes([(Node(0, number), value.clone()) for number, value in enumerate(values)])
+    assert torch.signbit(found).all()
+    assert math.copysign(1, fold([-0.0] * microbatches)) == -1
+
+
+@given(start=st.integers(0, 500), size=st.integers(1, 500))
+def test_nodes_are_the_fewest_that_cover_a_range(start: int, size: int) -> None:
+    found = nodes(range(start, start + size))
+    covered = [n for node in found for n in range(node.index << node.level, (node.index + 1) << node.level)]
+    assert covered == list(range(start, start + size))
+    assert not any(a.is_left_of(b) for a, b in zip(found, found[1:], strict=False))
+    assert len(found) <= max(1, 2 * math.log2(size))
+
+
+def test_siblings() -> None:
+    assert Node(1, 2).is_left_of(Node(1, 3))
+    assert not Node(1, 1).is_left_of(Node(1, 2))
+    assert not Node(0, 2).is_left_of(Node(1, 3))
+    assert Node(1, 3).parent == Node(2, 1)
+
+
+def test_buffers_are_used_again() -> None:
+    made: list[Tensor] = []
+
+    def new_buffer() -> Tensor:
+        made.append(torch.zeros(1))
+        return made[-1]
+
+    tree = Tree(new_buffer)
+    for _ in range(3):
+        for number in range(64):
+            tree.add(number, lambda buffer, add: buffer.add_(1) if add else buffer.fill_(1))
+        assert tree.pending[0][1].item() == 64
+        tree.clear()
+        assert not tree.pending
+    assert len(made) <= 6

@@ -1,0 +1,213 @@
+"""The command line as a user meets it: what it prints, what it leaves behind, and the same bits for any number of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from toy import Command, make_toy, run_command
+
+from unisono import recipe as recipes
+
+FILES = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "curves.svg", "summary.json", "checkpoints", "model"}
+WORKERS = (1, 2, 3)
+HASHES = ("weights_sha256", "optimizer_sha256")
+
+
+def read_summary(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """Number of workers → its run folder, and the process that made it."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_toy(folder)
+    ways = {1: (), 2: ("--quiet",), 3: ("--json",)}
+    return {
+        workers: (folder / f"{workers}", run_command(
+            ["train", "toy.toml", "--workers", workers, "--run-folder", workers, *ways[workers]], folder
+        ))
+        for workers in WORKERS
+    }  # fmt: skip
+
+
+def test_any_number_of_workers_gives_the_same_bits(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
+    summaries = [read_summary(run) for run, _ in runs.values()]
+    for name in (*HASHES, "test", "train", "steps", "fingerprint"):
+        assert len({json.dumps(summary[name]) for summary in summaries}) == 1, name
+    models = [{path.name: path.read_bytes() for path in (run / "model").iterdir()} for run, _ in runs.values()]
+    assert models[0] == models[1] == models[2]
+    checkpoints = [sorted((run / "checkpoints").rglob("*.safetensors")) for run, _ in runs.values()]
+    assert len({tuple(path.read_bytes() for path in paths) for paths in checkpoints}) == 1
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_run_folder_is_complete(
+    runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]], workers: int
+) -> None:
+    run, process = runs[workers]
+    assert process.returncode == 0, process.stderr
+    assert {path.name for path in run.iterdir()} == FILES
+    summary = read_summary(run)
+    assert {"steps", "seconds", "samples_per_second", "workers", "train", "test", *HASHES} <= summary.keys()
+    assert summary["workers"] == workers
+    assert set(summary["train"]) >= {"loss"}  # type: ignore[call-overload]
+    assert set(summary["test"]) == {"loss", "accuracy", "macro_f1", "samples"}  # type: ignore[call-overload]
+    assert summary["test"]["accuracy"] > 0.9  # type: ignore[index]
+    assert recipes.load(run / "recipe.toml").train.microbatches == 4
+    assert json.loads((run / "fingerprint.json").read_text())["battery"]
+    assert ElementTree.parse(run / "curves.svg").getroot().tag.endswith("svg")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{summary['steps']:08d}"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["event"] == "StepDone"]
+    assert steps == list(range(1, int(str(summary["steps"])) + 1))
+
+
+def test_weights_sha256_is_what_the_documentation_says(trained: dict[int, Path]) -> None:
+    """Ten lines of plain Python, without unisono, torch or safetensors, give the same hash."""
+    content = (trained[2] / "model" / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    found = hashlib.sha256()
+    for name in sorted(header.keys() - {"__metadata__"}):
+        start, end = header[name]["data_offsets"]
+        dtype = {"F32": "float32", "F64": "float64", "I64": "int64"}[header[name]["dtype"]]
+        found.update(f"{name} {dtype} {','.join(map(str, header[name]['shape']))}\n".encode())
+        found.update(content[8 + size + start : 8 + size + end])
+    assert found.hexdigest() == read_summary(trained[2])["weights_sha256"]
+
+
+def test_plain_lines_say_what_a_person_needs(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
+    run, process = runs[1]
+    summary = read_summary(run)
+    for word in ("1 worker on cpu", "4 microbatches", "run folder 1", "loss", "accuracy", "samples/s", "s left"):
+        assert word in process.stdout, word
+    assert f"weights   sha256 {summary['weights_sha256']}" in process.stdout
+    assert f"optimizer sha256 {summary['optimizer_sha256']}" in process.stdout
+    assert "\x1b" not in process.stdout
+    assert process.stderr == ""
+
+
+def test_quiet_says_nothing(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
+    assert (runs[2][1].stdout, runs[2][1].stderr) == ("", "")
+
+
+def test_json_is_one_object_per_line(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
+    run, process = runs[3]
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    assert lines[-1] == {"event": "RunEnded", "summary": read_summary(run)}
+    assert {"Notice", "RunStarted", "StepDone", "Evaluated", "CheckpointWritten"} <= {line["event"] for line in lines}
+
+
+def run_torchrun(folder: Path, *options: object, workers: int) -> list[subprocess.Popen[str]]:
+    """One agent; or `--nnodes` of them, as on so many hosts, meeting at one port. Returns them at work."""
+    nodes = 2 if "--nnodes" in options else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = []
+    for node in range(nodes):
+        place = ["--node-rank", str(node)] if nodes > 1 else []
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", str(workers), *place]
+        command = [sys.executable, "-m", "torch.distributed.run", *meeting, *map(str, options)]
+        command += ["-m", "unisono", "train", "toy.toml", "--run-folder", "run"]
+        begun.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return begun
+
+
+@pytest.mark.parametrize(("options", "workers"), [((), 3), (("--nnodes", 2), 1)], ids=["one agent", "two agents"])
+def test_torchrun_gives_the_same_bits(
+    trained: dict[int, Path], tmp_path: Path, options: tuple[object, ...], workers: int
+) -> None:
+    make_toy(tmp_path)
+    agents = run_torchrun(tmp_path, *options, workers=workers)
+    told = [agent.communicate(timeout=90) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * len(agents), told
+    summary, expected = read_summary(tmp_path / "run"), read_summary(trained[1])
+    assert summary["workers"] == workers * len(agents)
+    assert [summary[name] for name in HASHES] == [expected[name] for name in HASHES]
+    assert "".join(out for out, _ in told).count("weights   sha256") == 1
+
+
+def test_folders_are_numbered_and_overrides_count(command: Command, tmp_path: Path) -> None:
+    make_toy(tmp_path)
+    for number in (1, 2):
+        code, out, _ = command("train", "toy.toml", "-w", 1, "--set", "train.max_steps=2", "--set", "name=other")
+        assert code == 0
+        assert f"run folder runs/other-00{number}" in out
+        assert read_summary(tmp_path / "runs" / f"other-00{number}")["steps"] == 2
+
+
+def test_verify_compares_and_says_so(command: Command, tmp_path: Path) -> None:
+    make_toy(tmp_path)
+    code, out, err = command("verify", "toy.toml", "--workers", "1,3", "--steps", 3)
+    assert (code, err) == (0, "")
+    assert "equal, bit for bit" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_verify_ends_with_1_where_bits_differ(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose gradient depends on who computes it: the table names the first step, microbatch and parameter."""
+    import torch
+    import torch.distributed as dist
+
+    from unisono.models.text.classification import TextClassification
+
+    honest = TextClassification.loss
+
+    def loss(self: TextClassification, module: torch.nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
+        total, weight = honest(self, module, microbatch)  # type: ignore[arg-type]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return total * (1 + rank * 2**-20), weight
+
+    monkeypatch.setattr(TextClassification, "loss", loss)
+    make_toy(tmp_path)
+    code, out, _ = command("verify", "toy.toml", "--workers", "1,2", "--steps", 2)
+    assert code == 1
+    assert "NOT EQUAL: 1 and 2 workers first differ at step 1, microbatch 2" in out
+
+
+def test_prepare_evaluate_predict(command: Command, tmp_path: Path) -> None:
+    make_toy(tmp_path)
+    code, out, _ = command("prepare", "toy.toml")
+    assert (code, "written" in out, "3 classes" in out) == (0, True, True)
+    code, out, _ = command("train", "toy.toml", "-w", 2, "--run-folder", "run")
+    assert (code, "prepared before" in out) == (0, True)
+    expected = read_summary(tmp_path / "run")["test"]
+    for workers in (1, 3):
+        code, out, _ = command("evaluate", "run", "-w", workers, "--json")
+        found = json.loads(out)
+        assert (code, {name: found[name] for name in expected}) == (0, expected)  # type: ignore[attr-defined]
+    (tmp_path / "new.csv").write_text('text,id\n"goal match, team",7\n,8\nsoup bread,9\n')
+    written = []
+    for workers in (1, 2):
+        code, _, _ = command("predict", "run", "new.csv", f"{workers}.jsonl", "-w", workers)
+        assert code == 0
+        written.append((tmp_path / f"{workers}.jsonl").read_bytes())
+    rows = [json.loads(line) for line in written[0].splitlines()]
+    assert [(row["id"], row["predicted"]) for row in rows] == [("7", "sport"), ("8", None), ("9", "food")]
+    assert rows[1]["unusable"]
+    assert written[0] == written[1]
+
+
+def test_recipe_shows_every_key(command: Command, tmp_path: Path) -> None:
+    make_toy(tmp_path)
+    code, out, _ = command("recipe", "toy.toml", "--set", "train.seed=5")
+    assert (code, "seed = 5" in out, "samples_per_step = 16" in out) == (0, True, True)
+    code, out, _ = command("recipe", "--show-defaults")
+    assert (code, "clip_norm = 0.0" in out) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "evaluate", "predict", "verify", "recipe"])
+def test_every_command_has_help(command: Command, name: str) -> None:
+    code, out, _ = command(name, "--help")
+    assert (code, "Usage" in out) == (0, True)

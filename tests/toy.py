@@ -1,0 +1,165 @@
+"""A toy to train on, and two ways to run the command line on it.
+
+Owns made-up texts in three classes, which a few steps learn, and the recipe for them. Each test has a copy in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+WORDS = {
+    "sport": "goal match team win coach ball league",
+    "tech": "chip code data cloud phone app screen",
+    "food": "soup bread salt oven apple rice spoon",
+}
+
+RECIPE = """
+[data]
+train = "toy.csv"
+test_fraction = 0.2
+store = "{folder}/datasets"
+
+[encode]
+buckets = 512
+
+[model]
+kind = "bag"
+width = 8
+dropout = 0.1
+
+[train]
+epochs = 3
+samples_per_step = 16
+microbatches = 4
+learning_rate = 0.05
+"""
+
+SECONDS_AT_MOST = 60.0
+
+Command = Callable[..., tuple[int, str, str]]
+"""The command line, called in this process: arguments → exit code, output, errors."""
+
+
+def make_records(count: int = 120) -> list[str]:
+    """CSV lines "text,label", all different, the classes in turn."""
+    lines = []
+    for number, (label, words) in zip(range(count), itertools.cycle(WORDS.items()), strict=False):
+        words_of_class = words.split()
+        chosen = [words_of_class[(number * factor + shift) % 7] for factor, shift in ((1, 0), (3, 2), (5, 4), (2, 1))]
+        lines.append(f"{' '.join(chosen)} n{number},{label}")
+    return lines
+
+
+def make_toy(folder: Path, records: Iterable[str] | None = None, recipe: str = RECIPE) -> Path:
+    """Write toy.csv and toy.toml; return the recipe's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = make_records() if records is None else records
+    (folder / "toy.csv").write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    path = folder / "toy.toml"
+    path.write_text(recipe.format(folder=folder), encoding="utf-8")
+    return path
+
+
+def run_command(arguments: Sequence[object], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m unisono ARGUMENTS` in `folder`, in a process of its own."""
+    return run_python(["-m", "unisono", *arguments], folder, **variables)
+
+
+def run_python(arguments: Sequence[object], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in `folder`, to its end."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=SECONDS_AT_MOST, check=False
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A command line at work in a process of its own, forked from the tests: it starts at once, all being imported."""
+
+    process: BaseProcess
+    folder: Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def out(self) -> str:
+        """Standard output so far."""
+        return (self.folder / "out.txt").read_text(encoding="utf-8")
+
+    @property
+    def err(self) -> str:
+        """Standard error so far."""
+        return (self.folder / "err.txt").read_text(encoding="utf-8")
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers, in order of rank."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii").split()]
+
+    def wait_for(self, sign: str) -> None:
+        """Wait until standard output has `sign`."""
+        deadline = time.monotonic() + SECONDS_AT_MOST
+        while sign not in self.out:
+            assert self.process.exitcode is None, self.out + self.err
+            assert time.monotonic() < deadline, self.out + self.err
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        """Wait for the end; return the exit code, or minus the number of the signal that killed it."""
+        self.process.join(SECONDS_AT_MOST)
+        assert self.process.exitcode is not None, f"still running: {self.out}{self.err}"
+        return self.process.exitcode
+
+
+def launch_command(arguments: Sequence[object], folder: Path) -> Launched:
+    """Begin `unisono ARGUMENTS` in `folder`."""
+
+    def main() -> None:
+        import signal
+
+        from unisono import cli
+
+        os.setsid()
+        os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name, descriptor in (("out.txt", 1), ("err.txt", 2)):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.argv = ["unisono", *map(str, arguments)]
+        cli.main()
+
+    for name in ("out.txt", "err.txt"):
+        (folder / name).write_text("", encoding="utf-8")
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return Launched(process=process, folder=folder)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until_gone(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
+    """Wait until none of the processes is left; return those that are."""
+    deadline = time.monotonic() + seconds
+    left = list(pids)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        left = [pid for pid in left if is_alive(pid)]
+    return left
