@@ -287,13 +287,15 @@ def _override(table: dict[str, Any], override: str) -> None:
     for name in reversed(names[:-1]):
         one = {name: one}
     _anchor(one, Path.cwd())
-    while True:  # merge the one key into the tables
-        ((name, value),) = one.items()
+    _merge(table, one)
+
+
+def _merge(table: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in other.items():
         if isinstance(value, dict) and isinstance(table.get(name), dict):
-            table, one = table[name], value
+            _merge(table[name], value)
         else:
             table[name] = value
-            return
 
 
 def _explain(fault: Any) -> str:
@@ -303,7 +305,7 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        elsewhere = [full for full in _all_keys() if full.split(".")[-1] == location[-1]]
+        elsewhere = [full for full in _all_keys() if full.split(".")[-1] == location[-1] and full != key]
         where = f"Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
         if elsewhere and not near:
             where = f"Did you mean {elsewhere[0]!r}?"

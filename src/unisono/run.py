@@ -108,6 +108,8 @@ def execute(
         UnisonoError: as its subclasses say.
     """
     run = join(job, material, exchange, device, observers)
+    stop()  # from here on an interrupt waits for the end of its step, on every worker, before anything is written
+    exchange.wait_for_all()
     if exchange.rank == 0:
         _open_folder(run)
     _announce(run)

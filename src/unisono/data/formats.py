@@ -191,6 +191,8 @@ def _read_rows(path: Path, file: BinaryIO, kind: str, data: Data) -> Sheet:
     """Read CSV or TSV: header lines, then rows that must have as many fields as there are names."""
     cut = _cut_csv(path, file) if kind == "csv" else _cut_tsv(file)
     header = [row for _, row in zip(range(data.header_lines), cut, strict=False)]
+    if not header and data.header_lines:
+        raise DataError(f"{str(path)!r} is empty. Give a file with at least one record.")
     if len(header) < data.header_lines:
         raise DataError(
             f"{str(path)!r} has {len(header)} lines, but data.header_lines = {data.header_lines}. "

@@ -110,7 +110,8 @@ def open_dataset(folder: Path) -> Dataset:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. Prepare the data first.")
+        remedy = REMEDY if folder.exists() else "Prepare the data first."
+        raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. {remedy}")
     manifest = _read_manifest(path)
     for name, known in manifest["files"].items():
         _verify(folder / name, known["bytes"], known["sha256"])

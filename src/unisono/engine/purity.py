@@ -30,7 +30,11 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
     b = contributor.contribute(0, 1, second)
     b_again = contributor.contribute(0, 1, second)
     a_again = contributor.contribute(0, 0, first)
-    names = [segment.name for segment in contributor.replica.space.segments]
+    names = [
+        f"{'change of buffer' if segment.group < 0 else 'gradient of'} {segment.name!r} "
+        f"in module {segment.name.rpartition('.')[0] or '(root)'!r}"
+        for segment in contributor.replica.space.segments
+    ]
     differing = _differing(names, a, a_again) or _differing(names, b, b_again)
     if differing:
         changed = [name for name, value in _remembered(module, contributor.task).items() if before.get(name) != value]
@@ -46,7 +50,9 @@ def _differing(names: list[str], one: Contribution, other: Contribution) -> list
     found = [] if same_bits(one.loss, other.loss) and one.weight == other.weight else ["loss"]
     for name, left, right in zip(names, one.parts, other.parts, strict=True):
         if not same_bits(left, right):
-            found.append(f"gradient of {name!r} in module {name.rpartition('.')[0] or '(root)'!r}")
+            found.append(name)
+    if not same_bits(one.integers, other.integers):
+        found.append("change of an integer buffer")
     # the loss differs with almost any fault, so the parameter, which names a module, comes first
     return found[1:] + found[:1] if found and found[0] == "loss" else found
 

@@ -5,6 +5,7 @@ Owns signals and what becomes of an exception inside a worker. Who starts worker
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,9 @@ from unisono.launch.seat import Seat
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """What asks a run to stop."""
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 class Stop:
@@ -57,11 +61,21 @@ def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
     signal.signal(signal.SIGTERM, stop.ask)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
+    keep_memory()
     device = seat.device(wanted_device)
     numerics.settle(threads=threads, device=device)
     exchange = seat.join(device)
     act(seat, exchange, device, stop)
     exchange.close()
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed blocks of any size: it would return those above 32 MB at once, and a step would fault all its pages anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def guarded(main: Callable[[], None], error_file: Path, rank: int) -> int:

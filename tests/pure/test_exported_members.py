@@ -1,0 +1,74 @@
+"""The public face: what is documented, no more and no less, and free to import."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import typing
+
+import pytest
+
+import unisono
+
+PUBLIC = {
+    "Classifier", "ContractError", "DataError", "DivergedError", "Interrupted", "Recipe", "RecipeError", "Task", "Trained",
+    "UnisonoError", "UserError", "WorkerError", "evaluate", "load", "predict", "prepare", "train", "verify",
+}  # fmt: skip
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    assert set(unisono.__all__) == PUBLIC
+    assert dir(unisono) == sorted(unisono.__all__)
+    assert set(unisono._HOMES) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_name_resolves_and_is_documented(name: str) -> None:
+    found = getattr(unisono, name)
+    assert found.__name__ == name
+    assert found.__module__ == f"unisono.{unisono._HOMES[name]}"
+    assert found.__doc__ and not found.__doc__.startswith(f"{name}(")  # its own, not the one that dataclasses make
+
+
+@pytest.mark.parametrize("name", ["evaluate", "load", "predict", "prepare", "train", "verify"])
+def test_functions_are_typed_and_name_their_errors(name: str) -> None:
+    function = getattr(unisono, name)
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    assert "Raises:" in function.__doc__
+
+
+def test_errors_are_one_tree() -> None:
+    errors = [getattr(unisono, name) for name in PUBLIC if name.endswith("Error") or name == "Interrupted"]
+    assert all(issubclass(error, unisono.UnisonoError) for error in errors)
+    codes = {error.__name__: error.exit_code for error in errors}
+    expected = dict.fromkeys(("UserError", "RecipeError", "DataError", "ContractError"), 2)
+    expected |= {"UnisonoError": 1, "WorkerError": 1, "DivergedError": 3, "Interrupted": 130}
+    assert codes == expected
+
+
+def test_drawn_tree_is_the_real_one() -> None:
+    from unisono import errors
+
+    drawn = {line.strip("│├└─ ").split()[0] for line in (errors.__doc__ or "").splitlines() if "Error" in line or "Interr" in line}
+    real = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert real <= drawn
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'trian'"):
+        unisono.trian  # noqa: B018
+
+
+def test_type_checkers_and_users_see_the_same_names() -> None:
+    source = inspect.getsource(unisono).partition("if TYPE_CHECKING:")[2].partition("_HOMES")[0]
+    assert all(name in source for name in PUBLIC)
+    assert typing.TYPE_CHECKING is False
+
+
+def test_import_is_free() -> None:
+    heavy = "torch", "pydantic", "numpy", "pyarrow", "typer"
+    asked = f"import sys, unisono; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True).stdout.strip() == "[]"

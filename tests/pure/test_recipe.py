@@ -1,0 +1,187 @@
+"""The recipe: strict, typed, documented, and its faults explained."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from unisono import recipe as recipes
+from unisono.errors import RecipeError
+from unisono.recipe import MODELS, Bag, Recipe, Section, check, document, load, to_toml
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def explain(**table: Any) -> str:
+    with pytest.raises(RecipeError) as found:
+        check(table)
+    return str(found.value)
+
+
+def test_empty_recipe_has_the_defaults(tmp_path: Path) -> None:
+    recipe = load(write(tmp_path, ""))
+    assert recipe == Recipe(name="mine")
+    assert isinstance(recipe.model, Bag)
+
+
+def test_recipe_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().train.epochs = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "allowed"),
+    [
+        ("train", "epochs", "3", "number"),
+        ("train", "seed", 1.5, "integer"),
+        ("train", "seed", -1, "greater than or equal to 0"),
+        ("train", "microbatches", 0, "greater than or equal to 1"),
+        ("train", "learning_rate", 0.0, "greater than 0"),
+        ("train", "nesterov", 1, "boolean"),
+        ("train", "optimizer", "lamb", "'sgd', 'adam', 'adamw' or 'lion'"),
+        ("train", "precision", "fp16", "'float32' or 'bf16'"),
+        ("data", "test_fraction", 1.0, "less than 1"),
+        ("encode", "ngrams", 6, "less than or equal to 5"),
+        ("evaluate", "patience", True, "integer"),
+        ("checkpoint", "keep", 0, "greater than or equal to 1"),
+    ],
+)
+def test_wrong_value_is_explained(section: str, key: str, value: object, allowed: str) -> None:
+    told = explain(**{section: {key: value}})
+    assert told.startswith(f"'{section}.{key}' = {value!r}: ")
+    assert "allowed" in told or "valid" in told
+    assert allowed in told
+    assert "--show-defaults" in told
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({"train": {"learning_rat": 1.0}}, "'train.learning_rat': no such key. Did you mean 'train.learning_rate'?"),
+        ({"data": {"epochs": 1.0}}, "'data.epochs': no such key. Did you mean 'train.epochs'?"),
+        ({"trian": {}}, "'trian': no such key. Did you mean 'train'?"),
+        ({"model": {"kind": "bagg"}}, "'model.kind' = 'bagg': allowed are bag, transformer, pretrained. Did you mean 'bag'?"),
+        ({"model": {"kind": "bag", "layers": 2}}, "'model.layers': no such key. Allowed: kind, width, hidden, dropout."),
+        ({"model": {"kind": "transformer", "width": 10, "heads": 4}}, "width 10 is no multiple of heads 4"),
+        ({"checkpoint": {"zzz": 1}}, "'checkpoint.zzz': no such key. Allowed: every_steps, keep."),
+        ({"name": "../up"}, "'name' = '../up'"),
+        ({"train": 5}, "'train' = 5"),
+    ],
+)  # fmt: skip
+def test_wrong_key_is_explained(table: dict[str, Any], told: str) -> None:
+    assert told in explain(**table)
+
+
+def test_every_fault_is_named_at_once() -> None:
+    told = explain(train={"epochs": -1.0, "sed": 1}, data={"format": "xls"})
+    assert len(told.splitlines()) == 3
+    assert all(key in told for key in ("train.epochs", "train.sed", "data.format"))
+
+
+def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, '[train]\nepochs = 2\nseed = 1\n[model]\nkind = "bag"\nwidth = 4\n')
+    overrides = ("train.epochs=0.5", "data.text=body", "model.width=9", 'data.labels=["a", "b"]', "train={seed=3, threads=2}", "name=other")
+    recipe = load(path, overrides)
+    assert (recipe.train.epochs, recipe.train.seed, recipe.train.threads) == (0.5, 3, 2)
+    assert (recipe.data.text, recipe.data.labels, recipe.model.kind, recipe.name) == ("body", ("a", "b"), "bag", "other")
+    assert isinstance(recipe.model, Bag) and recipe.model.width == 9
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "train.=3", ".epochs=3", ""])
+def test_wrong_override_is_explained(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"--set {override!r}: allowed is section.key=value")):
+        load(write(tmp_path, ""), (override,))
+
+
+def test_later_override_wins(tmp_path: Path) -> None:
+    assert load(write(tmp_path, ""), ("train.seed=1", "train.seed=2")).train.seed == 2
+
+
+def test_paths_are_relative_to_the_recipe_or_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = write(tmp_path / "there", '[data]\ntrain = "a.csv"\ntest = "../b.csv"\n')
+    recipe = load(path, ("data.validation=c.csv",))
+    assert recipe.data.train == str(tmp_path / "there" / "a.csv")
+    assert recipe.data.test == str(tmp_path / "b.csv")
+    assert recipe.data.validation == str(tmp_path / "here" / "c.csv")
+    assert recipe.encode.tokenizer == ""
+
+
+@pytest.mark.parametrize("text", ["[data", "a = ", "[train]\nseed = 1\nseed = 2\n", "\x00"])
+def test_no_toml_is_explained(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match="not readable as TOML"):
+        load(write(tmp_path, text))
+
+
+def test_missing_recipe_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="not readable"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("section", [Recipe, *MODELS.values(), *(type(getattr(Recipe(), name)) for name in Recipe.model_fields if name not in ("name", "model"))])  # fmt: skip
+def test_documentation_is_toml_with_the_defaults(section: type[Section]) -> None:
+    """What `recipe --show-defaults` prints for a section can be pasted into a recipe, and changes nothing."""
+    text = document(section)
+    if section is Recipe:  # it shows every model's table; a recipe has one
+        first, *others = re.split(r"^(?=# One of the \[model\] tables)", text, flags=re.MULTILINE)
+        tail = others[-1].partition("\n\n")[2]
+        texts = [first + other.partition("\n\n")[0] + "\n\n" + tail for other in others]
+        for kind, one in zip(MODELS.values(), texts, strict=True):
+            assert check(tomllib.loads(one)) == Recipe(model=kind())
+    else:
+        table = tomllib.loads(text)
+        assert section(**table) == section()
+        assert table.keys() == section.model_fields.keys()
+
+
+def test_every_key_is_described() -> None:
+    for line in document().splitlines():
+        if " = " in line and not line.startswith("#"):
+            assert len(line.partition("# ")[2]) > 5 or line.startswith(("name", "kind")), line
+
+
+def settings(section: type[Section]) -> st.SearchStrategy[Any]:
+    """Any values that a section allows."""
+    texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    names = st.lists(texts, max_size=3).map(tuple)
+    finite = {"allow_nan": False, "allow_infinity": False}
+    by_section: dict[type[Section], dict[str, st.SearchStrategy[Any]]] = {
+        recipes.Data: {
+            "text": texts, "label": texts, "labels": names, "columns": names, "header_lines": st.integers(0, 100),
+            "test_fraction": st.floats(0, 0.999), "strict": st.booleans(), "format": st.sampled_from(["auto", "csv", "folder"]),
+        },
+        recipes.Train: {
+            "epochs": st.floats(0, exclude_min=True, **finite), "seed": st.integers(0, 2**63 - 1), "learning_rate": st.floats(1e-300, 1e300),
+            "class_weights": st.sampled_from(["none", "balanced"]) | st.lists(st.floats(**finite), min_size=1, max_size=4).map(tuple),
+            "beta2": st.floats(0, 1, exclude_max=True), "nesterov": st.booleans(), "device": st.sampled_from(["auto", "cpu"]),
+        },
+        recipes.Evaluate: {"metric": texts, "patience": st.integers(0, 99), "keep_best": st.booleans()},
+    }  # fmt: skip
+    return st.fixed_dictionaries({}, optional=by_section[section]).map(lambda table: section(**table))
+
+
+@given(
+    data=settings(recipes.Data), train=settings(recipes.Train), evaluate=settings(recipes.Evaluate),
+    model=st.sampled_from([Bag(width=3), recipes.Transformer(layers=1, width=6, heads=3), recipes.Pretrained(freeze=True)]),
+)  # fmt: skip
+def test_toml_round_trip(data: Any, train: Any, evaluate: Any, model: Any) -> None:
+    recipe = Recipe(name="x", data=data, train=train, evaluate=evaluate, model=model)
+    again = check(tomllib.loads(to_toml(recipe)))
+    assert again == recipe
+    assert math.copysign(1, again.train.epochs) == 1

@@ -1,0 +1,136 @@
+"""Every exchange keeps the protocol: alone, played, and between real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+from conftest import Forked
+
+from unisono.errors import LostPeerError, WorkerError
+from unisono.exchange.played import play
+from unisono.exchange.protocol import Exchange
+from unisono.exchange.solo import Solo
+
+SHARD = 5  # elements
+COUNTS = {1: [[1], [3]], 2: [[1, 1], [2, 0], [0, 3]], 3: [[1, 1, 1], [2, 0, 1], [0, 0, 4], [1, 3, 2]]}
+
+
+def node(rank: int, number: int, workers: int, dtype: torch.dtype) -> torch.Tensor:
+    """A node whose every element tells where it comes from."""
+    return torch.arange(SHARD * workers, dtype=dtype) + 1000 * rank + 100 * number
+
+
+def converse(exchange: Exchange) -> dict[str, Any]:
+    """Call everything, several times over and with changing sizes; return all that was heard."""
+    rank, workers = exchange.rank, exchange.workers
+    heard: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        for counts in COUNTS[workers]:
+            mine = [node(rank, number, workers, dtype) for number in range(counts[rank])]
+            received = exchange.to_owners(mine, counts, shard_size=SHARD, dtype=dtype)
+            assert all(part.dtype == dtype and part.shape == (SHARD,) for part in received)
+            heard[f"nodes {dtype} {counts}"] = [part.tolist() for part in received]
+            for part in received:
+                part.fill_(-1)  # the caller's to overwrite
+    bits = torch.tensor([-0.0, 1e-42, torch.nan]).to(torch.float64).view(torch.int64) if rank == workers - 1 else None
+    sums = exchange.add_integers(torch.zeros(3, dtype=torch.int64) if bits is None else bits)
+    heard["a float's bits among zeros"] = sums.tolist()
+    heard["wrapping"] = exchange.add_integers(torch.tensor([2**63 - 1 if rank == 0 else 1])).tolist()
+    heard["no integers"] = exchange.add_integers(torch.zeros(0, dtype=torch.int64)).tolist()
+    flat = torch.full((SHARD * workers,), -1.0)
+    exchange.gather_shards(torch.full((SHARD,), float(rank)), flat)
+    heard["shards"] = flat.tolist()
+    for content in (b"", bytes([rank]) * rank, b"x" * (10_000 if rank == 0 else 1)):
+        heard[f"bytes {len(heard)}"] = [found.decode("latin-1") for found in exchange.gather_bytes(content)]
+    exchange.wait_for_all()
+    return heard
+
+
+def expected(rank: int, workers: int) -> dict[str, Any]:
+    """What the protocol says."""
+    heard: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float64):
+        for counts in COUNTS[workers]:
+            nodes = [node(other, number, workers, dtype) for other in range(workers) for number in range(counts[other])]
+            heard[f"nodes {dtype} {counts}"] = [value[rank * SHARD : (rank + 1) * SHARD].tolist() for value in nodes]
+    bits = torch.tensor([-0.0, 1e-42, torch.nan]).to(torch.float64).view(torch.int64)
+    heard["a float's bits among zeros"] = bits.tolist()
+    heard["wrapping"] = [2**63 - 1 if workers == 1 else -(2**63) + workers - 2]
+    heard["no integers"] = []
+    heard["shards"] = [float(other) for other in range(workers) for _ in range(SHARD)]
+    contents = [
+        [b""] * workers,
+        [bytes([other]) * other for other in range(workers)],
+        [b"x" * (10_000 if other == 0 else 1) for other in range(workers)],
+    ]
+    for content in contents:
+        heard[f"bytes {len(heard)}"] = [one.decode("latin-1") for one in content]
+    return heard
+
+
+def test_solo() -> None:
+    assert converse(Solo()) == expected(0, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_played(workers: int) -> None:
+    assert play(workers, converse) == [expected(rank, workers) for rank in range(workers)]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_distributed(workers: int, forked: Forked) -> None:
+    assert forked(workers, converse) == [expected(rank, workers) for rank in range(workers)]
+
+
+@pytest.mark.parametrize("call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "wait_for_all"])
+def test_a_lost_peer_is_told_as_such(call: str, forked: Forked) -> None:
+    calls = {
+        "to_owners": lambda e: e.to_owners([torch.ones(9)], [1, 1, 1], shard_size=3, dtype=torch.float32),
+        "add_integers": lambda e: e.add_integers(torch.ones(3, dtype=torch.int64)),
+        "gather_shards": lambda e: e.gather_shards(torch.ones(3), torch.ones(9)),
+        "gather_bytes": lambda e: e.gather_bytes(b"x"),
+        "wait_for_all": lambda e: e.wait_for_all(),
+    }
+
+    def act(exchange: Exchange) -> str:
+        exchange.wait_for_all()
+        if exchange.rank == 1:
+            return "gone"
+        try:
+            for _ in range(100):
+                calls[call](exchange)
+        except LostPeerError as error:
+            return str(error)
+        return "no error"
+
+    found = forked(3, act)
+    assert found[1] == "gone" and all("another worker has gone" in found[rank] for rank in (0, 2)), found
+
+
+def test_a_killed_worker_is_the_cause_and_its_peers_are_not(forked: Forked) -> None:
+    def act(exchange: Exchange) -> None:
+        exchange.wait_for_all()
+        if exchange.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            exchange.wait_for_all()
+
+    begun = time.monotonic()
+    with pytest.raises(WorkerError, match="worker 1 was killed by SIGKILL"):
+        forked(3, act)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_worker_that_raises_is_the_cause(forked: Forked) -> None:
+    def act(exchange: Exchange) -> None:
+        if exchange.rank == 1:
+            raise ZeroDivisionError("planted")
+        exchange.wait_for_all()
+
+    with pytest.raises(WorkerError, match=r"worker 1 failed:(.|\n)*ZeroDivisionError: planted"):
+        forked(3, act)
