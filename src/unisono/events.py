@@ -73,8 +73,9 @@ class Notice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded:
-    """The run is complete; `summary` is what summary.json holds."""
+    """The run is complete, in `folder`; `summary` is what summary.json holds."""
 
+    folder: str
     summary: Mapping[str, Any]
 
 

@@ -128,11 +128,11 @@ class Train(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak rate")
     pretrained_rate: float = Field(1.0, ge=0, description="factor on the rate of the pretrained part")
     weight_decay: float = Field(0.01, ge=0, description="decay of weights; biases and norms are spared")
-    momentum: Rate = Field(0.9, description="sgd")
-    nesterov: bool = Field(False, description="sgd")
-    beta1: Rate = Field(0.9, description="adam, adamw, lion")
-    beta2: Rate = Field(0.999, description="adam, adamw, lion")
-    epsilon: float = Field(1e-8, gt=0, description="adam, adamw")
+    momentum: Rate = Field(0.9, description="sgd: share of the last direction that is kept")
+    nesterov: bool = Field(False, description="sgd: look ahead along the momentum")
+    beta1: Rate = Field(0.9, description="adam, adamw, lion: memory of the gradient")
+    beta2: Rate = Field(0.999, description="adam, adamw: memory of its square; lion: of the gradient")
+    epsilon: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="what the rate does after the warm-up"
     )

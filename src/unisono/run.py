@@ -401,5 +401,5 @@ def _finish(run: Run) -> None:
                     )
                 )
             write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-            run.tell(events.RunEnded(summary=summary))
+            run.tell(events.RunEnded(folder=str(folder), summary=summary))
     run.exchange.wait_for_all()

@@ -171,7 +171,10 @@ def tell(event: events.Event, pace: Pace) -> list[str]:
         case events.Notice():
             return [f"warning: {event.message}" if event.warning else event.message]
         case events.RunEnded():
-            return _tell_end(dict(event.summary))
+            return [
+                *_tell_end(dict(event.summary)),
+                f"run folder {event.folder}: curves.svg, metrics.jsonl, summary.json, model/",
+            ]
     return []
 
 

@@ -1,0 +1,161 @@
+"""The house rules: who may import whom, how large a file may grow, what may not be used, and that the map is true."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "unisono"
+
+LAYERS = (  # from top to bottom; imports point downwards, or sideways within a layer but never in a circle
+    ("__init__", "__main__", "cli"),
+    ("api", "application", "verification", "preparation"),
+    ("launch",),
+    ("run",),
+    ("loop", "evaluation", "material", "report", "scores"),
+    ("checkpoint",),
+    ("engine",),
+    ("exchange", "data", "models"),
+    ("events", "recipe", "errors", "files", "keys", "folder"),
+)
+APART = {("data", "models"), ("models", "data"), ("data", "exchange"), ("exchange", "data")}
+OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib"}
+FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc", "base"}
+PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+PICKLING_CALLS = re.compile(
+    r"torch\.(load|save)\b|_object(_list|s)?\(|\bsend_object|\ballow_pickle\s*=\s*True|multiprocessing\.Queue|\bSimpleQueue\b"
+)
+LINES_PER_FILE = 400
+LINES_PER_FUNCTION = 60
+
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def name_module(path: Path) -> str:
+    """`src/unisono/engine/tree.py` → `unisono.engine.tree`."""
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+NAMES = {name_module(path) for path in MODULES}
+
+
+def find_unit(module: str) -> str:
+    """The file or folder right under `src/unisono` that a module lies in."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def find_layer(unit: str) -> int:
+    return next(number for number, units in enumerate(LAYERS) if unit in units)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported, wherever; `from unisono import x` is `unisono.x` where that is a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            for alias in node.names:
+                yield f"{module}.{alias.name}" if f"{module}.{alias.name}" in NAMES else module
+
+
+def own_imports(path: Path) -> set[str]:
+    return {name for name in imports(parse(path)) if name in NAMES or name == "unisono"}
+
+
+def test_every_module_has_its_layer() -> None:
+    units = {find_unit(name_module(path)) for path in MODULES}
+    assert units == {unit for layer in LAYERS for unit in layer}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_imports_point_downwards(path: Path) -> None:
+    unit = find_unit(name_module(path))
+    for module in own_imports(path):
+        other = find_unit(module)
+        if other != unit:
+            assert find_layer(unit) <= find_layer(other), f"{name_module(path)} imports {module}, which lies above it"
+            assert (unit, other) not in APART, f"{name_module(path)} imports {module}: {unit} and {other} know nothing of each other"
+
+
+def test_no_circle() -> None:
+    """Neither between modules nor between the units that they lie in."""
+    for of in (lambda name: name, find_unit):
+        graph: dict[str, set[str]] = {}
+        for path in MODULES:
+            here = of(name_module(path))
+            if here not in ("__init__", "unisono.__init__"):  # the public face
+                graph.setdefault(here, set()).update({of(module) for module in own_imports(path)} - {here})
+        assert find_circle(graph) == []
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes that lie on a circle or lead to one: what is left when leaves are taken off for as long as there are any."""
+    left = dict(graph)
+    while leaves := [node for node, others in left.items() if not others & left.keys()]:
+        for leaf in leaves:
+            del left[leaf]
+    return sorted(left)
+
+
+def test_a_circle_would_be_found() -> None:
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def test_engine_knows_exchanges_by_their_protocol_only() -> None:
+    for path in (SOURCE / "engine").glob("*.py"):
+        known = {module for module in own_imports(path) if find_unit(module) == "exchange"}
+        assert known <= {"unisono.exchange.protocol"}, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_optional_frameworks_are_imported_where_they_are_used(path: Path) -> None:
+    for node in parse(path).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):  # `if TYPE_CHECKING` costs nothing
+            used = {name.split(".")[0] for name in imports(node)}
+            assert not used & OPTIONAL, f"{name_module(path)} imports {used & OPTIONAL} at its top"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_nothing_pickles(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(parse(path))} & PICKLING
+    assert PICKLING_CALLS.findall(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_files_and_functions_hold_one_idea(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LINES_PER_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= LINES_PER_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_modules_are_named_and_described(path: Path) -> None:
+    assert not set(path.relative_to(SOURCE).with_suffix("").parts) & FORBIDDEN_NAMES
+    assert ast.get_docstring(parse(path)), "a module says what it owns"
+
+
+def test_map_is_true() -> None:
+    """ARCHITECTURE.md names every file and folder right under src/unisono, and no path that is not there."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w./-]*\w+(?:\.py\b|/)", text))
+    units = {path.name + "/" * path.is_dir() for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    last = {name.removeprefix("src/unisono/") for name in named}
+    assert units - last == set(), "not on the map"
+    places = (ROOT, SOURCE, *(path for path in SOURCE.rglob("*") if path.is_dir()))
+    made = {"runs/", "data/", "checkpoints/", "model/"}  # by commands
+    assert {name for name in named - made if not any((place / name).exists() for place in places)} == set(), "not there"
