@@ -91,7 +91,7 @@ CASES: dict[str, Case] = {
     "tied, frozen, unused, dropped": Case(lambda: zoo.Classified(zoo.Odd), zoo.words, {}, still=("frozen", "unused")),
     "recomputed": classified(zoo.Recomputed),
     "counting": classified(zoo.Counting),
-    "bf16": classified(zoo.Attention, precision="bf16"),
+    "bf16": Case(lambda: zoo.Classified(zoo.Attention), zoo.words, {"precision": "bf16"}, still=("mask",)),
     "float64": Case(
         lambda: zoo.Classified(lambda: zoo.bag().double()), zoo.words, {"optimizer": "adam", "ema_decay": 0.9}
     ),

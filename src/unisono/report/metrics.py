@@ -25,16 +25,13 @@ class Ledger:
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.RunStarted):
             forget_after(self._path, event.start_step)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = self._path.open("a", buffering=1, encoding="utf-8")  # a line is there before its checkpoint
         if self._file is None:
             return
         if isinstance(event, events.RunEnded):
-            self._file.flush()
             draw_curves(read_ledger(self._path), self._folder / "curves.svg")
         else:
             self._file.write(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}) + "\n")
-            if not isinstance(event, events.StepDone):
-                self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
