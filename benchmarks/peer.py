@@ -1,7 +1,7 @@
 """The peer: a plain PyTorch DistributedDataParallel loop, tuned as its own documentation advises.
 
-Owns that loop and nothing of unisono's engine. Gradients live in the buckets (`gradient_as_bucket_view`), the graph is declared static,
-AdamW is fused, no step waits for a number to print, the next samples are loaded ahead in a thread.
+Owns that loop and nothing of unisono's engine. Gradients live in the buckets (`gradient_as_bucket_view`), the graph is
+declared static, AdamW is fused, no step waits for a number to print, the next samples are loaded ahead in a thread.
 """
 
 from __future__ import annotations

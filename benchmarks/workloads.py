@@ -42,7 +42,7 @@ def minilm(precision: str, microbatches: int) -> Workload:
     recipe = _recipe(model, precision=precision, microbatches=microbatches, samples_per_step=32)
     vocabulary = json.loads((DATA / "minilm" / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     name = f"MiniLM, 128 tokens, {precision}"
-    return _made(name, recipe, _random_tokens(tokens=128, vocabulary=vocabulary), vocabulary, 128, steps=6, warm_up=2)
+    return _made(name, recipe, _random_tokens(tokens=128, vocabulary=vocabulary), vocabulary, 128, steps=4, warm_up=1)
 
 
 def minilm_real(precision: str, microbatches: int) -> Workload:
@@ -51,7 +51,7 @@ def minilm_real(precision: str, microbatches: int) -> Workload:
     recipe = _recipe(model, precision=precision, microbatches=microbatches, samples_per_step=32)
     samples, vocabulary = _news(recipe)
     name = f"MiniLM, news up to 256 tokens, {precision}"
-    return _made(name, recipe, samples, vocabulary, 256, steps=6, warm_up=2)
+    return _made(name, recipe, samples, vocabulary, 256, steps=4, warm_up=1)
 
 
 def transformer(precision: str, microbatches: int) -> Workload:
@@ -63,7 +63,7 @@ def transformer(precision: str, microbatches: int) -> Workload:
 
 
 def bag(precision: str, microbatches: int) -> Workload:
-    """The bag of n-grams on news articles, as in examples/text/newsgroups.toml: 4.3 million weights, most of them untouched by a step."""
+    """The bag of n-grams on news articles: 4.3 million weights, most of them untouched by a step."""
     recipe = _recipe({"kind": "bag"}, precision=precision, microbatches=microbatches, samples_per_step=256)
     samples, buckets = _news(recipe)
     return _made(f"bag, news, {precision}", recipe, samples, buckets, 256, steps=30, warm_up=5)

@@ -1,6 +1,7 @@
-"""Two worlds of forked workers that a measurement alternates between: unisono's own, and a plain gloo group for the peer.
+"""Two kinds of worlds that a measurement alternates between: unisono's workers, and a plain gloo group for the peer.
 
-Owns their start and how rank 0 hands back its seconds. Both have one thread per worker, flush denormals, and speak over the loopback.
+Owns their start and how rank 0 hands back its seconds. Both fork their workers, give each one thread, flush denormals,
+and speak over the loopback.
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ def trained(warm: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
 
 
 @pytest.fixture
-def command(
-    warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Command:
+def command(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Call the command line in this process, within tmp_path; returns exit code, output and errors."""
 
     def call(*arguments: object) -> tuple[int, str, str]:

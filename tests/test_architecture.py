@@ -86,7 +86,9 @@ def test_imports_point_downwards(path: Path) -> None:
         other = find_unit(module)
         if other != unit:
             assert find_layer(unit) <= find_layer(other), f"{name_module(path)} imports {module}, which lies above it"
-            assert (unit, other) not in APART, f"{name_module(path)} imports {module}: {unit} and {other} know nothing of each other"
+            assert (unit, other) not in APART, (
+                f"{name_module(path)} imports {module}: {unit} and {other} know nothing of each other"
+            )
 
 
 def test_no_circle() -> None:
@@ -153,7 +155,11 @@ def test_map_is_true() -> None:
     """ARCHITECTURE.md names every file and folder right under src/unisono, and no path that is not there."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w./-]*\w+(?:\.py\b|/)", text))
-    units = {path.name + "/" * path.is_dir() for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    units = {
+        path.name + "/" * path.is_dir()
+        for path in SOURCE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     last = {name.removeprefix("src/unisono/") for name in named}
     assert units - last == set(), "not on the map"
     places = (ROOT, SOURCE, *(path for path in SOURCE.rglob("*") if path.is_dir()))

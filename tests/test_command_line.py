@@ -38,7 +38,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, subp
     }  # fmt: skip
 
 
-def test_any_number_of_workers_gives_the_same_bits(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
+def test_any_number_of_workers_gives_the_same_bits(
+    runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]],
+) -> None:
     summaries = [read_summary(run) for run, _ in runs.values()]
     for name in (*HASHES, "test", "train", "steps", "fingerprint"):
         assert len({json.dumps(summary[name]) for summary in summaries}) == 1, name
@@ -49,9 +51,7 @@ def test_any_number_of_workers_gives_the_same_bits(runs: dict[int, tuple[Path, s
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_run_folder_is_complete(
-    runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]], workers: int
-) -> None:
+def test_run_folder_is_complete(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]], workers: int) -> None:
     run, process = runs[workers]
     assert process.returncode == 0, process.stderr
     assert {path.name for path in run.iterdir()} == FILES

@@ -79,7 +79,13 @@ def run_python(arguments: Sequence[object], folder: Path, **variables: str) -> s
     """`python ARGUMENTS` in `folder`, to its end."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=SECONDS_AT_MOST, check=False
+        command,
+        cwd=folder,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_AT_MOST,
+        check=False,
     )
 
 
@@ -107,7 +113,9 @@ class Launched:
 
     def workers(self) -> list[int]:
         """Process ids of the workers, in order of rank."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii").split()]
+        return [
+            int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii").split()
+        ]
 
     def wait_for(self, sign: str) -> None:
         """Wait until standard output has `sign`."""

@@ -318,6 +318,8 @@ def _explain(fault: Any) -> str:
         return f"'model.kind' = {kind!r}: allowed are {allowed}." + (f" Did you mean {near[0]!r}?" if near else "")
     message = fault["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be ", "allowed is ")
+    if not key:  # a fault of the whole recipe names its keys itself
+        return f"{message}."
     return f"{key!r} = {given!r}: {message}. `unisono recipe --show-defaults` describes every key."
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from unisono import events, keys
@@ -188,12 +189,12 @@ def _compare_workers(found: Mapping[str, Any], exchange: Exchange) -> list[str]:
 
 
 def _probe(run: Run) -> None:
+    """Probe with a microbatch of the first step, and with one of another shape, even where all of its are alike."""
     first = run.order.step(0).microbatches
-    shortest = first[-1]
-    longest = first[0] if len(first) > 1 else shortest[: max(1, len(shortest) // 2)]
+    larger = np.concatenate([first[0], first[-1][:1]])
     take = run.material.train.take
     one, other = (
-        {name: column.to(run.device) for name, column in take(samples).items()} for samples in (shortest, longest)
+        {name: column.to(run.device) for name, column in take(samples).items()} for samples in (first[-1], larger)
     )
     probe(run.contributor, one, other)
 

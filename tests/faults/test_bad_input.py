@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import RECIPE, Command, make_records, make_toy, run_command, run_python
+from toy import RECIPE, Command, launch_command, make_records, make_toy, run_python
 from torch import Tensor, nn
 
 import unisono
@@ -81,7 +81,14 @@ def test_class_in_test_only(command: Command, tmp_path: Path) -> None:
 
 def test_wrong_metric_is_refused_before_training(command: Command, tmp_path: Path) -> None:
     make_toy(tmp_path)
-    options = ("--set", "evaluate.metric=acuracy", "--set", "data.validation_fraction=0.2", "--set", "evaluate.patience=1")
+    options = (
+        "--set",
+        "evaluate.metric=acuracy",
+        "--set",
+        "data.validation_fraction=0.2",
+        "--set",
+        "evaluate.patience=1",
+    )
     code, _, err = command("train", "toy.toml", "-w", 1, "--run-folder", "run", *options)
     assert code == 2
     assert "'acuracy'" in err
@@ -139,7 +146,9 @@ def unfinished(trained: dict[int, Path], tmp_path: Path) -> Path:
     return next((tmp_path / "run" / "checkpoints").iterdir())
 
 
-TOKENIZER = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1}, "unk_token": "[UNK]"}}'
+TOKENIZER = (
+    '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1}, "unk_token": "[UNK]"}}'
+)
 BERT = {
     "model_type": "bert", "vocab_size": 2, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
     "max_position_embeddings": 512, "type_vocab_size": 2,
@@ -191,7 +200,9 @@ def test_resume_with_another_recipe(command: Command, unfinished: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [("evaluate", "run"), ("predict", "run", "toy.csv", "out.csv")])
-def test_model_without_weights(command: Command, unfinished: Path, trained: dict[int, Path], asked: tuple[str, ...]) -> None:
+def test_model_without_weights(
+    command: Command, unfinished: Path, trained: dict[int, Path], asked: tuple[str, ...]
+) -> None:
     code, _, err = command(*asked)
     assert (code, "no finished model" in err) == (2, True)
     model = shutil.copytree(trained[1] / "model", unfinished.parents[1] / "model")
@@ -223,7 +234,10 @@ def test_pickled_weights_are_not_read(command: Command, unfinished: Path, traine
 
 
 def test_pretrained_folder_with_pickled_weights_only(command: Command, tmp_path: Path) -> None:
-    make_toy(tmp_path, recipe=RECIPE.replace('"bag"\nwidth = 8', '"pretrained"\nfolder = "encoder"').replace("buckets = 512", ""))
+    make_toy(
+        tmp_path,
+        recipe=RECIPE.replace('"bag"\nwidth = 8', '"pretrained"\nfolder = "encoder"').replace("buckets = 512", ""),
+    )
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text(json.dumps(BERT))
@@ -279,26 +293,25 @@ def test_file_too_large(tmp_path: Path, warm: None) -> None:
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_port_in_use(tmp_path: Path) -> None:
+def test_port_in_use(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that a cluster's script has started names address and remedy; torchrun itself names the port."""
     make_toy(tmp_path)
+    asked = ("train", "toy.toml", "--run-folder", "run")
     with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))  # noqa: S104
+        taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
+        options = ("--master-port", port, "--nproc-per-node", 2, "-m", "unisono")
+        torchrun = run_python(["-m", "torch.distributed.run", *options, *asked], tmp_path)
         seat = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        asked = ("train", "toy.toml", "--run-folder", "run")
-        alone = run_command(asked, tmp_path, **seat, **meeting)
-        torchrun = run_python(
-            ["-m", "torch.distributed.run", "--master-port", port, "--nproc-per-node", 2, "-m", "unisono", *asked], tmp_path
-        )
-    assert alone.returncode != 0
-    assert f"127.0.0.1:{port}" in alone.stderr
-    assert "--master-port" in alone.stderr
-    assert "Traceback" not in alone.stderr
+        for name, value in {**seat, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        alone = launch_command(asked, tmp_path)
+        assert alone.end() == 1, alone.err
+    assert f"cannot meet the other workers at 127.0.0.1:{port}" in alone.err
+    assert "--master-port" in alone.err
     assert torchrun.returncode != 0
-    assert re.search(f"(address already in use|EADDRINUSE).*|port: {port}", torchrun.stderr)
+    assert re.search(f"EADDRINUSE|address already in use|port: {port}", torchrun.stderr)
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,8 @@ def corpus(count: int = 300) -> list[str]:
     return [" ".join(choose.choices(WORDS, k=choose.randint(1, 20))) for _ in range(count)]
 
 
-def recipe(kind: str, model: str = "transformer", **encode_keys: object) -> Recipe:
+def recipe(kind: str, model: str = "", **encode_keys: object) -> Recipe:
+    model = model or ("bag" if kind == "ngrams" else "transformer")
     return check({"encode": {"kind": kind, "vocabulary_size": 400, **encode_keys}, "model": {"kind": model}})
 
 

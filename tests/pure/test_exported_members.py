@@ -52,7 +52,11 @@ def test_errors_are_one_tree() -> None:
 def test_drawn_tree_is_the_real_one() -> None:
     from unisono import errors
 
-    drawn = {line.strip("│├└─ ").split()[0] for line in (errors.__doc__ or "").splitlines() if "Error" in line or "Interr" in line}
+    drawn = {
+        line.strip("│├└─ ").split()[0]
+        for line in (errors.__doc__ or "").splitlines()
+        if "Error" in line or "Interr" in line
+    }
     real = {name for name, value in vars(errors).items() if isinstance(value, type)}
     assert real <= drawn
 

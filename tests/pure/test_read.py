@@ -156,7 +156,7 @@ def test_long_field(tmp_path: Path) -> None:
     ("name", "content", "data", "message"),
     [
         ("a.csv", None, {}, "no such file"),
-        ("a.csv", b"", {}, "header_lines"),
+        ("a.csv", b"", {}, "is empty"),
         ("a.csv", b"text,label\n", {}, "no record"),
         ("a.csv", b"text,label\na,x\n", {"header_lines": 9}, "has 2 lines, but data.header_lines = 9"),
         ("a.csv", b"Text,label\na,x\n", {}, "Did you mean 'Text'"),

@@ -92,10 +92,22 @@ def test_every_fault_is_named_at_once() -> None:
 
 def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     path = write(tmp_path, '[train]\nepochs = 2\nseed = 1\n[model]\nkind = "bag"\nwidth = 4\n')
-    overrides = ("train.epochs=0.5", "data.text=body", "model.width=9", 'data.labels=["a", "b"]', "train={seed=3, threads=2}", "name=other")
+    overrides = (
+        "train.epochs=0.5",
+        "data.text=body",
+        "model.width=9",
+        'data.labels=["a", "b"]',
+        "train={seed=3, threads=2}",
+        "name=other",
+    )
     recipe = load(path, overrides)
     assert (recipe.train.epochs, recipe.train.seed, recipe.train.threads) == (0.5, 3, 2)
-    assert (recipe.data.text, recipe.data.labels, recipe.model.kind, recipe.name) == ("body", ("a", "b"), "bag", "other")
+    assert (recipe.data.text, recipe.data.labels, recipe.model.kind, recipe.name) == (
+        "body",
+        ("a", "b"),
+        "bag",
+        "other",
+    )
     assert isinstance(recipe.model, Bag) and recipe.model.width == 9
 
 
@@ -109,7 +121,9 @@ def test_later_override_wins(tmp_path: Path) -> None:
     assert load(write(tmp_path, ""), ("train.seed=1", "train.seed=2")).train.seed == 2
 
 
-def test_paths_are_relative_to_the_recipe_or_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_recipe_or_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Forked
+from worlds import Forked
 
 from unisono.errors import LostPeerError, WorkerError
 from unisono.exchange.played import play

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from conftest import Forked
+from worlds import Forked
 from torch import nn
 
 from unisono import keys

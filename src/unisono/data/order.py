@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Order:
     microbatches: int
     seed: int
     total_steps: int
+    _recent: dict[int, Step] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -50,6 +51,13 @@ class Order:
 
     def step(self, number: int) -> Step:
         """Return step `number`. The last step of an epoch may be smaller; no microbatch is ever empty."""
+        if number not in self._recent:  # the feed has asked for this step while the one before was computed
+            while len(self._recent) > 1:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[number] = self._make(number)
+        return self._recent[number]
+
+    def _make(self, number: int) -> Step:
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self.samples_per_step
         positions = np.arange(first, min(first + self.samples_per_step, len(self.lengths)), dtype=np.uint64)

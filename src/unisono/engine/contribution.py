@@ -51,7 +51,8 @@ class Contributor:
         replica = self.replica
         device = replica.flat.device
         keys.seed_all(keys.key(self.seed, "contribution", step, number))
-        replica.module.train()
+        if not all(part.training for part in replica.parts):  # setting it again costs more than looking
+            replica.module.train()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             loss, weight = self.task.loss(replica.module, microbatch)
         weight = _whole(weight)

@@ -38,6 +38,7 @@ class Replica:
 
     Attributes:
         module: the module; its trainable parameters and float buffers are views of `flat`.
+        parts: the module, and every module in it.
         space: the layout; parameters first, then those buffers whose dtype is the space's.
         flat: [shard size × workers] all of them, padded with zeros.
         groups: what each group number in the space means.
@@ -46,6 +47,7 @@ class Replica:
 
     def __init__(self, module: nn.Module, *, rank: int, workers: int, pretrained: tuple[str, ...] = ()) -> None:
         self.module = module
+        self.parts = tuple(module.modules())
         grouped = _group(module, pretrained)
         self.groups = tuple(grouped)
         dtype = _only_dtype(module)

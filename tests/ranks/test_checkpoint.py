@@ -1,0 +1,203 @@
+"""Checkpoints: the same bytes for any number of workers, whole or absent, and no trace of an interruption in what follows."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from worlds import Forked
+
+from unisono import files
+from unisono import recipe as recipes
+from unisono.checkpoint import checkpoints
+from unisono.errors import DamagedError, Interrupted, RunFolderError, WorkerError
+from unisono.exchange.played import play
+from unisono.exchange.protocol import Exchange
+from unisono.material import open_own
+from unisono.recipe import Recipe
+from unisono.run import Job, execute
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Any] = {
+    "train": {"samples_per_step": 20, "microbatches": 8, "epochs": 3.0, "learning_rate": 0.05, "ema_decay": 0.8},
+    "evaluate": {"every_steps": 1, "keep_best": True, "samples_per_microbatch": 4},
+    "checkpoint": {"every_steps": 1, "keep": 99},
+}
+
+
+class StopAfter:
+    """Asks one worker to stop after so many steps."""
+
+    def __init__(self, exchange: Exchange, steps: int) -> None:
+        self._left = steps + 1 if exchange.rank == exchange.workers - 1 else -1  # the run asks once before its first step
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        return self._left == 0
+
+
+def recipe() -> Recipe:
+    return recipes.check(SETTINGS)
+
+
+def train(exchange: Exchange, folder: Path, *, steps: int = -1, resume: bool = False, **options: Any) -> None:
+    """Train a convolution to the end, or for so many steps."""
+    material = open_own(
+        recipe(), zoo.Classified(zoo.convolution), zoo.images(), validation=zoo.images(11, 8), test=zoo.images(9, 9)
+    )
+    job = Job(recipe=recipe(), folder=folder, resume=resume, **options)
+    execute(job, material, exchange, CPU, (), StopAfter(exchange, steps))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {name: summary[name] for name in ("weights_sha256", "optimizer_sha256", "test", "best_step", "steps")}
+
+
+def play_train(workers: int, folder: Path, **options: Any) -> None:
+    play(workers, lambda exchange: train(exchange, folder, **options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one worker, never interrupted."""
+    from unisono.engine import numerics
+
+    numerics.settle(threads=1, device=CPU)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    play_train(1, folder)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [3, 7])
+def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, whole: Path, tmp_path: Path) -> None:
+    play_train(workers, tmp_path / "run")
+    found, expected = contents(tmp_path / "run" / "checkpoints"), contents(whole / "checkpoints")
+    assert found == expected and len(expected) == 9 * 3
+    names = checkpoints.load_tensors(whole / "checkpoints" / "step-00000009" / "optimizer.safetensors").keys()
+    assert {"exp_avg.0.weight", "average.1.running_mean", "best.0.weight", "best_integers", "updates.0.weight"} <= names
+
+
+@pytest.mark.parametrize("stops", [(2, 3), (1, 1), (4, 4)])
+def test_resumed_on_other_numbers_of_workers_equals_uninterrupted(
+    stops: tuple[int, int], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for workers, steps, resume in ((7, stops[0], False), (2, stops[1], True)):
+        with pytest.raises(Interrupted, match="--resume"):
+            play_train(workers, folder, steps=steps, resume=resume)
+    assert not (folder / "model").exists()
+    play_train(5, folder, resume=True)
+    assert results(folder) == results(whole)
+    assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
+    assert (folder / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def test_real_workers_resume_what_others_began(whole: Path, tmp_path: Path, forked: Forked) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        forked(3, lambda exchange: train(exchange, folder, steps=4))
+    forked(2, lambda exchange: train(exchange, folder, resume=True))
+    assert results(folder) == results(whole)
+    assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
+
+
+def test_a_finished_run_can_be_resumed_without_effect(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    play_train(2, folder)
+    play_train(3, folder, resume=True)
+    assert results(folder) == results(whole)
+
+
+def test_keep_best_chooses_among_all_evaluations(whole: Path) -> None:
+    """The exported weights are the average at the best step, which a checkpoint remembers."""
+    facts = [json.loads(path.read_text()) for path in sorted((whole / "checkpoints").glob("*/state.json"))]
+    best = results(whole)["best_step"]
+    assert 1 <= best <= 9 and any(one["best_step"] == best for one in facts)
+    at_best = checkpoints.load_tensors(whole / "checkpoints" / f"step-{best:08d}" / "optimizer.safetensors")
+    exported = checkpoints.load_tensors(whole / "model" / "model.safetensors")
+    for name, value in exported.items():
+        if value.is_floating_point():
+            assert torch.equal(value, at_best[f"average.{name}"]), name
+
+
+@pytest.mark.parametrize("file", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_file_is_named(file: str, damage: str, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        play_train(1, tmp_path, steps=2)
+    path = tmp_path / "checkpoints" / "step-00000002" / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        cut = content[:middle]
+        path.write_bytes(cut if damage == "truncated" else cut + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(DamagedError, match=str(path)):
+        play_train(2, tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = files.save_file
+
+    def fill_up(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        save(tensors, path, **options)
+        if "step-00000003" in str(path) and "optimizer" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", fill_up)
+    with pytest.raises(RunFolderError, match="the disk is full"):
+        play_train(2, tmp_path)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    monkeypatch.undo()
+    play_train(3, tmp_path, resume=True)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 9
+
+
+@pytest.mark.parametrize("moment", ["rename", "fsync"])
+def test_a_kill_at_any_instant_leaves_a_checkpoint(moment: str, tmp_path: Path, forked: Forked) -> None:
+    folder = tmp_path / "run"
+
+    def act(exchange: Exchange) -> None:
+        import os
+        import signal
+
+        original, calls = getattr(os, moment), iter(range(1000))
+
+        def die(*arguments: Any, **options: Any) -> Any:
+            if (folder / "checkpoints" / ".step-00000003.part").exists() and next(calls) >= 2 * (moment == "fsync"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(os, moment, die)
+        train(exchange, folder)
+
+    with pytest.raises(WorkerError, match="worker 0 was killed by SIGKILL"):
+        forked(2, act)
+    assert [path.name for path in checkpoints.list_checkpoints(folder / "checkpoints")] == ["step-00000001", "step-00000002"]
+    play_train(3, folder, resume=True)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 9
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTINGS, "checkpoint", {"every_steps": 2, "keep": 2})
+    play_train(2, tmp_path)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000008", "step-00000009"]
+
+
+def test_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        play_train(1, tmp_path, steps=1)
+    monkeypatch.setitem(SETTINGS, "train", {**SETTINGS["train"], "learning_rate": 0.1})
+    with pytest.raises(RunFolderError, match=r"train.learning_rate = 0.1 \(was 0.05\)"):
+        play_train(1, tmp_path, resume=True)
