@@ -1,4 +1,4 @@
-"""Every test computes with one thread, those that ask for `settled` as workers do; several share trained runs and the command line."""
+"""What tests share: one thread each, a worker's state for those that ask, trained runs, the command line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
-from toy import Command, make_toy
 
+from toy import Command, make_toy
 from unisono.engine import numerics
 
+hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fail by being slow
+hypothesis.settings.load_profile("unisono")
 torch.set_num_threads(1)  # here, before any test module computes something; it also keeps forking safe
 
 

@@ -103,7 +103,7 @@ def test_no_circle() -> None:
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str]:
-    """The nodes that lie on a circle or lead to one: what is left when leaves are taken off for as long as there are any."""
+    """The nodes that lie on a circle or lead to one: what is left when leaves are taken off while there are any."""
     left = dict(graph)
     while leaves := [node for node, others in left.items() if not others & left.keys()]:
         for leaf in leaves:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, what it leaves behind, and the same bits for any number of workers."""
+"""The command line as a user meets it: what it prints and leaves behind, the same bits from any number of workers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from toy import Command, make_toy, run_command
 
+from toy import Command, make_toy, run_command
 from unisono import recipe as recipes
 
 FILES = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "curves.svg", "summary.json", "checkpoints", "model"}

@@ -1,4 +1,4 @@
-"""Models of a user's own: convolutions, a plain module, torch datasets, under every launcher; and models that break the promise."""
+"""Models of a user's own: convolutions, a plain module, torch datasets; and models that break the promise."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import Command, make_toy, run_python
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import unisono
+from toy import Command, make_toy, run_python
 from unisono.models.text.classification import TextClassification
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """A toy to train on, and two ways to run the command line on it.
 
-Owns made-up texts in three classes, which a few steps learn, and the recipe for them. Each test has a copy in a folder of its own.
+Owns made-up texts in three classes, which a few steps learn, and the recipe for them. Each test has its own copy.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import RECIPE, Command, launch_command, make_records, make_toy, run_python
 from torch import Tensor, nn
 
 import unisono
+from toy import RECIPE, Command, launch_command, make_records, make_toy, run_python
 from unisono.errors import DivergedError
 
 
@@ -30,12 +30,24 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[object, ...], tuple[str, 
     # what is wrong: what is done to the toy, further options, what the message must say
     "no recipe": (lambda folder: (folder / "toy.toml").unlink(), (), ("'toy.toml'", "no such file")),
     "recipe no TOML": (lambda folder: (folder / "toy.toml").write_text("[data\n"), (), ("toy.toml", "TOML", "line 1")),
-    "misspelt key": (lambda folder: None, ("--set", "train.learning_rat=1"), ("train.learning_rat", "train.learning_rate")),
-    "key of another model": (lambda folder: None, ("--set", "model.layers=2"), ("'model.layers'", "no such key", "Allowed: kind, width")),
+    "misspelt key": (
+        lambda folder: None,
+        ("--set", "train.learning_rat=1"),
+        ("train.learning_rat", "train.learning_rate"),
+    ),
+    "key of another model": (
+        lambda folder: None,
+        ("--set", "model.layers=2"),
+        ("'model.layers'", "no such key", "Allowed: kind, width"),
+    ),
     "misspelt section": (lambda folder: None, ("--set", "trian.seed=1"), ("'trian'", "'train'")),
     "wrong type": (lambda folder: None, ("--set", "train.epochs='many'"), ("train.epochs", "'many'", "number")),
     "value out of range": (lambda folder: None, ("--set", "train.epochs=0"), ("train.epochs", "0", "greater than 0")),
-    "unknown model": (lambda folder: None, ("--set", "model.kind=transformr"), ("transformr", "Did you mean 'transformer'?")),
+    "unknown model": (
+        lambda folder: None,
+        ("--set", "model.kind=transformr"),
+        ("transformr", "Did you mean 'transformer'?"),
+    ),
     "no data file": (lambda folder: (folder / "toy.csv").unlink(), (), ("toy.csv", "no such file")),
     "no such column": (lambda folder: None, ("--set", "data.text=txt"), ("'txt'", "'text'")),
     "no such label column": (lambda folder: None, ("--set", "data.label=lable"), ("'lable'", "'label'")),
@@ -43,14 +55,30 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[object, ...], tuple[str, 
     "empty file": (lambda folder: (folder / "toy.csv").write_text(""), (), ("toy.csv", "empty")),
     "header only": (lambda folder: make_toy(folder, []), (), ("toy.csv", "no record")),
     "bad records only": (lambda folder: make_toy(folder, bad_only()), (), ("no record can be used", "empty")),
-    "one class": (lambda folder: make_toy(folder, [line for line in make_records() if "tech" in line]), (), ("one class", "'tech'")),
-    "strict": (lambda folder: make_toy(folder, [*make_records(), ",sport"]), ("--strict",), ("strict", "toy.csv, row 121")),
-    "too many workers": (lambda folder: None, ("--workers", 5), ("`--workers 5`", "4 microbatches", "train.microbatches = 5")),
+    "one class": (
+        lambda folder: make_toy(folder, [line for line in make_records() if "tech" in line]),
+        (),
+        ("one class", "'tech'"),
+    ),
+    "strict": (
+        lambda folder: make_toy(folder, [*make_records(), ",sport"]),
+        ("--strict",),
+        ("strict", "toy.csv, row 121"),
+    ),
+    "too many workers": (
+        lambda folder: None,
+        ("--workers", 5),
+        ("`--workers 5`", "4 microbatches", "train.microbatches = 5"),
+    ),
     "workers no number": (lambda folder: None, ("--workers", "many"), ("many", "whole number")),
-    "no validation to choose by": (lambda folder: None, ("--set", "evaluate.patience=2"), ("evaluate.patience", "validation")),
+    "no validation to choose by": (
+        lambda folder: None,
+        ("--set", "evaluate.patience=2"),
+        ("evaluate.patience", "validation"),
+    ),
     "nothing to resume": (lambda folder: None, ("--resume",), ("--resume", "no checkpoints")),
     "GPUs that are not there": (lambda folder: None, ("--set", "train.device=cuda"), ("'cuda'", '"cpu"')),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,9 +178,15 @@ TOKENIZER = (
     '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1}, "unk_token": "[UNK]"}}'
 )
 BERT = {
-    "model_type": "bert", "vocab_size": 2, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
-    "max_position_embeddings": 512, "type_vocab_size": 2,
-}  # fmt: skip
+    "model_type": "bert",
+    "vocab_size": 2,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
 RESUME = ("train", "toy.toml", "-w", 1, "--run-folder", "run", "--resume", "--quiet")
 
 
@@ -254,7 +288,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a file system of 96 KiB, where this user may mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", folder], capture_output=True).returncode:  # noqa: S603, S607
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)
@@ -320,6 +354,7 @@ class Counting(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(3, 1)
+        self.step: Tensor
         self.register_buffer("step", torch.tensor(0))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -347,9 +382,16 @@ def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, workers: int) ->
     data = {"x": torch.arange(96.0).view(32, 3).sin(), "number": torch.arange(32)}
     with pytest.raises(DivergedError) as found:
         unisono.train(
-            Overflows(), data, workers=workers, run=tmp_path / "run", quiet=True, epochs=6, samples_per_step=8, microbatches=4,
+            Overflows(),
+            data,
+            workers=workers,
+            run=tmp_path / "run",
+            quiet=True,
+            epochs=6,
+            samples_per_step=8,
+            microbatches=4,
             checkpoint={"every_steps": 1},
-        )  # fmt: skip
+        )
     assert found.value.exit_code == 3
     step, microbatch = map(int, re.search(r"step (\d+), microbatch (\d)", str(found.value)).groups())  # type: ignore[union-attr]
     assert step > 5

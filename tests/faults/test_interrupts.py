@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import Launched, is_alive, launch_command, make_toy, wait_until_gone
 from torch import nn
 
 import unisono
+from toy import Launched, is_alive, launch_command, make_toy, wait_until_gone
 from unisono.models.text.classification import TextClassification
 
 LONG = ("--set", "train.epochs=40", "--set", "checkpoint.every_steps=20")

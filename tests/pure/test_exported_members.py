@@ -12,9 +12,25 @@ import pytest
 import unisono
 
 PUBLIC = {
-    "Classifier", "ContractError", "DataError", "DivergedError", "Interrupted", "Recipe", "RecipeError", "Task", "Trained",
-    "UnisonoError", "UserError", "WorkerError", "evaluate", "load", "predict", "prepare", "train", "verify",
-}  # fmt: skip
+    "Classifier",
+    "ContractError",
+    "DataError",
+    "DivergedError",
+    "Interrupted",
+    "Recipe",
+    "RecipeError",
+    "Task",
+    "Trained",
+    "UnisonoError",
+    "UserError",
+    "WorkerError",
+    "evaluate",
+    "load",
+    "predict",
+    "prepare",
+    "train",
+    "verify",
+}
 
 
 def test_public_names_are_the_documented_ones() -> None:
