@@ -26,7 +26,7 @@ from unisono.data.feed import Feed
 from unisono.exchange.protocol import Exchange
 from unisono.loop import steps
 from unisono.material import open_own
-from unisono.run import Job, join
+from unisono.joining import Job, join
 
 REPEATS = 3
 ROWS = (

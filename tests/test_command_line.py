@@ -102,7 +102,7 @@ def test_quiet_says_nothing(runs: dict[int, tuple[Path, subprocess.CompletedProc
 def test_json_is_one_object_per_line(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
     run, process = runs[3]
     lines = [json.loads(line) for line in process.stdout.splitlines()]
-    assert lines[-1] == {"event": "RunEnded", "summary": read_summary(run)}
+    assert lines[-1] == {"event": "RunEnded", "folder": run.name, "summary": read_summary(run)}
     assert {"Notice", "RunStarted", "StepDone", "Evaluated", "CheckpointWritten"} <= {line["event"] for line in lines}
 
 

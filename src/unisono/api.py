@@ -17,6 +17,7 @@ from unisono import events
 from unisono import recipe as recipes
 from unisono.errors import RecipeError
 from unisono.folder import new_folder, old_folder
+from unisono.joining import Job, check_workers
 from unisono.launch import run_everywhere
 from unisono.launch.seat import Seat
 from unisono.launch.worker import Stop
@@ -25,7 +26,7 @@ from unisono.models.task import Task
 from unisono.recipe import Recipe
 from unisono.report.metrics import Ledger
 from unisono.report.screen import choose_screen
-from unisono.run import Job, check_workers, execute
+from unisono.run import execute
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,13 +82,13 @@ def train(
 
     Args:
         what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
-        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for a recipe, frames or lists
-            with the recipe's text and label columns, instead of its files.
+        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for
+            a recipe, frames or lists with its text and label columns, instead of its files.
         workers: a number, or "auto": all GPUs, else all cores, at most one per microbatch. Ignored under torchrun.
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         overrides: "section.key=value", over the recipe.
         resume: go on from the folder's newest checkpoint.
-        settings: keys of the recipe's [train] table, such as epochs=3, learning_rate=1e-3; "evaluate" and "checkpoint" take tables.
+        settings: keys of the recipe's [train] table, such as epochs=3; "evaluate" and "checkpoint" take tables.
 
     Returns:
         The finished run. Under torchrun every process returns one.
@@ -97,23 +98,7 @@ def train(
         DivergedError, WorkerError, Interrupted: see unisono.errors.
     """
     recipe = resolve(what, name, overrides, settings)
-    frames = {
-        split: frame
-        for split, frame in (("train", data), ("validation", validation), ("test", test))
-        if frame is not None
-    }
-    if isinstance(what, Task):
-        if data is None:
-            raise RecipeError(
-                "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
-            )
-        check_own_sections(recipe)
-
-    def open_material(preparing: int, notify: Callable[[str], None]) -> Material:
-        if isinstance(what, Task):
-            return open_own(recipe, what, data, validation, test)
-        return open_text(recipe, preparing, notify, frames)
-
+    open_material = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
     job_folder = old_folder(recipe.name, run) if resume else new_folder(recipe.name, run)
     job = Job(
         recipe=recipe,
@@ -124,8 +109,22 @@ def train(
         trace=trace,
     )
     run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json)
-    summary = json.loads((job_folder / "summary.json").read_text(encoding="utf-8"))
+    written = job_folder / "summary.json"  # by worker 0; another host sees it on shared storage only
+    summary = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
     return Trained(folder=job_folder, summary=summary, task=what if isinstance(what, Task) else None)
+
+
+def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str, Any]) -> OpenMaterial:
+    """How each worker comes to what it trains on."""
+    frames = {split: frame for split, frame in given.items() if frame is not None}
+    if not isinstance(what, Task):
+        return lambda workers, notify: open_text(recipe, workers, notify, frames)
+    if "train" not in frames:
+        raise RecipeError(
+            "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
+        )
+    check_own_sections(recipe)
+    return lambda workers, notify: open_own(recipe, what, **frames)
 
 
 def run_job(job: Job, open_material: OpenMaterial, *, workers: str | int, quiet: bool, as_json: bool) -> None:

@@ -100,15 +100,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
-    """Write `facts` as JSON file `name`, with size and SHA-256 of every other file of the folder under "files"."""
+    """Write `facts` as JSON file `name`; under "files" size and SHA-256 of every other file, under "sha256" that of all this."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
     }
-    (folder / name).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sealed = {**facts, "files": files}
+    text = json.dumps({**sealed, "sha256": _facts_sha256(sealed)}, indent=1, sort_keys=True)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def open_sealed(folder: Path, name: str) -> dict[str, Any]:
-    """Read the facts back, after comparing every file with its size and SHA-256.
+    """Read the facts back, after comparing them with their own SHA-256, and every file with its size and SHA-256.
 
     Raises:
         DamagedError: names the first file that is missing, truncated or altered.
@@ -116,11 +118,13 @@ def open_sealed(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(facts["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sha256, files = facts.pop("sha256"), dict(facts["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}."
         ) from error
+    if _facts_sha256(facts) != sha256:
+        raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. Delete the folder {str(folder)!r}.")
     for file, expected in files.items():
         _check(folder / file, expected["bytes"], expected["sha256"])
     return facts
@@ -130,6 +134,10 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _facts_sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _check(path: Path, size: int, sha256: str) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from unisono.api import Trained, resolve, train
+from unisono.joining import check_workers
 from unisono.models.task import Task
 from unisono.recipe import Recipe
-from unisono.run import check_workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
+import zoo
 from unisono.data.columns import Columns
 from unisono.data.feed import Feed
 from unisono.data.order import Order

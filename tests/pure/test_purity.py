@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
+import zoo
 from unisono.engine.contribution import Contributor
 from unisono.engine.purity import probe
 from unisono.engine.replica import Replica

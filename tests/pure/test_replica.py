@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
+import zoo
+from unisono.data.order import Step
 from unisono.engine.contribution import Contributor
 from unisono.engine.reduction import Reduction
 from unisono.engine.replica import Replica, tensors_sha256
-from unisono.data.order import Step
 from unisono.errors import ContractError
 from unisono.exchange.solo import Solo
 from unisono.models.task import Microbatch, Task

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from worlds import Forked
 
+import zoo
 from unisono import files
 from unisono import recipe as recipes
 from unisono.checkpoint import checkpoints
 from unisono.errors import DamagedError, Interrupted, RunFolderError, WorkerError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
+from unisono.joining import Job
 from unisono.material import open_own
 from unisono.recipe import Recipe
-from unisono.run import Job, execute
+from unisono.run import execute
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
@@ -119,10 +120,9 @@ def test_a_finished_run_can_be_resumed_without_effect(whole: Path, tmp_path: Pat
 
 
 def test_keep_best_chooses_among_all_evaluations(whole: Path) -> None:
-    """The exported weights are the average at the best step, which a checkpoint remembers."""
-    facts = [json.loads(path.read_text()) for path in sorted((whole / "checkpoints").glob("*/state.json"))]
+    """The exported weights are the average at the best step."""
     best = results(whole)["best_step"]
-    assert 1 <= best <= 9 and any(one["best_step"] == best for one in facts)
+    assert 1 <= best <= 9
     at_best = checkpoints.load_tensors(whole / "checkpoints" / f"step-{best:08d}" / "optimizer.safetensors")
     exported = checkpoints.load_tensors(whole / "model" / "model.safetensors")
     for name, value in exported.items():

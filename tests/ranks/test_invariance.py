@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo
-from worlds import Forked
 from torch import nn
+from worlds import Forked
 
+import zoo
 from unisono import keys
 from unisono import recipe as recipes
 from unisono.data.samples import EncodedSamples
@@ -26,11 +26,12 @@ from unisono.events import Event, StepDone
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.files import load_tensors
+from unisono.joining import Job
 from unisono.material import Material, open_own
 from unisono.models.task import Task
 from unisono.models.text.classification import TextClassification
 from unisono.recipe import Bag, Recipe, Transformer
-from unisono.run import Job, execute
+from unisono.run import execute
 
 CPU = torch.device("cpu")
 MATRIX = (1, 2, 3, 5, 8)

@@ -20,14 +20,14 @@ from unisono.launch.seat import Seat
 from unisono.launch.worker import Stop
 
 Forked = Callable[[int, Callable[[Exchange], Any]], list[Any]]
-DEADLINE_SECONDS = 100
+DEADLINE_SECONDS = 60
 
 
 def fork(workers: int, function: Callable[[Exchange], Any], folder: Path) -> list[Any]:
     """Call `function(exchange)` in each worker; return their (JSON) results in order of rank."""
 
     def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        faulthandler.dump_traceback_later(7, file=sys.__stderr__)  # where does it hang?
+        faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5, file=sys.__stderr__)  # where does it hang?
         (folder / f"{seat.rank}.json").write_text(json.dumps(function(exchange)), encoding="utf-8")
 
     with _deadline(DEADLINE_SECONDS):

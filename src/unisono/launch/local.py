@@ -55,6 +55,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         listener.listen(workers)
         port = listener.getsockname()[1]
         fork = multiprocessing.get_context("fork")
+        _forget_kernel_buffers()
         children: list[BaseProcess] = []
         with _Interrupts(children) as interrupts:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # they wait until every child is there, and listens
@@ -78,6 +79,22 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
             finally:
                 _end(children)
         _raise_first_failure(children, Path(scratch), interrupts.asked)
+
+
+def _forget_kernel_buffers() -> None:
+    """Make MKL free its buffers, which it lists by thread.
+
+    A forked process that inherits the list of several threads may search it for ever in its first matrix product.
+    """
+    import torch
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.exists():
+        free = getattr(
+            ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None
+        )  # absent where torch is built without MKL
+        if free is not None:
+            free()
 
 
 def _child(seat: Seat, act: Act, threads: int, device: str, scratch: Path, parent: int) -> None:
