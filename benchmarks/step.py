@@ -24,9 +24,9 @@ from world import WORKERS, in_plain, in_unisono
 
 from unisono.data.feed import Feed
 from unisono.exchange.protocol import Exchange
+from unisono.joining import Job, join
 from unisono.loop import steps
 from unisono.material import open_own
-from unisono.joining import Job, join
 
 REPEATS = 3
 ROWS = (

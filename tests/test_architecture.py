@@ -17,6 +17,7 @@ LAYERS = (  # from top to bottom; imports point downwards, or sideways within a 
     ("api", "application", "verification", "preparation"),
     ("launch",),
     ("run",),
+    ("joining",),
     ("loop", "evaluation", "material", "report", "scores"),
     ("checkpoint",),
     ("engine",),

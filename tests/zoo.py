@@ -60,7 +60,8 @@ def images(samples: int = 45, seed: int = 4) -> dict[str, np.ndarray]:
 def convolution() -> nn.Module:
     """Convolutions with batch normalisation: float buffers and an integer one that each microbatch changes."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
         nn.Flatten(), nn.Linear(6 * 4 * 4, CLASSES),
     )  # fmt: skip
 

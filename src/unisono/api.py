@@ -144,7 +144,7 @@ def run_job(job: Job, open_material: OpenMaterial, *, workers: str | int, quiet:
 
         try:
             if seat.local_rank != 0:
-                exchange.wait_for_all()  # the first worker of each host prepares the data, the others open what it wrote
+                exchange.wait_for_all()  # the first worker of each host prepares the data, the others open it
             material = open_material(seat.local_workers, notify)
             if seat.local_rank == 0:
                 exchange.wait_for_all()
@@ -178,5 +178,6 @@ def check_own_sections(recipe: Recipe) -> None:
     for key, meaningless in (("label_smoothing", 0.0), ("class_weights", "none"), ("gradient_checkpointing", False)):
         if getattr(recipe.train, key) != meaningless:
             raise RecipeError(
-                f"'train.{key}' is for text recipes; in a task of your own it is a matter of your loss or module. Leave it out."
+                f"'train.{key}' is for text recipes; in a task of your own it is a matter of your loss or module. "
+                "Leave it out."
             )

@@ -1,6 +1,7 @@
 """A trained text classifier at work: loaded, evaluated, predicting.
 
-Owns what a finished model folder is read as, and the files and tables that come out. Work is shared out by `evaluation.py`.
+Owns what a finished model folder is read as, and the files and tables that come out. Work is shared out by
+`evaluation.py`.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def load(run: str | Path) -> Classifier:
 def evaluate(
     run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Score a run's model on labelled data (a file or a frame), or on the run's own test samples; print and return the scores.
+    """Score a run's model on labelled data (a file or a frame), or on the run's own test samples; print and return the
+    scores.
 
     Every sample is visited exactly once, whatever the number of workers, and the figures are the same bits.
 
@@ -160,9 +162,11 @@ def evaluate(
 
 
 def predict(run: str | Path, source: str | Path, target: str | Path, *, workers: str | int = "auto") -> int:
-    """Write `target`: the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row has none).
+    """Write `target`: the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row
+    has none).
 
-    Rows stay in order and none is dropped. The format goes by the name: .csv, .tsv, .jsonl or .parquet. Returns the number of rows.
+    Rows stay in order and none is dropped. The format goes by the name: .csv, .tsv, .jsonl or .parquet. Returns the
+    number of rows.
 
     Raises:
         DataError: the source cannot be read, or the target's format is unknown.
@@ -205,14 +209,16 @@ def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedS
         source = dataset.split("test") if dataset else None
         if source is None:
             raise DataError(
-                f"{str(run)!r} has no test samples of its own in {str(folder)!r}. Name a labelled file: unisono evaluate RUN DATA."
+                f"{str(run)!r} has no test samples of its own in {str(folder)!r}. Name a labelled file: unisono "
+                "evaluate RUN DATA."
             )
         return source, {}
     settings = classifier.recipe.data.model_copy(update={"format": "auto"})
     texts = read_texts(data, settings)
     if texts.labels is None:
         raise DataError(
-            f"the data has no column {settings.label!r} of classes, without which it cannot be scored. Use predict, or name the column so."
+            f"the data has no column {settings.label!r} of classes, without which it cannot be scored. Use "
+            "predict, or name the column so."
         )
     numbers = {label: number for number, label in enumerate(classifier.labels)}
     left_out: dict[str, int] = {}
@@ -239,14 +245,16 @@ def _report(classifier: Classifier, results: Mapping[str, np.ndarray], left_out:
 def _tables(found: Mapping[str, Any]) -> list[str]:
     """The scores as text: a summary, a line per class, the confusion matrix."""
     lines = [
-        f"samples {found['samples']:,}  loss {found['loss']:.4f}  accuracy {found['accuracy']:.2%}  macro-F1 {found['macro_f1']:.4f}"
+        f"samples {found['samples']:,}  loss {found['loss']:.4f}  accuracy {found['accuracy']:.2%}  macro-F1 "
+        f"{found['macro_f1']:.4f}"
     ]
     lines += [f"left out: {number} rows, {reason}" for reason, number in found["left_out"].items()]
     width = max(len(scores["label"]) for scores in found["classes"])
     lines += ["", f"{'class':<{width + 4}}  precision  recall      F1  samples"]
     for number, scores in enumerate(found["classes"]):
         lines.append(
-            f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  {scores['f1']:.4f}  {scores['samples']:>7,}"
+            f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  "
+            f"{scores['f1']:.4f}  {scores['samples']:>7,}"
         )
     digits = max(3, *(len(str(cell)) for row in found["confusion"] for cell in row))
     lines += [

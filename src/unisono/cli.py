@@ -1,6 +1,7 @@
 """The command line: parse, then call one function.
 
-Owns options, exit codes and what is printed on failure. Heavy imports happen inside the commands, so that --help answers at once.
+Owns options, exit codes and what is printed on failure. Heavy imports happen inside the commands, so that --help
+answers at once.
 """
 
 from __future__ import annotations

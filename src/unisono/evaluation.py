@@ -1,6 +1,8 @@
-"""Evaluation and prediction over workers: every sample exactly once, results in sample order, the same bits on any number of them.
+"""Evaluation and prediction over workers: every sample exactly once, results in sample order, the same bits on any
+number of them.
 
-Owns the cut into fixed microbatches, their sharing out, and the gathering. What the numbers mean is the matter of `scores.py`.
+Owns the cut into fixed microbatches, their sharing out, and the gathering. What the numbers mean is the matter of
+`scores.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def measure_all(
 
 
 class _Buffers:
-    """A module's buffers as they were, so that what one microbatch leaves in them reaches no other, and no later training."""
+    """A module's buffers as they were, so that what one microbatch leaves in them reaches no other, and no later
+    training."""
 
     def __init__(self, module: nn.Module) -> None:
         self._before = [
@@ -79,7 +82,8 @@ class _Buffers:
 
 
 def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:
-    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: it has a microbatch if anybody has."""
+    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: it has a microbatch if anybody
+    has."""
     mine = [
         (name, rows[0][1].is_floating_point(), rows[0][1].shape[1] if rows[0][1].ndim > 1 else 0)
         for name, rows in found.items()

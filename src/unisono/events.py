@@ -32,7 +32,8 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """One committed step, numbered from 1. `tokens` is the sum of its samples' lengths; `seconds` since the step before."""
+    """One committed step, numbered from 1. `tokens` is the sum of its samples' lengths; `seconds` since the step
+    before."""
 
     step: int
     epoch: float

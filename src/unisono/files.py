@@ -24,7 +24,8 @@ from unisono.errors import DamagedError, RunFolderError
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; on success fsync it and rename it there, replacing an older one; else remove it.
+    """Yield a temporary folder beside `folder`; on success fsync it and rename it there, replacing an older one; else
+    remove it.
 
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
@@ -79,7 +80,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors; equal tensors give equal bytes. Each is copied: the format allows no shared memory."""
+    """Write tensors as safetensors; equal tensors give equal bytes. Each is copied: the format allows no shared
+    memory."""
     save_file(
         {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
         path,
@@ -100,7 +102,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
-    """Write `facts` as JSON file `name`; under "files" size and SHA-256 of every other file, under "sha256" that of all this."""
+    """Write `facts` as JSON file `name`; under "files" size and SHA-256 of every other file, under "sha256" that of all
+    this."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
     }

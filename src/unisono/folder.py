@@ -15,12 +15,14 @@ RUNS = Path("runs")
 
 
 def new_folder(name: str, given: str | Path | None) -> Path:
-    """The folder of a new run: the given one, which must not exist, or `runs/NAME-001` and so on, the first that is free."""
+    """The folder of a new run: the given one, which must not exist, or `runs/NAME-001` and so on, the first that is
+    free."""
     if given is not None:
         path = Path(given)
         if path.exists():
             raise RunFolderError(
-                f"--run-folder {str(path)!r} exists. Give another folder, go on with what is there (--resume), or remove it (rm -r {path})."
+                f"--run-folder {str(path)!r} exists. Give another folder, go on with what is there (--resume), or "
+                f"remove it (rm -r {path})."
             )
         return path
     return RUNS / f"{name}-{_newest_number(name) + 1:03d}"
@@ -35,7 +37,8 @@ def old_folder(name: str, given: str | Path | None) -> Path:
     path = Path(given) if given is not None else RUNS / f"{name}-{_newest_number(name):03d}"
     if not (path / "checkpoints").is_dir():
         raise RunFolderError(
-            f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder, or start without --resume."
+            f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder, or "
+            "start without --resume."
         )
     return path
 

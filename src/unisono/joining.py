@@ -33,7 +33,8 @@ from unisono.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to run, the same on every worker. `trace` is a folder for `verify`, `resume` goes on from the newest checkpoint."""
+    """What to run, the same on every worker. `trace` is a folder for `verify`, `resume` goes on from the newest
+    checkpoint."""
 
     recipe: Recipe
     folder: Path
@@ -80,7 +81,8 @@ def check_workers(recipe: Recipe, workers: int, said: str = "--workers") -> None
     microbatches = recipe.train.microbatches
     if not 1 <= workers <= microbatches:
         raise RecipeError(
-            f"`{said} {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can share a step. "
+            f"`{said} {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can "
+            "share a step. "
             f"Use at most {microbatches}, or set train.microbatches = {max(workers, 1)} (this changes the numerics)."
         )
 

@@ -21,7 +21,8 @@ from unisono.recipe import Train
 
 
 class Contributes(Protocol):
-    """Computes contributions; `engine/contribution.py` has the real one, `verification.py` one that writes them down."""
+    """Computes contributions; `engine/contribution.py` has the real one, `verification.py` one that writes them
+    down."""
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
@@ -44,7 +45,8 @@ def steps(
     train: Train,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Done]:
-    """Train from `state.step` to the order's end, or until any worker's `stop` is true; yield after each committed step."""
+    """Train from `state.step` to the order's end, or until any worker's `stop` is true; yield after each committed
+    step."""
     reduction = Reduction(state.replica, state.exchange)
     for step in order.steps(start=state.step):
         mine = reduction.begin(step)  # the only thing that depends on who I am

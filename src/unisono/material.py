@@ -44,7 +44,8 @@ class Material:
         for key, value in (("patience", recipe.evaluate.patience), ("keep_best", recipe.evaluate.keep_best)):
             if value and self.validation is None:
                 raise RecipeError(
-                    f"'evaluate.{key}' = {value}: there are no validation samples, and choosing by the test samples would make their scores "
+                    f"'evaluate.{key}' = {value}: there are no validation samples, and choosing by the test "
+                    "samples would make their scores "
                     "worthless. Set data.validation or data.validation_fraction = 0.1."
                 )
 

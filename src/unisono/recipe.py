@@ -77,7 +77,8 @@ class Encode(Section):
 
 
 class Bag(Section):
-    """A bag of hashed word n-grams: per bucket an embedding and its importance, summed; then a linear or a hidden layer."""
+    """A bag of hashed word n-grams: per bucket an embedding and its importance, summed; then a linear or a hidden
+    layer."""
 
     kind: Literal["bag"] = "bag"
     width: int = Field(32, ge=1, description="numbers per embedding")
@@ -189,7 +190,8 @@ class Recipe(Section):
         if kind != "auto" and (kind == "ngrams") != (model == "bag"):
             allowed = "ngrams" if model == "bag" else "wordpiece, bpe or tokenizer"
             raise ValueError(
-                f"encode.kind = {kind!r} does not fit model.kind = {model!r}, which reads {allowed}; or leave it on auto"
+                f"encode.kind = {kind!r} does not fit model.kind = {model!r}, which reads {allowed}; or leave it "
+                "on auto"
             )
         return self
 

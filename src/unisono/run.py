@@ -1,7 +1,7 @@
 """One training run as each worker lives it, from the first step to the finished model.
 
-Owns the order of things around the loop: when to report, evaluate and save, and what is left in the run folder. What comes before is
-`joining.py`, the loop itself `loop.py`.
+Owns the order of things around the loop: when to report, evaluate and save, and what is left in the run folder. What
+comes before is `joining.py`, the loop itself `loop.py`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def execute(
     _save(run)
     if interrupted:
         raise Interrupted(
-            f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same command and "
+            f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
+            "command and "
             f"`--run-folder {job.folder} --resume`, on any number of workers."
         )
     _finish(run)
@@ -136,7 +137,8 @@ def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
         if _has_settled(run):
             run.tell(
                 events.Notice(
-                    message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} evaluations"
+                    message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} "
+                    "evaluations"
                 )
             )
             return False
@@ -163,7 +165,8 @@ def _is_due(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """Score the validation samples (or, to look at, the test samples); keep the best weights where the recipe says so."""
+    """Score the validation samples (or, to look at, the test samples); keep the best weights where the recipe says
+    so."""
     split, source = ("validation", run.material.validation) if run.material.validation else ("test", run.material.test)
     if source is None:
         return

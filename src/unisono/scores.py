@@ -24,7 +24,8 @@ class ClassScores:
 
 
 def summarise(results: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means of all per-sample numbers but class numbers; accuracy and macro-F1 where there are `predicted` and `label`; samples."""
+    """Means of all per-sample numbers but class numbers; accuracy and macro-F1 where there are `predicted` and `label`;
+    samples."""
     classified = "predicted" in results and "label" in results
     summary = {
         name: mean(values) for name, values in results.items() if not (classified and name in ("predicted", "label"))

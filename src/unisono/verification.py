@@ -20,7 +20,8 @@ from unisono.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """The first place where two runs part. `microbatch` is None where all contributions agree and the new weights do not."""
+    """The first place where two runs part. `microbatch` is None where all contributions agree and the new weights do
+    not."""
 
     workers: tuple[int, int]
     step: int
@@ -41,7 +42,8 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What verification found: number of workers → the hashes of weights and optimiser state; the first difference, if any."""
+    """What verification found: number of workers → the hashes of weights and optimiser state; the first difference, if
+    any."""
 
     hashes: dict[int, tuple[str, str]]
     difference: Difference | None

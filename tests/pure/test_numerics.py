@@ -99,7 +99,8 @@ def test_an_instruction_set_limit_is_refused() -> None:
         "from unisono.engine import numerics\n"
         "from unisono.recipe import Train\n"
         "numerics.settle(threads=1, device=torch.device('cpu'))\n"
-        "print(json.dumps(numerics.fingerprint(Train(), device=torch.device('cpu'), data={'dataset': 'd'}, layout='m')))\n"
+        "print(json.dumps(numerics.fingerprint(Train(), device=torch.device('cpu'), data={'dataset': 'd'}, "
+        "layout='m')))\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

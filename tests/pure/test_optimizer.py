@@ -232,7 +232,10 @@ def test_an_untouched_mask_of_minus_infinity_stays() -> None:
 def test_float64_modules(rule: dict[str, Any]) -> None:
     replica, _, _ = run(Solo(), train(**rule), make=lambda: net().double())
     single, _, _ = run(Solo(), train(**rule))
-    assert replica.flat.dtype == torch.float64 and torch.isfinite(replica.flat[: 1024 * replica.space.parameter_blocks]).all()
+    assert (
+        replica.flat.dtype == torch.float64
+        and torch.isfinite(replica.flat[: 1024 * replica.space.parameter_blocks]).all()
+    )
     assert replica.flat.shape == single.flat.shape
 
 

@@ -29,7 +29,9 @@ def test_permutation_is_a_bijection(size: int, key: tuple[int, int]) -> None:
 
 
 @given(size=st.integers(2**20, 2**45), key=KEYS, positions=st.sets(st.integers(0, 2**20 - 1), min_size=1, max_size=50))
-def test_permutation_of_a_huge_set_needs_no_other_position(size: int, key: tuple[int, int], positions: set[int]) -> None:
+def test_permutation_of_a_huge_set_needs_no_other_position(
+    size: int, key: tuple[int, int], positions: set[int]
+) -> None:
     together = permute(np.array(sorted(positions), np.uint64), size=size, key=key)
     alone = [int(permute(np.array([position], np.uint64), size=size, key=key)[0]) for position in sorted(positions)]
     assert together.tolist() == alone

@@ -82,7 +82,7 @@ def test_a_thousand_workers_reduce_to_the_bits_of_one() -> None:
 
 
 def test_results_come_in_order_of_rank() -> None:
-    assert play(5, lambda exchange: exchange.gather_bytes(bytes([exchange.rank])) + [exchange.rank]) == [
+    assert play(5, lambda exchange: [*exchange.gather_bytes(bytes([exchange.rank])), exchange.rank]) == [
         [b"\0", b"\1", b"\2", b"\3", b"\4", rank] for rank in range(5)
     ]
 

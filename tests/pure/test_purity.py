@@ -107,7 +107,9 @@ def check(make: Callable[[], nn.Module]) -> None:
     task = zoo.Classified(make)
     contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
     columns = {name: torch.from_numpy(column) for name, column in zoo.words(12).items()}
-    probe(contributor, *({name: column[part] for name, column in columns.items()} for part in (slice(0, 4), slice(4, 11))))
+    probe(
+        contributor, *({name: column[part] for name, column in columns.items()} for part in (slice(0, 4), slice(4, 11)))
+    )
 
 
 @pytest.mark.parametrize(

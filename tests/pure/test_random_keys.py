@@ -22,13 +22,24 @@ def test_keys_are_equal_only_for_equal_arguments(one: tuple[int, list[int]], oth
 
 
 def test_neighbouring_keys_differ() -> None:
-    found = {keys.key(seed, purpose, a, b) for seed in range(3) for purpose in ("x", "y") for a in range(30) for b in range(30)}
+    found = {
+        keys.key(seed, purpose, a, b)
+        for seed in range(3)
+        for purpose in ("x", "y")
+        for a in range(30)
+        for b in range(30)
+    }
     assert len(found) == 3 * 2 * 30 * 30
     assert keys.key(1, "x", 23) != keys.key(1, "x", 2, 3) != keys.key(12, "x", 3)
 
 
 def draw() -> list[float]:
-    return [torch.rand(()).item(), torch.nn.functional.dropout(torch.ones(64)).sum().item(), np.random.random(), random.random()]
+    return [
+        torch.rand(()).item(),
+        torch.nn.functional.dropout(torch.ones(64)).sum().item(),
+        np.random.random(),
+        random.random(),
+    ]
 
 
 def test_seeding_reaches_every_global_generator() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def bits(value: Tensor) -> bytes:
 
 
 def reduce(values: list[Tensor], ranges: list[range]) -> tuple[Tensor, int]:
-    """As workers do: one Tree each, then the nodes in order of worker. Return the root and the most buffers of a worker."""
+    """As workers do: one Tree each, then the nodes in order of worker. Return the root and the most buffers of a
+    worker."""
     buffers = [0]
     pending: list[tuple[Node, Tensor]] = []
     for microbatches in ranges:
@@ -70,7 +72,7 @@ def reduce(values: list[Tensor], ranges: list[range]) -> tuple[Tensor, int]:
 def test_any_sharing_out_gives_the_bits_of_the_serial_tree(microbatches: int, seed: int, data: st.DataObject) -> None:
     values = contributions(microbatches, seed)
     bounds = [0, *sorted(data.draw(st.lists(st.integers(0, microbatches), max_size=9))), microbatches]
-    ranges = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]  # empty ones too
+    ranges = [range(a, b) for a, b in pairwise(bounds)]  # empty ones too
     found, buffers = reduce(values, ranges)
     assert bits(found) == bits(root(values))
     assert buffers <= 2 * math.log2(microbatches + 1) + 1
@@ -105,7 +107,7 @@ def test_nodes_are_the_fewest_that_cover_a_range(start: int, size: int) -> None:
     found = nodes(range(start, start + size))
     covered = [n for node in found for n in range(node.index << node.level, (node.index + 1) << node.level)]
     assert covered == list(range(start, start + size))
-    assert not any(a.is_left_of(b) for a, b in zip(found, found[1:], strict=False))
+    assert not any(a.is_left_of(b) for a, b in pairwise(found))
     assert len(found) <= max(1, 2 * math.log2(size))
 
 

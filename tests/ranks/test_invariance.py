@@ -54,9 +54,14 @@ def encoded(samples: int = 45, seed: int = 5, *, padded: bool) -> EncodedSamples
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 24, samples).astype(np.int32)
     return EncodedSamples(
-        ids=random.integers(1, zoo.WORDS, lengths.sum()).astype(np.int32), starts=np.cumsum(lengths, dtype=np.int64) - lengths,
-        lengths=lengths, labels=random.integers(0, zoo.CLASSES, samples), padded=padded, padding=0, sha256=f"{samples} {seed}",
-    )  # fmt: skip
+        ids=random.integers(1, zoo.WORDS, lengths.sum()).astype(np.int32),
+        starts=np.cumsum(lengths, dtype=np.int64) - lengths,
+        lengths=lengths,
+        labels=random.integers(0, zoo.CLASSES, samples),
+        padded=padded,
+        padding=0,
+        sha256=f"{samples} {seed}",
+    )
 
 
 def padded(samples: int = 45, seed: int = 5) -> EncodedSamples:
@@ -139,7 +144,9 @@ def perform(case: Case, exchange: Exchange, folder: Path) -> dict[str, Any]:
     execute(Job(recipe=recipe, folder=folder), material_of(case, recipe), exchange, CPU, [losses], lambda: False)
     exchange.wait_for_all()
     summary = json.loads((folder / "summary.json").read_text())
-    kept = {name: summary[name] for name in ("weights_sha256", "optimizer_sha256", "test", "best_step", "steps", "train")}
+    kept = {
+        name: summary[name] for name in ("weights_sha256", "optimizer_sha256", "test", "best_step", "steps", "train")
+    }
     checkpoints = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted((folder / "checkpoints").rglob("*"))

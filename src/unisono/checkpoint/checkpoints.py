@@ -32,7 +32,8 @@ class Saved:
 
 
 def save(state: TrainState, folder: Path, *, facts: Mapping[str, Any], keep: int) -> Path:
-    """Write the state as `folder/step-…`; every worker calls this, worker 0 writes. Remove all but the newest `keep`."""
+    """Write the state as `folder/step-…`; every worker calls this, worker 0 writes. Remove all but the newest
+    `keep`."""
     path = folder / f"step-{state.step:08d}"
     optimizer = state.optimizer_tensors()
     if state.exchange.rank == 0:

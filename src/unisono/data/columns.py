@@ -49,7 +49,8 @@ class Columns:
 class Items:
     """A map-style torch dataset, whose items are mappings, or (input, target) pairs under these two names.
 
-    Before each item the global generators are seeded from (seed, epoch, sample), so random augmentation is the same whoever loads it.
+    Before each item the global generators are seeded from (seed, epoch, sample), so random augmentation is the same
+    whoever loads it.
     """
 
     padded = True
@@ -80,8 +81,8 @@ class Items:
 def open_source(data: Any, seed: int = 0) -> Source:
     """Make a Source of what a user gave.
 
-    Allowed: a Source; a mapping of columns (tensors, arrays, lists of numbers); a pandas or Polars frame or an Arrow table with number
-    columns; a map-style torch dataset.
+    Allowed: a Source; a mapping of columns (tensors, arrays, lists of numbers); a pandas or Polars frame or an Arrow
+    table with number columns; a map-style torch dataset.
 
     Raises:
         DataError: it is none of these, empty, or ragged.
@@ -98,7 +99,8 @@ def open_source(data: Any, seed: int = 0) -> Source:
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return Items(data, seed)
     raise DataError(
-        f"{type(data).__name__} is no data that can be read; allowed are a mapping of columns, a pandas or Polars frame, an Arrow table, "
+        f"{type(data).__name__} is no data that can be read; allowed are a mapping of columns, a pandas or Polars "
+        "frame, an Arrow table, "
         "a map-style torch dataset, or a unisono dataset's split."
     )
 
@@ -120,7 +122,8 @@ def _named(item: Any) -> Mapping[str, Any]:
     if isinstance(item, tuple | list) and len(item) == 2:
         return {"input": item[0], "target": item[1]}
     raise DataError(
-        f"a dataset's item is {type(item).__name__}; allowed is a mapping of names to values, or an (input, target) pair."
+        f"a dataset's item is {type(item).__name__}; allowed is a mapping of names to values, or an (input, "
+        "target) pair."
     )
 
 

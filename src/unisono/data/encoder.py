@@ -29,5 +29,6 @@ class Encoder(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write `encoder.json` (and `tokenizer.json`, where there is one), from which `load_encoder` restores an equal encoder."""
+        """Write `encoder.json` (and `tokenizer.json`, where there is one), from which `load_encoder` restores an equal
+        encoder."""
         ...

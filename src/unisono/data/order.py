@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Order:
         pieces = min(self.microbatches, len(samples))
         bounds = cut(lengths[longest_first], pieces, padded=self.padded)
         samples = samples[longest_first]
-        return tuple(samples[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(samples[a:b] for a, b in pairwise(bounds))
 
 
 def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int = 0) -> int:
@@ -98,7 +99,8 @@ def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[int]:
 
 
 def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:
-    """Real-valued inner bounds at which every piece, padded to its first length, costs the same (bisection on the cost)."""
+    """Real-valued inner bounds at which every piece, padded to its first length, costs the same (bisection on the
+    cost)."""
     low, high = 0.0, float(len(lengths) * lengths[0])
     bounds: list[float] = []
     for _ in range(40):

@@ -18,7 +18,8 @@ class Source(Protocol):
     """int32 [samples]: what a sample costs, in tokens; all ones where samples are alike."""
 
     padded: bool
-    """Whether a microbatch is padded to its longest sample: its cost is then samples × longest, else the sum of lengths."""
+    """Whether a microbatch is padded to its longest sample: its cost is then samples × longest, else the sum of
+    lengths."""
 
     prefetchable: bool
     """Whether `take` touches no global random generator, so that it may run ahead in a thread."""

@@ -24,7 +24,8 @@ def check_target(path: Path) -> None:
 
 
 def write_table(table: pa.Table, path: Path, suffix: str) -> None:
-    """Write a table in the format of `suffix`, one of FORMATS. Numbers are written so that they read back to the same bits."""
+    """Write a table in the format of `suffix`, one of FORMATS. Numbers are written so that they read back to the same
+    bits."""
     if suffix == ".parquet":
         from pyarrow import parquet
 

@@ -5,6 +5,8 @@ Owns the contiguous ranges. Knows counts only, neither samples nor costs.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def shares(microbatches: int, workers: int) -> list[range]:
     """Cut 0 … microbatches − 1 into one contiguous range per worker, their lengths differing by at most 1.
@@ -23,7 +25,7 @@ def shares(microbatches: int, workers: int) -> list[range]:
             bound += 1
         bounds.append(bound)
     bounds.append(microbatches)
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def _trailing_zeros(number: int) -> int:

@@ -83,7 +83,8 @@ def _whole(weight: int | Tensor) -> int:
         weight = int(weight.item())
     if isinstance(weight, bool) or not isinstance(weight, int) or weight < 0:
         raise ContractError(
-            f"the task's loss returned {weight!r} as its number of terms; allowed is a whole number from 0, such as len(labels). "
+            f"the task's loss returned {weight!r} as its number of terms; allowed is a whole number from 0, such "
+            "as len(labels). "
             "A sum is divided once a step, by the number of all its terms."
         )
     return weight

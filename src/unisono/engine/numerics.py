@@ -1,6 +1,7 @@
 """The state that a process computes in, and its fingerprint: everything beside recipe and data that decides bits.
 
-Owns what is switched on and off in torch, the names that explain a difference, and the battery that decides whether there is one.
+Owns what is switched on and off in torch, the names that explain a difference, and the battery that decides whether
+there is one.
 """
 
 from __future__ import annotations

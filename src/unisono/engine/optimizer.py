@@ -1,7 +1,8 @@
 """From my shard of the gradient to everybody's new weights: the update rules, and the second crossing.
 
-Owns the optimiser's state, of which each worker keeps its shard. The rules are elementwise ones, each in one fixed variant: torch's
-own fused kernels for SGD, Adam and AdamW, foreach operations for Lion. Those that look at whole tensors are not here.
+Owns the optimiser's state, of which each worker keeps its shard. The rules are elementwise ones, each in one fixed
+variant: torch's own fused kernels for SGD, Adam and AdamW, foreach operations for Lion. Those that look at whole
+tensors are not here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def update_sgd(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
 
 
 def update_adam(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
-    """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim has them."""
+    """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim has
+    them."""
     adam(
         pieces.weights,
         pieces.gradients,
@@ -128,7 +130,8 @@ class Optimizer:
         )
 
     def update(self, gradient: Tensor, totals: Totals, *, step: int, rate: float) -> float:
-        """Apply one step; afterwards `replica.flat` holds everybody's new weights. Return the norm of the whole gradient.
+        """Apply one step; afterwards `replica.flat` holds everybody's new weights. Return the norm of the whole
+        gradient.
 
         `gradient` is my shard of the sum of contributions, and is overwritten.
 
@@ -140,7 +143,8 @@ class Optimizer:
         norm = self._norm(gradient)
         if not math.isfinite(norm):
             raise DivergedError(
-                f"the gradient's norm is {norm} at step {step + 1}, though the loss is {totals.loss:.6g}. The weights of the step "
+                f"the gradient's norm is {norm} at step {step + 1}, though the loss is {totals.loss:.6g}. The "
+                "weights of the step "
                 "before are kept. Lower train.learning_rate, or set train.clip_norm = 1.0."
             )
         if train.clip_norm and norm > train.clip_norm:
@@ -178,7 +182,8 @@ class Optimizer:
                 RULES[self._train.optimizer](self._train, pieces, rate * factor, decay)
 
     def _norm(self, gradient: Tensor) -> float:
-        """Euclidean norm of the whole gradient: squares of a block are added by halving, blocks in a tree, whoever owns them."""
+        """Euclidean norm of the whole gradient: squares of a block are added by halving, blocks in a tree, whoever owns
+        them."""
         blocks = torch.zeros(self._replica.shard.size // BLOCK, dtype=torch.float64, device=gradient.device)
         own = self._parameter_elements // BLOCK
         blocks[:own] = block_squares(gradient[: self._parameter_elements])
@@ -188,7 +193,8 @@ class Optimizer:
 
 
 def block_squares(values: Tensor) -> Tensor:
-    """Sum of squares of each block of 1,024: products and sums of single elements only, so one result whatever the kernel."""
+    """Sum of squares of each block of 1,024: products and sums of single elements only, so one result whatever the
+    kernel."""
     sums = []
     for chunk in values.view(-1, BLOCK).split(256):  # a chunk stays in the cache
         squares = chunk * chunk

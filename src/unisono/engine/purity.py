@@ -1,7 +1,7 @@
 """The purity probe: is a contribution really a function of its arguments?
 
-Computes contributions of two microbatches in the order a, b, b, a and compares bits. What a model remembers between calls, and
-randomness that no key reaches, show as a difference.
+Computes contributions of two microbatches in the order a, b, b, a and compares bits. What a model remembers between
+calls, and randomness that no key reaches, show as a difference.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
         where = f"attribute {', '.join(map(repr, changed[:3]))} changes between calls; " if changed else ""
         raise ImpureError(
             f"the model is not pure: the same microbatch gave another {differing[0]} the second time "
-            f"({where}{len(differing)} differ in all). Keep no state outside parameters and registered buffers, and draw random numbers from "
-            "the global generators of torch, NumPy or Python only. --allow-impure trains it without the promise of equal bits."
+            f"({where}{len(differing)} differ in all). Keep no state outside parameters and registered buffers, "
+            "and draw random numbers from "
+            "the global generators of torch, NumPy or Python only. --allow-impure trains it without the promise "
+            "of equal bits."
         )
 
 

@@ -25,8 +25,8 @@ from unisono.exchange.protocol import Exchange
 class Totals:
     """What every worker knows of a finished step.
 
-    loss: mean over all terms, float64 arithmetic. weight: number of terms. used: whether each parameter got a gradient at all.
-    integers: int64, the integer buffers as microbatch 0 left them. stop: whether any worker was asked to stop.
+    loss: mean over all terms, float64 arithmetic. weight: number of terms. used: whether each parameter got a gradient
+    at all. integers: int64, the integer buffers as microbatch 0 left them. stop: whether any worker was asked to stop.
     """
 
     loss: float
@@ -87,7 +87,8 @@ class Reduction:
         return fold_nodes(list(zip(owned, received, strict=True))), totals
 
     def _tally(self, stop: bool) -> Totals:
-        """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all but one."""
+        """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all but
+        one."""
         assert self._step is not None
         microbatches, parameters = len(self._step.microbatches), self._parameters
         losses, weights = torch.zeros(microbatches, dtype=torch.float64), torch.zeros(microbatches, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """A worker's copy of the module, its trained numbers living in one flat tensor.
 
-Owns the module, the flat tensor, and what happens to buffers: each microbatch starts from the step's, and what it changed is part of
-its contribution. Knows no other worker.
+Owns the module, the flat tensor, and what happens to buffers: each microbatch starts from the step's, and what it
+changed is part of its contribution. Knows no other worker.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Replica:
         self.restore_buffers()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The module's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all there."""
+        """The module's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all
+        there."""
         return {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
 
     def all_tensors(self) -> dict[str, Tensor]:
@@ -134,7 +135,8 @@ class Replica:
         return tensors_sha256(self.tensors())[:16]
 
     def _move_in(self) -> None:
-        """Copy every value into the flat tensor (aligned, wherever it lay before) and let the module look at it there."""
+        """Copy every value into the flat tensor (aligned, wherever it lay before) and let the module look at it
+        there."""
         named = dict(self.module.named_parameters())
         placed = {segment.name for segment in self.space.parameters}
         self._views: dict[str, Tensor] = {}
@@ -183,8 +185,8 @@ def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes in order of name: `weights_sha256` of a run.
 
-    For each name: "name dtype shape\\n" in UTF-8, dtype as torch prints it without "torch.", shape as comma-separated sizes,
-    then the contiguous little-endian bytes.
+    For each name: "name dtype shape\\n" in UTF-8, dtype as torch prints it without "torch.", shape as comma-separated
+    sizes, then the contiguous little-endian bytes.
     """
     result = hashlib.sha256()
     for name in sorted(tensors):

@@ -8,7 +8,8 @@ from unisono.recipe import Train
 
 
 def rate(train: Train, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` (from 0): a linear warm-up to the peak, then constant, linear or cosine decay to 0."""
+    """Learning rate of step `step` (from 0): a linear warm-up to the peak, then constant, linear or cosine decay to
+    0."""
     warmup = train.warmup * total_steps if train.warmup < 1 else train.warmup
     warmup_steps = min(int(warmup), total_steps)
     if step < warmup_steps:

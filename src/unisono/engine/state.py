@@ -20,7 +20,8 @@ from unisono.exchange.protocol import Exchange
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
-    """After `step` steps: weights and buffers (`replica`), optimiser state and averaged weights (`optimizer`, my shard)."""
+    """After `step` steps: weights and buffers (`replica`), optimiser state and averaged weights (`optimizer`, my
+    shard)."""
 
     step: int
     replica: Replica
@@ -34,7 +35,8 @@ class TrainState:
     best_integers: Tensor | None = None
 
     def judge(self, score: float, *, higher: bool, keep: bool) -> bool:
-        """Compare an evaluation's score with the best so far; return whether it is better, and keep its weights if so."""
+        """Compare an evaluation's score with the best so far; return whether it is better, and keep its weights if
+        so."""
         if self.best_score is not None and not (score > self.best_score if higher else score < self.best_score):
             self.evaluations_since_best += 1
             return False

@@ -1,7 +1,7 @@
 """Writing down what every microbatch contributed, so that two runs can be compared to the first bit that differs.
 
-Owns the digests and their file: one JSON line per microbatch, {"step", "microbatch", "loss", "parts": {name: digest}}, and one per
-step, {"step", "weights": {name: digest}}. Compares nothing; `verification.py` does.
+Owns the digests and their file: one JSON line per microbatch, {"step", "microbatch", "loss", "parts": {name: digest}},
+and one per step, {"step", "weights": {name: digest}}. Compares nothing; `verification.py` does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The fixed binary tree in which contributions are added.
 
-Node (0, i) is microbatch i's contribution; node (l, i) = node (l − 1, 2i) + node (l − 1, 2i + 1); a missing right child is not
-added (−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
+Node (0, i) is microbatch i's contribution; node (l, i) = node (l − 1, 2i) + node (l − 1, 2i + 1); a missing right child
+is not added (−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
 
 Owns the arithmetic of nodes and a worker's pending buffers. Does not communicate.
 """

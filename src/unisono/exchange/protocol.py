@@ -1,6 +1,7 @@
 """The only door to other workers: what the engine knows of an exchange.
 
-Owns the interface and its meaning. `solo`, `played` and `distributed` implement it; no other module talks to another worker.
+Owns the interface and its meaning. `solo`, `played` and `distributed` implement it; no other module talks to another
+worker.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 class Exchange(Protocol):
     """A group of workers that call the same methods in the same order.
 
-    Nothing here adds floating-point numbers: `add_integers` is exact in any order, and the engine adds the rest itself, in its tree.
-    Every method raises LostPeerError where another worker has gone.
+    Nothing here adds floating-point numbers: `add_integers` is exact in any order, and the engine adds the rest itself,
+    in its tree. Every method raises LostPeerError where another worker has gone.
     """
 
     rank: int
@@ -29,7 +30,8 @@ class Exchange(Protocol):
     def to_owners(
         self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
-        """Send each owner its part of my nodes; return all workers' nodes, cut to my shard, in order of worker, then node.
+        """Send each owner its part of my nodes; return all workers' nodes, cut to my shard, in order of worker, then
+        node.
 
         `nodes`: flat tensors of workers × shard_size elements. `counts`: how many nodes each worker has. The result
         may alias `nodes`, and is the caller's to overwrite until the next call.

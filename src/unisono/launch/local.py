@@ -1,7 +1,8 @@
 """Workers as processes of this host: forked, watched, ended together.
 
-Owns the children: how they start, who hears of their failures, and that none outlives its parent. Forking lets workers share the imports
-and the user's objects without pickling; docs/design/0006-launch.md says why not torch.distributed.elastic's starter.
+Owns the children: how they start, who hears of their failures, and that none outlives its parent. Forking lets workers
+share the imports and the user's objects without pickling; docs/design/0006-launch.md says why not
+torch.distributed.elastic's starter.
 """
 
 from __future__ import annotations

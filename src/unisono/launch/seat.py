@@ -1,6 +1,7 @@
 """A worker's place among the others, and how it joins them.
 
-Owns rank, device and the way to the meeting point. Under torchrun both come from its environment; a local launcher hands out seats.
+Owns rank, device and the way to the meeting point. Under torchrun both come from its environment; a local launcher
+hands out seats.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ TIMEOUT_SECONDS = 1800.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet; −1 under torchrun."""
+    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet; −1 under
+    torchrun."""
 
     rank: int
     workers: int
@@ -35,7 +37,8 @@ class Seat:
         gpus = torch.cuda.device_count() if wanted != "cpu" else 0
         if wanted == "cuda" and gpus <= self.local_rank:
             raise RecipeError(
-                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. Use at most {gpus} workers, or device = \"cpu\"."
+                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. Use at "
+                f'most {gpus} workers, or device = "cpu".'
             )
         return torch.device("cuda", self.local_rank) if gpus >= self.local_workers and gpus else torch.device("cpu")
 
@@ -69,7 +72,8 @@ class Seat:
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UnisonoError(
-                f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun another --master-port."
+                f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun "
+                "another --master-port."
             ) from error
         return store
 

@@ -1,6 +1,7 @@
 """The main of every worker process: settle numerics, join, act, leave; and be stopped without harm.
 
-Owns signals and what becomes of an exception inside a worker. Who starts workers is the matter of `local.py` and of torchrun.
+Owns signals and what becomes of an exception inside a worker. Who starts workers is the matter of `local.py` and of
+torchrun.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed blocks of any size: it would return those above 32 MB at once, and a step would fault all its pages anew."""
+    """Tell glibc to keep freed blocks of any size: it would return those above 32 MB at once, and a step would fault
+    all its pages anew."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)

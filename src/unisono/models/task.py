@@ -27,7 +27,8 @@ class Task(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """Make the module, with its initial weights, from the global generators. Parameters are float32 or all float64."""
+        """Make the module, with its initial weights, from the global generators. Parameters are float32 or all
+        float64."""
 
     @abstractmethod
     def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:

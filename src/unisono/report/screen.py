@@ -136,7 +136,8 @@ class Pace:
         seconds = max(self._seconds, 1e-9)
         accuracy = f"  accuracy {self.accuracy:.1%}" if self.accuracy is not None else ""
         tokens = f"  {self._tokens / seconds:,.0f} tokens/s" if self._tokens > self._samples else ""
-        return f"step {event.step}/{self._steps}  loss {event.loss:.4f}{accuracy}  {self._samples / seconds:,.0f} samples/s{tokens}"
+        speed = f"{self._samples / seconds:,.0f} samples/s{tokens}"
+        return f"step {event.step}/{self._steps}  loss {event.loss:.4f}{accuracy}  {speed}"
 
     def time_left(self, event: events.StepDone) -> str:
         done = max(self._samples / max(event.samples, 1), 1)
@@ -155,9 +156,11 @@ def tell(event: events.Event, pace: Pace) -> list[str]:
             threads = "1 thread" if event.threads == 1 else f"{event.threads} threads"
             promise = "" if event.pure else "  WITHOUT the promise of equal bits (--allow-impure)"
             lines = [
-                f"{event.name}: {workers} on {event.device}, {threads}, {microbatches}, {event.samples_per_step} samples per step, "
+                f"{event.name}: {workers} on {event.device}, {threads}, {microbatches}, {event.samples_per_step} "
+                "samples per step, "
                 f"fingerprint {event.fingerprint}{promise}",
-                f"{event.train_samples:,} samples, {event.parameters:,} parameters, {event.steps:,} steps, run folder {event.folder}",
+                f"{event.train_samples:,} samples, {event.parameters:,} parameters, {event.steps:,} steps, run "
+                f"folder {event.folder}",
             ]
             return lines + ([f"going on after step {event.start_step}"] if event.start_step else [])
         case events.StepDone():
@@ -166,7 +169,8 @@ def tell(event: events.Event, pace: Pace) -> list[str]:
             pace.accuracy = event.scores.get("accuracy", pace.accuracy)
             scores = "  ".join(f"{name} {_number(name, value)}" for name, value in event.scores.items())
             return [
-                f"after step {event.step} (epoch {event.epoch:.2f})  {event.split}: {scores}{'  best so far' if event.best else ''}"
+                f"after step {event.step} (epoch {event.epoch:.2f})  {event.split}: "
+                f"{scores}{'  best so far' if event.best else ''}"
             ]
         case events.Notice():
             return [f"warning: {event.message}" if event.warning else event.message]
