@@ -77,8 +77,7 @@ class Encode(Section):
 
 
 class Bag(Section):
-    """A bag of hashed word n-grams: per bucket an embedding and its importance, summed; then a linear or a hidden
-    layer."""
+    """A bag of hashed word n-grams: per bucket an embedding and its importance; then a linear or a hidden layer."""
 
     kind: Literal["bag"] = "bag"
     width: int = Field(32, ge=1, description="numbers per embedding")

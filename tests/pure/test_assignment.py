@@ -26,7 +26,8 @@ def test_bounds_start_no_more_nodes_than_the_plain_cut(microbatches: int, worker
 
 
 @pytest.mark.parametrize(
-    ("microbatches", "workers", "sent"), [(8, 1, 1), (8, 2, 2), (8, 3, 5), (8, 4, 4), (8, 8, 8), (64, 3, 11), (64, 16, 16)]
-)  # fmt: skip
+    ("microbatches", "workers", "sent"),
+    [(8, 1, 1), (8, 2, 2), (8, 3, 5), (8, 4, 4), (8, 8, 8), (64, 3, 11), (64, 16, 16)],
+)
 def test_few_nodes_travel(microbatches: int, workers: int, sent: int) -> None:
     assert sum(len(nodes(share)) for share in shares(microbatches, workers)) == sent

@@ -46,7 +46,7 @@ def test_equal_fingerprints_agree() -> None:
         ({"samples_per_step": 32}, "samples_per_step"),
         ({"optimizer": "sgd"}, "optimizer"),
     ],
-)  # fmt: skip
+)
 def test_each_setting_that_decides_bits_is_in_it(settings: dict[str, Any], name: str) -> None:
     one, other = fingerprint(), fingerprint(**settings)
     assert numerics.differences(one, other) == [name]

@@ -50,8 +50,11 @@ def test_permutation_shuffles() -> None:
 @settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=80),
-    per_step=st.integers(1, 90), pieces=st.integers(1, 20), seed=st.integers(0, 2**63 - 1), padded=st.booleans(),
-)  # fmt: skip
+    per_step=st.integers(1, 90),
+    pieces=st.integers(1, 20),
+    seed=st.integers(0, 2**63 - 1),
+    padded=st.booleans(),
+)
 def test_every_sample_once_an_epoch_in_no_empty_piece(
     lengths: list[int], per_step: int, pieces: int, seed: int, padded: bool
 ) -> None:
@@ -123,7 +126,14 @@ def _least_padded_cost(falling: list[int], pieces: int) -> int:
 
 @pytest.mark.parametrize(
     ("samples", "per_step", "epochs", "most", "steps"),
-    [(100, 10, 1, 0, 10), (101, 10, 1, 0, 11), (100, 10, 0.25, 0, 3), (100, 10, 2.5, 0, 25), (100, 10, 3, 7, 7), (3, 64, 2, 0, 2)],
-)  # fmt: skip
+    [
+        (100, 10, 1, 0, 10),
+        (101, 10, 1, 0, 11),
+        (100, 10, 0.25, 0, 3),
+        (100, 10, 2.5, 0, 25),
+        (100, 10, 3, 7, 7),
+        (3, 64, 2, 0, 2),
+    ],
+)
 def test_count_steps(samples: int, per_step: int, epochs: float, most: int, steps: int) -> None:
     assert count_steps(samples, per_step, epochs, most) == steps

@@ -124,7 +124,7 @@ def check(make: Callable[[], nn.Module]) -> None:
         (lambda: nn.Sequential(RemembersLongest(), nn.Tanh()), "attribute '0.longest' changes between calls"),
     ],
     ids=["random.Random", "torch.Generator", "longest", "tensor", "list", "integer", "nested"],
-)  # fmt: skip
+)
 def test_an_impure_model_is_refused_and_named(make: Callable[[], nn.Module], named: str) -> None:
     with pytest.raises(ImpureError) as refused:
         check(make)
@@ -135,6 +135,6 @@ def test_an_impure_model_is_refused_and_named(make: Callable[[], nn.Module], nam
     "make",
     [GlobalGenerators, zoo.Attention, zoo.Odd, zoo.Recomputed, zoo.Counting, lambda: zoo.Recurrent(nn.GRU), zoo.bag],
     ids=["global generators", "attention", "odd", "recomputed", "counting", "gru", "bag"],
-)  # fmt: skip
+)
 def test_a_pure_model_passes(make: Callable[[], nn.Module]) -> None:
     check(make)

@@ -221,13 +221,16 @@ def test_float64() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), "'0.weight' is torch.float32, '1.weight' is torch.float64"),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()),
+            "'0.weight' is torch.float32, '1.weight' is torch.float64",
+        ),
         (lambda: nn.Linear(2, 2).bfloat16(), "'weight' is torch.bfloat16"),
         (lambda: nn.Linear(2, 2).requires_grad_(False), "nothing to train"),
         (lambda: nn.ReLU(), "nothing to train"),
     ],
     ids=["mixed", "half", "frozen", "empty"],
-)  # fmt: skip
+)
 def test_what_cannot_be_trained_is_refused(make: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(ContractError, match=said):
         Replica(make(), rank=0, workers=1)
@@ -255,7 +258,7 @@ def test_hash_of_tensors_is_as_documented() -> None:
         ((torch.tensor(1.0), True), "True as its number of terms"),
         ((torch.tensor(1.0), -1), "-1 as its number of terms"),
     ],
-)  # fmt: skip
+)
 def test_a_loss_that_is_no_sum_is_refused(loss: tuple[Tensor, object], said: str) -> None:
     task = Summed(normed)
     task.loss = lambda module, microbatch: loss  # type: ignore[method-assign,assignment,return-value]

@@ -24,7 +24,7 @@ def rates(steps: int = 10, **settings: object) -> list[float]:
         ({"schedule": "linear", "warmup": 0.0}, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
         ({"schedule": "linear", "warmup": 5.0}, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
     ],
-)  # fmt: skip
+)
 def test_rates(settings: dict[str, object], expected: list[float]) -> None:
     assert rates(**settings) == pytest.approx(expected)
 
@@ -36,9 +36,10 @@ def test_cosine_falls_by_half_at_half_time() -> None:
 
 
 @given(
-    steps=st.integers(1, 200), warmup=st.one_of(st.floats(0, 0.99), st.floats(1, 500)),
+    steps=st.integers(1, 200),
+    warmup=st.one_of(st.floats(0, 0.99), st.floats(1, 500)),
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
-)  # fmt: skip
+)
 def test_every_step_has_a_rate_between_zero_and_the_peak(steps: int, warmup: float, schedule: str) -> None:
     found = rates(steps=steps, warmup=warmup, schedule=schedule)
     assert all(0 < one <= 1 for one in found)

@@ -197,7 +197,7 @@ def _assert_trained(case: Case, folder: Path) -> None:
         ("float64", (2,)),
         ("bf16", (3,)),
     ],
-)  # fmt: skip
+)
 def test_real_workers_as_played_ones(name: str, counts: tuple[int, ...], tmp_path: Path, forked: Forked) -> None:
     case = CASES[name]
     expected = json.loads(json.dumps(play(1, lambda exchange: perform(case, exchange, tmp_path / "played"))[0]))

@@ -78,7 +78,7 @@ class Replica:
         Values are compared, not version counters: native batch normalisation does not count its changes.
 
         Raises:
-            ContractError: a buffer of another floating dtype has changed, which no contribution can carry, or a shape has.
+            ContractError: a buffer of another floating dtype or a shape has changed, which no contribution can carry.
         """
         for name, before in self._step_others.items():
             if not same_bits(self._buffer(name), before):
