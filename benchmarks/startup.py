@@ -71,13 +71,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the peer would wait for a host name that may not resolve
         (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
         (folder / "peer_script.py").write_text(PEER.format(folder=str(Path(__file__).resolve().parent)))
         lines = [f"word{number % 17} and word{number % 13},{'ab'[number % 2]}" for number in range(400)]
         (folder / "texts.csv").write_text("\n".join(["text,label", *lines]) + "\n")
         unisono, done = str(BIN / "unisono"), json.dumps({"event": "StepDone"})[1:-1]
         train = [unisono, "train", "recipe.toml", "--workers", str(WORKERS), "--json"]
-        torchrun = [str(BIN / "torchrun"), "--nproc-per-node", str(WORKERS), "--master-port", "0", "peer_script.py"]
+        torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(WORKERS), "peer_script.py"]
         commands = {
             "`unisono --help`": ([unisono, "--help"], "Usage"),
             f"`unisono train`, first step, {WORKERS} workers": (train, done),

@@ -166,3 +166,9 @@ def test_map_is_true() -> None:
     places = (ROOT, SOURCE, *(path for path in SOURCE.rglob("*") if path.is_dir()))
     made = {"runs/", "data/", "checkpoints/", "model/"}  # by commands
     assert {name for name in named - made if not any((place / name).exists() for place in places)} == set(), "not there"
+
+
+def test_drawn_layers_are_the_ones_tested() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## The layers")[2].split("```")[1]
+    drawn = [set(line.split(" · ")) for line in text.strip().splitlines()]
+    assert drawn == [{"cli"}, *map(set, LAYERS[1:])]

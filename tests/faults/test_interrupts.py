@@ -147,7 +147,7 @@ def test_killed_worker_is_named_once(tmp_path: Path, uninterrupted: Path, rank: 
     assert launched.err.count("worker ") == 1
     assert "Traceback" not in launched.err
     if rank == 0:
-        assert_resumes_to_the_same_bits(tmp_path, uninterrupted, workers=4)
+        assert_resumes_to_the_same_bits(tmp_path, uninterrupted, workers=1)
 
 
 def test_killed_launcher_takes_its_workers_along(tmp_path: Path) -> None:

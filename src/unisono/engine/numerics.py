@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
 from unisono.errors import NumericsError
 from unisono.recipe import Train
@@ -49,7 +50,8 @@ def settle(*, threads: int, device: torch.device) -> None:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms does this and imports the compiler, which takes longer than to start a worker
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
@@ -161,12 +163,31 @@ def _kernels(device: torch.device) -> list[Tensor]:
     out.append(weight.grad)
     torch.manual_seed(7)
     out.append(F.dropout(x, 0.3))
-    adam = torch.optim.AdamW([weight], lr=0.01, fused=True)
-    adam.step()
-    out.append(weight)
+    out.append(_after_adam(weight.detach(), weight.grad))
     tiny = torch.full((131_072,), 1e-38, device=device)  # large enough for every thread to take a part
     out.append(tiny * 1e-3)
     return out
+
+
+def _after_adam(weight: Tensor, gradient: Tensor) -> Tensor:
+    """One update by the kernel that `optimizer.py` uses (the class torch.optim.AdamW would import the compiler)."""
+    adam(
+        [weight],
+        [gradient],
+        [torch.zeros_like(weight)],
+        [torch.zeros_like(weight)],
+        [],
+        [torch.zeros((), device=weight.device)],
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=0.01,
+        weight_decay=0.01,
+        eps=1e-8,
+        maximize=False,
+    )
+    return weight
 
 
 def _flushes_to_zero() -> bool:

@@ -42,7 +42,7 @@ class Reduction:
     def __init__(self, replica: Replica, exchange: Exchange) -> None:
         self._replica = replica
         self._exchange = exchange
-        self._tree = Tree(lambda: torch.zeros_like(replica.flat))
+        self._tree = Tree(lambda: exchange.new_buffer(replica.flat.numel(), replica.space.dtype))
         self._views: dict[int, list[Tensor]] = {}
         self._parameters = len(replica.parameters)
         self._integers = int(replica.integer_values().numel())

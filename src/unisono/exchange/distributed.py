@@ -41,6 +41,9 @@ class Distributed:
         self._outbox = torch.empty(0, device=device)
         self._inbox = torch.empty(0, device=device)
 
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(elements, dtype=dtype, device=self._device)
+
     def add_integers(self, values: Tensor) -> Tensor:
         _call(lambda: dist.all_reduce(values))
         return values

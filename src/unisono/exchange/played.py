@@ -57,6 +57,9 @@ class Played:
         self.workers = stage.workers
         self._stage = stage
 
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(elements, dtype=dtype)
+
     def add_integers(self, values: Tensor) -> Tensor:
         return self._stage.swap(self.rank, values, lambda all_values: torch.stack(all_values).sum(0)).clone()
 

@@ -23,6 +23,10 @@ class Exchange(Protocol):
     rank: int
     workers: int
 
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros, in memory from which `to_owners` sends best, on this worker's device."""
+        ...
+
     def add_integers(self, values: Tensor) -> Tensor:
         """Return the sum over workers of an int64 tensor (wrapping); all pass one shape. May overwrite `values`."""
         ...
@@ -34,7 +38,8 @@ class Exchange(Protocol):
         node.
 
         `nodes`: flat tensors of workers × shard_size elements. `counts`: how many nodes each worker has. The result
-        may alias `nodes`, and is the caller's to overwrite until the next call.
+        may alias `nodes` or other workers' memory, and is the caller's to overwrite. `nodes` come from `new_buffer`;
+        they may be written again after the next exchange of any kind.
         """
         ...
 

@@ -14,6 +14,12 @@ class Solo:
     rank = 0
     workers = 1
 
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 - immutable
+        self._device = device
+
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(elements, dtype=dtype, device=self._device)
+
     def add_integers(self, values: Tensor) -> Tensor:
         return values
 

@@ -36,28 +36,30 @@ class Seat:
         """The device that the recipe wants: GPU number `local_rank`, or the CPU."""
         gpus = torch.cuda.device_count() if wanted != "cpu" else 0
         if wanted == "cuda" and gpus <= self.local_rank:
+            remedy = f"Use {gpus} workers at most" if gpus else "Use a machine that has some"
             raise RecipeError(
-                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. Use at "
-                f'most {gpus} workers, or device = "cpu".'
+                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. {remedy}, "
+                'or set device = "cpu".'
             )
         return torch.device("cuda", self.local_rank) if gpus >= self.local_workers and gpus else torch.device("cpu")
 
     def join(self, device: torch.device) -> Exchange:
         """Meet the other workers."""
         if self.workers == 1:
-            return Solo()
+            return Solo(device)
         from unisono.exchange.distributed import Distributed
+        from unisono.exchange.shared import Shared, can_share
 
-        return Distributed(
-            self._store(), rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS
-        )
+        store = self._store()
+        here = self.local_workers == self.workers and device.type == "cpu"
+        if here and can_share(store, self.rank, self.workers):
+            return Shared(store, rank=self.rank, workers=self.workers, timeout_seconds=TIMEOUT_SECONDS)
+        return Distributed(store, rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS)
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
         if self.listener >= 0:
-            os.environ["GLOO_SOCKET_IFNAME"] = (
-                "lo"  # all on this host; a host name that does not resolve would stop gloo
-            )
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # on one host a name that does not resolve need not stop gloo
             return dist.TCPStore(
                 "127.0.0.1",
                 self.port,

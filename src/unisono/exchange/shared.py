@@ -1,0 +1,116 @@
+"""The exchange of processes on one host: nodes are read where they lie, instead of travelling through sockets.
+
+Each worker keeps its tree's buffers in anonymous shared memory (memfd: no name, so nothing outlives the processes, and
+no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges still go through gloo
+and are the barriers: after one of them, what a worker wrote before it can be read by all.
+
+Owns the memory. What is added, and in which order, is the engine's matter, so the bits are those of any other exchange.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unisono.exchange.distributed import Distributed
+
+SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
+
+
+class Shared(Distributed):
+    """A worker among processes of one host, on CPUs."""
+
+    def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
+        super().__init__(store, rank=rank, workers=workers, device=torch.device("cpu"), timeout_seconds=timeout_seconds)
+        self._pids = [int(pid) for pid in self.gather_bytes(str(os.getpid()).encode())]
+        self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
+        self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
+        self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
+
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros in shared memory."""
+        file = os.memfd_create("unisono")
+        size = max(elements * dtype.itemsize, 1)
+        os.ftruncate(file, size)
+        self._maps[self.rank, file] = mmap.mmap(file, size)
+        buffer = torch.frombuffer(self._maps[self.rank, file], dtype=dtype, count=elements)
+        self._files[buffer.data_ptr()] = file
+        return buffer
+
+    def to_owners(
+        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """As the protocol says; the result lies in the workers' buffers, of which each owner has a part to itself."""
+        files = self._announce([self._files[node.data_ptr()] for node in nodes], longest=max(counts))
+        mine = slice(self.rank * shard_size, (self.rank + 1) * shard_size)
+        return [
+            self._read(worker, file, dtype)[mine]
+            for worker, count in enumerate(counts)
+            for file in files[worker][:count]
+        ]
+
+    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+        if shard.nbytes < SMALL_BYTES:
+            super().gather_shards(shard, flat)
+            return
+        window = self._next_window(shard.nbytes)
+        window[: shard.nbytes].copy_(shard.view(torch.uint8))
+        files = self._announce([self._files[window.data_ptr()]], longest=1)
+        for worker, part in enumerate(flat.chunk(self.workers)):
+            values = shard if worker == self.rank else self._read(worker, files[worker][0], shard.dtype)[: len(shard)]
+            part.copy_(values)
+
+    def close(self) -> None:
+        super().close()
+        for file in self._files.values():
+            os.close(file)
+
+    def _announce(self, files: list[int], *, longest: int) -> list[list[int]]:
+        """Tell everyone which of my files to read, and hear it of all. What was written before can be read after."""
+        told = torch.zeros(self.workers, longest, dtype=torch.int64)
+        told[self.rank, : len(files)] = torch.tensor(files, dtype=torch.int64)
+        return self.add_integers(told).tolist()
+
+    def _read(self, worker: int, file: int, dtype: torch.dtype) -> Tensor:
+        """The whole of another worker's buffer, mapped here."""
+        if (worker, file) not in self._maps:
+            handle = os.open(f"/proc/{self._pids[worker]}/fd/{file}", os.O_RDWR)
+            self._maps[worker, file] = mmap.mmap(handle, os.fstat(handle).st_size)
+            os.close(handle)
+        return torch.frombuffer(self._maps[worker, file], dtype=dtype)
+
+    def _next_window(self, size_bytes: int) -> Tensor:
+        """The window that was not used last, large enough."""
+        if len(self._windows) < 2:
+            self._windows.append(self.new_buffer(size_bytes, torch.uint8))
+        window = self._windows.pop(0)
+        if window.nbytes < size_bytes:
+            window = self.new_buffer(size_bytes, torch.uint8)
+        self._windows.append(window)
+        return window
+
+
+def can_share(store: dist.Store, rank: int, workers: int) -> bool:
+    """Whether all workers can read each other's memory. Every worker must ask; all get the same answer."""
+    file = os.memfd_create("unisono") if hasattr(os, "memfd_create") else -1
+    store.set(f"memory-{rank}", f"{os.getpid()} {file}")
+    readable = all(_can_open(store.get(f"memory-{other}").decode()) for other in range(workers))
+    store.set(f"readable-{rank}", str(int(readable)))
+    answer = all(store.get(f"readable-{other}") == b"1" for other in range(workers))
+    if file >= 0:
+        os.close(file)
+    return answer
+
+
+def _can_open(told: str) -> bool:
+    pid, file = map(int, told.split())
+    try:
+        os.close(os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR))
+    except OSError:
+        return False
+    return True
