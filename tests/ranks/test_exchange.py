@@ -12,12 +12,24 @@ import torch
 from worlds import Forked
 
 from unisono.errors import LostPeerError, WorkerError
+from unisono.exchange.distributed import Distributed
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
+from unisono.exchange.shared import Shared
 from unisono.exchange.solo import Solo
 
 SHARD = 5  # elements
+SHARDS = (5, 40_000, 40_000, 20_000, 5, 90_000, 40_000)  # one after another: small ones, large ones, larger than before
 COUNTS = {1: [[1], [3]], 2: [[1, 1], [2, 0], [0, 3]], 3: [[1, 1, 1], [2, 0, 1], [0, 0, 4], [1, 3, 2]]}
+
+
+@pytest.fixture(params=["memory", "sockets"])
+def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Distributed]:
+    """How real workers exchange: as they do on one host, or as they must between hosts."""
+    if request.param == "memory":
+        return Shared
+    monkeypatch.setattr("unisono.exchange.shared.can_share", lambda *_: False)
+    return Distributed
 
 
 def node(rank: int, number: int, workers: int, dtype: torch.dtype) -> torch.Tensor:
@@ -31,7 +43,10 @@ def converse(exchange: Exchange) -> dict[str, Any]:
     heard: dict[str, Any] = {}
     for dtype in (torch.float32, torch.float64, torch.float32):
         for counts in COUNTS[workers]:
-            mine = [node(rank, number, workers, dtype) for number in range(counts[rank])]
+            mine = [exchange.new_buffer(SHARD * workers, dtype) for _ in range(counts[rank])]
+            assert all(not buffer.any() for buffer in mine)
+            for number, buffer in enumerate(mine):
+                buffer.copy_(node(rank, number, workers, dtype))
             received = exchange.to_owners(mine, counts, shard_size=SHARD, dtype=dtype)
             assert all(part.dtype == dtype and part.shape == (SHARD,) for part in received)
             heard[f"nodes {dtype} {counts}"] = [part.tolist() for part in received]
@@ -42,9 +57,12 @@ def converse(exchange: Exchange) -> dict[str, Any]:
     heard["a float's bits among zeros"] = sums.tolist()
     heard["wrapping"] = exchange.add_integers(torch.tensor([2**63 - 1 if rank == 0 else 1])).tolist()
     heard["no integers"] = exchange.add_integers(torch.zeros(0, dtype=torch.int64)).tolist()
-    flat = torch.full((SHARD * workers,), -1.0)
-    exchange.gather_shards(torch.full((SHARD,), float(rank)), flat)
-    heard["shards"] = flat.tolist()
+    for size in SHARDS:
+        flat = torch.full((size * workers,), -1.0)
+        exchange.gather_shards(torch.full((size,), float(rank + size)), flat)
+        heard[f"shards {len(heard)}"] = [
+            flat[start : start + size].unique().tolist() for start in range(0, len(flat), size)
+        ]
     for content in (b"", bytes([rank]) * rank, b"x" * (10_000 if rank == 0 else 1)):
         heard[f"bytes {len(heard)}"] = [found.decode("latin-1") for found in exchange.gather_bytes(content)]
     exchange.wait_for_all()
@@ -62,7 +80,8 @@ def expected(rank: int, workers: int) -> dict[str, Any]:
     heard["a float's bits among zeros"] = bits.tolist()
     heard["wrapping"] = [2**63 - 1 if workers == 1 else -(2**63) + workers - 2]
     heard["no integers"] = []
-    heard["shards"] = [float(other) for other in range(workers) for _ in range(SHARD)]
+    for size in SHARDS:
+        heard[f"shards {len(heard)}"] = [[float(other + size)] for other in range(workers)]
     contents = [
         [b""] * workers,
         [bytes([other]) * other for other in range(workers)],
@@ -83,14 +102,20 @@ def test_played(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_distributed(workers: int, forked: Forked) -> None:
-    assert forked(workers, converse) == [expected(rank, workers) for rank in range(workers)]
+def test_real_workers(workers: int, through: type[Distributed], forked: Forked) -> None:
+    def act(exchange: Exchange) -> dict[str, Any]:
+        assert type(exchange) is through
+        return converse(exchange)
+
+    assert forked(workers, act) == [expected(rank, workers) for rank in range(workers)]
 
 
 @pytest.mark.parametrize("call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "wait_for_all"])
-def test_a_lost_peer_is_told_as_such(call: str, forked: Forked) -> None:
+def test_a_lost_peer_is_told_as_such(call: str, through: type[Distributed], forked: Forked) -> None:
     calls = {
-        "to_owners": lambda e: e.to_owners([torch.ones(9)], [1, 1, 1], shard_size=3, dtype=torch.float32),
+        "to_owners": lambda e: e.to_owners(
+            [e.new_buffer(9, torch.float32)], [1, 1, 1], shard_size=3, dtype=torch.float32
+        ),
         "add_integers": lambda e: e.add_integers(torch.ones(3, dtype=torch.int64)),
         "gather_shards": lambda e: e.gather_shards(torch.ones(3), torch.ones(9)),
         "gather_bytes": lambda e: e.gather_bytes(b"x"),
