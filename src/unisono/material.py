@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from unisono.models.text.classification import TextClassification
 
 
+MEASURED = ("loss", "accuracy", "macro_f1")
+"""What is measured of a classifier."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
     """Everything that a run reads.
@@ -40,7 +44,10 @@ class Material:
     export: Callable[[Path], None] = field(default=lambda folder: None)
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe that asks for a validation split which is not there."""
+        """Refuse a recipe that asks for a validation split which is not there, or for a metric that is not measured."""
+        metric = recipe.evaluate.metric
+        if self.labels and metric not in MEASURED:
+            raise RecipeError(f"'evaluate.metric' = {metric!r}: allowed are {', '.join(MEASURED)}.")
         for key, value in (("patience", recipe.evaluate.patience), ("keep_best", recipe.evaluate.keep_best)):
             if value and self.validation is None:
                 raise RecipeError(

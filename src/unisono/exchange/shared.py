@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unisono.errors import LostPeerError
 from unisono.exchange.distributed import Distributed
 
 SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
@@ -79,7 +80,10 @@ class Shared(Distributed):
     def _read(self, worker: int, file: int, dtype: torch.dtype) -> Tensor:
         """The whole of another worker's buffer, mapped here."""
         if (worker, file) not in self._maps:
-            handle = os.open(f"/proc/{self._pids[worker]}/fd/{file}", os.O_RDWR)
+            try:
+                handle = os.open(f"/proc/{self._pids[worker]}/fd/{file}", os.O_RDWR)
+            except OSError as error:
+                raise LostPeerError(f"another worker has gone: {error}") from error
             self._maps[worker, file] = mmap.mmap(handle, os.fstat(handle).st_size)
             os.close(handle)
         return torch.frombuffer(self._maps[worker, file], dtype=dtype)
