@@ -109,12 +109,13 @@ def test_class_in_test_only(command: Command, tmp_path: Path) -> None:
 
 
 def test_metric_that_is_not_measured(command: Command, tmp_path: Path) -> None:
-    """What a task measures shows at the first evaluation only."""
+    """Refused before the run folder is made."""
     make_toy(tmp_path)
     options = ("--set", "evaluate.metric=acuracy", "--set", "data.validation_fraction=0.2")
     code, _, err = command("train", "toy.toml", "-w", 1, "--run-folder", "run", *options)
     assert code == 2
-    assert "'evaluate.metric' = 'acuracy': measured are loss, accuracy" in err
+    assert "'evaluate.metric' = 'acuracy': allowed are loss, accuracy, macro_f1" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_folder_exists(command: Command, tmp_path: Path) -> None:
