@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unisono import keys
 from unisono.data.source import Source
+from unisono.errors import ContractError
 from unisono.exchange.protocol import Exchange
 
 Results = dict[str, np.ndarray]
@@ -53,6 +54,11 @@ def measure_all(
             keys.seed_all(keys.key(seed, "evaluation", number))
             microbatch = {name: column.to(device) for name, column in source.take(cut[number]).items()}
             for name, values in measure(module, microbatch).items():
+                if values.ndim not in (1, 2) or len(values) != len(cut[number]):
+                    raise ContractError(
+                        f"measure gave {name!r} the shape {tuple(values.shape)} for {len(cut[number])} samples; "
+                        'allowed is one number, or one row, per sample. Use reduction="none".'
+                    )
                 found.setdefault(name, []).append((cut[number], values.detach()))
             buffers.restore()
     module.train(was_training)

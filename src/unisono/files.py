@@ -44,7 +44,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         _sync(parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:

@@ -59,6 +59,7 @@ class Run:
     fingerprint: Mapping[str, Any]
     pure: bool = True
     last_loss: float = math.nan
+    evaluated_step: int = -1
     started: float = field(default_factory=time.perf_counter)
     samples: int = 0
 

@@ -171,6 +171,7 @@ def _evaluate(run: Run) -> None:
     if source is None:
         return
     scores = _score(run, source)
+    run.evaluated_step = run.state.step
     best = False
     metric = run.recipe.evaluate.metric
     if run.material.validation is not None:
@@ -210,7 +211,7 @@ def _save(run: Run) -> None:
 def _finish(run: Run) -> None:
     """Evaluate and test, write model/ and summary.json."""
     state, folder = run.state, run.job.folder
-    if run.material.validation is not None:
+    if run.material.validation is not None and run.evaluated_step != state.step:
         _evaluate(run)
     optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
     seconds = time.perf_counter() - run.started

@@ -33,7 +33,11 @@ def summarise(results: Mapping[str, np.ndarray]) -> dict[str, float]:
     if classified:
         table = confusion(results["label"], results["predicted"])
         summary["accuracy"] = int(np.trace(table)) / int(table.sum())
-        summary["macro_f1"] = mean(np.array([scores.f1 for scores in per_class(table) if scores.samples]))
+        summary["macro_f1"] = mean(
+            np.array(
+                [scores.f1 for scores, seen in zip(per_class(table), table.sum(0) + table.sum(1), strict=True) if seen]
+            )
+        )
     return {**summary, "samples": len(next(iter(results.values())))}
 
 

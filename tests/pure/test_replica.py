@@ -265,3 +265,26 @@ def test_a_loss_that_is_no_sum_is_refused(loss: tuple[Tensor, object], said: str
     contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
     with pytest.raises(ContractError, match=said):
         contributor.contribute(0, 0, {"x": torch.ones(2, 3)})
+
+
+class RunningMaximum(nn.Module):
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("highest", torch.tensor(start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.highest = torch.maximum(self.highest, x.detach().max())
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(("start", "refused"), [(-torch.inf, True), (-1e30, False)])
+def test_a_change_from_infinity_has_no_mean_and_is_refused(start: float, refused: bool) -> None:
+    replica = Replica(RunningMaximum(start), rank=0, workers=1)
+    replica.module(torch.ones(3, 2))
+    if refused:
+        with pytest.raises(ContractError, match=r"'highest' was not finite and changes.*large finite number"):
+            replica.take_buffer_changes()
+    else:
+        (change,) = replica.take_buffer_changes()
+        assert change is not None and torch.equal(change, torch.tensor(1e30))

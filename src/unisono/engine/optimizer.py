@@ -143,9 +143,8 @@ class Optimizer:
         norm = self._norm(gradient)
         if not math.isfinite(norm):
             raise DivergedError(
-                f"the gradient's norm is {norm} at step {step + 1}, though the loss is {totals.loss:.6g}. The "
-                "weights of the step "
-                "before are kept. Lower train.learning_rate, or set train.clip_norm = 1.0."
+                f"the gradient's norm is {norm} at step {step + 1}, though the loss is {totals.loss:.6g}. No "
+                "update was made. Lower train.learning_rate, or set train.clip_norm = 1.0."
             )
         if train.clip_norm and norm > train.clip_norm:
             # as torch.nn.utils.clip_grad_norm_; what follows the parameters is the buffers' change, and no gradient

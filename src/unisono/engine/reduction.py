@@ -113,7 +113,7 @@ class Reduction:
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"the loss is {loss} at step {self._step.number + 1}, microbatch {number} (samples "
-                    f"{_some(self._step.microbatches[number].tolist())}). The weights of the step before are kept. "
+                    f"{_some(self._step.microbatches[number].tolist())}). No update was made. "
                     "Lower train.learning_rate, set train.clip_norm = 1.0, or look at these samples."
                 )
         weight = sum(weights)

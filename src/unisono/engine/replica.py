@@ -96,8 +96,19 @@ class Replica:
                 before.copy_(now.detach())
         # an untouched −inf, as masks have it, has changed by 0 and not by −inf − (−inf)
         change = (self.buffer_values - self._step_floats).masked_fill_(self.buffer_values == self._step_floats, 0.0)
+        if ((change != 0.0) & ~self._step_floats.isfinite()).any():
+            raise ContractError(self._name_infinite(change))
         start = self.space.parameter_blocks * BLOCK
         return [change[segment.start - start :][: segment.size].view(segment.shape) for segment in self.space.buffers]
+
+    def _name_infinite(self, change: Tensor) -> str:
+        start = self.space.parameter_blocks * BLOCK
+        lost = (change != 0.0) & ~self._step_floats.isfinite()
+        name = next(one.name for one in self.space.buffers if lost[one.start - start :][: one.size].any())
+        return (
+            f"buffer {name!r} was not finite and changes; allowed are finite numbers, since changes are averaged. "
+            "Start a running extreme from a large finite number."
+        )
 
     def integer_values(self) -> Tensor:
         """The integer buffers' values now, int64, one after another."""
