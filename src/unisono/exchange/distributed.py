@@ -20,6 +20,9 @@ Result = TypeVar("Result")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
+LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all-gather
+
+
 class Distributed:
     """A worker among processes. `store` is where they meet; `device` decides the backend."""
 
@@ -68,7 +71,12 @@ class Distributed:
         return list(inbox.view(-1, shard_size).unbind(0))
 
     def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
-        _call(lambda: _all_gather(flat, shard))
+        if self._device.type == "cuda" or shard.nbytes < LARGE_BYTES:
+            _call(lambda: _all_gather(flat, shard))
+            return
+        parts = flat.view(self.workers, -1).unbind(0)
+        parts[self.rank].copy_(shard)
+        _call(lambda: _broadcast_each(parts))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
         sizes = torch.zeros(self.workers, dtype=torch.int64, device=self._device)
@@ -89,6 +97,12 @@ class Distributed:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _broadcast_each(parts: Sequence[Tensor]) -> None:
+    """Fill each part from the worker of that number. Gloo's own all-gather of 44 MB takes three times as long."""
+    for broadcast in [dist.broadcast(part, src=owner, async_op=True) for owner, part in enumerate(parts)]:
+        broadcast.wait()
 
 
 def _sized(buffer: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
