@@ -1,7 +1,7 @@
 """Two kinds of worlds that a measurement alternates between: unisono's workers, and a plain gloo group for the peer.
 
-Owns their start and how rank 0 hands back its seconds. Both fork their workers, give each one thread, flush denormals,
-and speak over the loopback.
+Owns their start and how rank 0 hands back its seconds. Both fork their workers on this host, give each one thread and
+flush denormals.
 """
 
 from __future__ import annotations
