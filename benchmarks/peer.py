@@ -25,6 +25,9 @@ def train(workload: Workload, rank: int, workers: int) -> float:
     recipe = workload.recipe.train
     torch.manual_seed(recipe.seed)
     module = workload.task.build()
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.sparse = False  # torch's AdamW takes no sparse gradients, and there is no fused one that does
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True)
     optimizer = torch.optim.AdamW(
         _groups(module, recipe.weight_decay), lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unisono import keys
 from unisono.engine.replica import Replica
@@ -23,7 +23,8 @@ class Contribution:
 
     loss: float64 scalar, the sum of its losses.
     weight: number of terms in that sum.
-    parts: gradient of each parameter, then change of each buffer times weight, in the order of the space; None: none.
+    parts: gradient of each parameter (of a sparse embedding: coalesced rows), then change of each buffer times weight,
+        in the order of the space; None: none.
     integers: int64, integer buffers after the microbatch.
     """
 
@@ -63,7 +64,7 @@ class Contributor:
         gradients: list[Tensor | None] = [None] * len(replica.parameters)
         if loss.requires_grad:
             loss.backward()
-            gradients = [_dense(parameter.grad) for parameter in replica.parameters]
+            gradients = [_gradient(parameter, id(parameter) in replica.sparse) for parameter in replica.parameters]
         for parameter in replica.parameters:
             parameter.grad = None
         changes = [None if change is None else change.mul_(weight) for change in replica.take_buffer_changes()]
@@ -74,8 +75,21 @@ class Contributor:
         )
 
 
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+def _gradient(parameter: nn.Parameter, sparse: bool) -> Tensor | None:
+    """A parameter's gradient: coalesced rows, if its embedding asks for sparse ones, else a dense tensor.
+
+    An absent row counts as +0.0. So that leaving it out of a sum and adding it are the same, a sparse embedding's
+    gradient never holds −0.0.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    if gradient.is_sparse and sparse and gradient.sparse_dim() == 1:
+        gradient = gradient.coalesce()
+        gradient.values().add_(0.0)
+        return gradient
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense.add_(0.0) if sparse else dense
 
 
 def _whole(weight: int | Tensor) -> int:

@@ -134,6 +134,8 @@ class Reduction:
         for view, part in zip(self._views[key], parts, strict=True):
             if part is None:
                 absent.append(view)
+            elif part.is_sparse:  # its absent rows are zeros
+                (view if add else view.zero_()).index_add_(0, part.indices()[0], part.values())
             else:
                 targets.append(view)
                 values.append(part)

@@ -42,6 +42,7 @@ class Replica:
         space: the layout; parameters first, then those buffers whose dtype is the space's.
         flat: [shard size × workers] all of them, padded with zeros.
         groups: what each group number in the space means.
+        sparse: ids of the weights of embeddings with sparse gradients.
         integers: integer and boolean buffers; after a step they hold what microbatch 0 left.
     """
 
@@ -58,6 +59,9 @@ class Replica:
         device = next(module.parameters()).device
         self.flat = torch.zeros(self.shard.padded_space, dtype=dtype, device=device)
         self.parameters: list[nn.Parameter] = []
+        self.sparse = frozenset(
+            id(part.weight) for part in self.parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        )
         self._owners = _buffer_owners(module)
         self._move_in()
         self.integers = [name for name, buffer in buffers if not buffer.is_floating_point() and not buffer.is_complex()]
@@ -189,6 +193,7 @@ def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
         return left is right
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
+    left, right = (value.to_dense() if value.is_sparse else value for value in (left, right))
     one, other = (value.detach().contiguous().view(-1).view(torch.uint8) for value in (left, right))
     return torch.equal(one, other)
 

@@ -53,5 +53,6 @@ class Traced:
 def _digest(value: Tensor | None) -> str:
     if value is None:
         return "none"
+    value = value.to_dense() if value.is_sparse else value
     content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     return hashlib.blake2b(content, digest_size=12).hexdigest()

@@ -25,8 +25,8 @@ class BagClassifier(nn.Module):
 
     def __init__(self, model: Bag, classes: int, buckets: int) -> None:
         super().__init__()
-        # Dense gradients: the engine adds flat ones, in which a sparse row has no fixed place.
-        self.embedding = nn.Embedding(buckets, model.width)
+        # Sparse gradients: a microbatch touches few rows. Importances are so small that dense ones cost less.
+        self.embedding = nn.Embedding(buckets, model.width, sparse=True)
         self.importance = nn.Embedding(buckets, 1)
         nn.init.normal_(self.embedding.weight, std=_INITIAL_STD)
         nn.init.zeros_(self.importance.weight)
@@ -38,6 +38,8 @@ class BagClassifier(nn.Module):
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Return logits [n, classes] for int64 ids [features]; sample i has those from offsets[i] on."""
         factors = torch.exp(_SPEED * self.importance(ids)).squeeze(-1)
-        added = F.embedding_bag(ids, self.embedding.weight, offsets, mode="sum", per_sample_weights=factors)
+        added = F.embedding_bag(
+            ids, self.embedding.weight, offsets, mode="sum", per_sample_weights=factors, sparse=self.embedding.sparse
+        )
         features = torch.diff(offsets, append=torch.full_like(offsets[:1], len(ids))).unsqueeze(-1)
         return self.head(added / features.to(added.dtype) ** _LENGTH_POWER)
