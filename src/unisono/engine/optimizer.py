@@ -116,7 +116,9 @@ class Optimizer:
         self._exchange = exchange
         self._train = train
         mine = replica.shard.of(replica.flat)
-        self.weights = mine if exchange.workers == 1 else mine.clone()
+        self.weights = mine
+        if exchange.workers > 1:
+            self.weights = exchange.new_buffer(len(mine), mine.dtype).copy_(mine)
         self.slots = {name: torch.zeros_like(mine) for name in SLOTS[train.optimizer]}
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
         self.average = mine.clone() if train.ema_decay else None

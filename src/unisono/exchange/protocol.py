@@ -24,7 +24,7 @@ class Exchange(Protocol):
     workers: int
 
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Return zeros, in memory from which `to_owners` sends best, on this worker's device."""
+        """Return zeros, in memory from which `to_owners` and `gather_shards` send best, on this worker's device."""
         ...
 
     def add_integers(self, values: Tensor) -> Tensor:
@@ -44,7 +44,10 @@ class Exchange(Protocol):
         ...
 
     def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
-        """Fill `flat` (workers × shard elements) with every worker's shard, in order of rank."""
+        """Fill `flat` (workers × shard elements) with every worker's shard, in order of rank.
+
+        A shard from `new_buffer` may be written again after the next exchange of any kind.
+        """
         ...
 
     def gather_bytes(self, content: bytes) -> list[bytes]:

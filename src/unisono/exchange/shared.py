@@ -60,8 +60,10 @@ class Shared(Distributed):
         if shard.nbytes < SMALL_BYTES:
             super().gather_shards(shard, flat)
             return
-        window = self._next_window(shard.nbytes)
-        window[: shard.nbytes].copy_(shard.view(torch.uint8))
+        window = shard
+        if shard.data_ptr() not in self._files:
+            window = self._next_window(shard.nbytes)
+            window[: shard.nbytes].copy_(shard.view(torch.uint8))
         files = self._announce([self._files[window.data_ptr()]], longest=1)
         for worker, part in enumerate(flat.chunk(self.workers)):
             values = shard if worker == self.rank else self._read(worker, files[worker][0], shard.dtype)[: len(shard)]
