@@ -86,8 +86,13 @@ def train(
             a recipe, frames or lists with its text and label columns, instead of its files.
         workers: a number, or "auto": all GPUs, else all cores, at most one per microbatch. Ignored under torchrun.
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
+        name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
         resume: go on from the folder's newest checkpoint.
+        accept_new_numerics: resume although the numerics fingerprint differs, to other bits.
+        allow_impure: train a model that fails the purity probe, without the promise.
+        quiet, as_json: print warnings only; print one JSON object per event.
+        trace: a folder for the digests of every contribution, which `verify` compares.
         settings: keys of the recipe's [train] table, such as epochs=3; "evaluate" and "checkpoint" take tables.
 
     Returns:

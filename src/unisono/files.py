@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         old = parent / f".{folder.name}.old"
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -50,7 +50,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
-        _sync(parent)
+        sync(parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +70,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.rename(path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -113,7 +113,7 @@ def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
     }
     sealed = {**facts, "files": files}
-    text = json.dumps({**sealed, "sha256": _facts_sha256(sealed)}, indent=1, sort_keys=True)
+    text = json.dumps({**sealed, "sha256": facts_sha256(sealed)}, indent=1, sort_keys=True)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
@@ -131,10 +131,11 @@ def open_sealed(folder: Path, name: str) -> dict[str, Any]:
         raise DamagedError(
             f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}."
         ) from error
-    if _facts_sha256(facts) != sha256:
+    if facts_sha256(facts) != sha256:
         raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. Delete the folder {str(folder)!r}.")
+    remedy = f"Delete the folder {str(folder)!r}; an older one beside it is used then."
     for file, expected in files.items():
-        _check(folder / file, expected["bytes"], expected["sha256"])
+        check_file(folder / file, expected["bytes"], expected["sha256"], remedy)
     return facts
 
 
@@ -144,23 +145,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _facts_sha256(facts: dict[str, Any]) -> str:
+def facts_sha256(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values, whatever the order of their names."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _check(path: Path, size: int, sha256: str) -> None:
-    remedy = f"Delete the folder {str(path.parent)!r}; an older one beside it is used then."
+def check_file(path: Path, size_bytes: int, sha256: str, remedy: str) -> None:
+    """Raise DamagedError unless a file has this size and SHA-256."""
     if not path.is_file():
-        raise DamagedError(f"{str(path)!r} is missing. {remedy}")
-    if path.stat().st_size != size:
-        raise DamagedError(
-            f"{str(path)!r} has {path.stat().st_size} bytes, not {size}: it is truncated or altered. {remedy}"
-        )
-    if file_sha256(path) != sha256:
-        raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. {remedy}")
+        fault = "is missing"
+    elif path.stat().st_size < size_bytes:
+        fault = f"is truncated: {path.stat().st_size} bytes, not {size_bytes}"
+    elif path.stat().st_size > size_bytes or file_sha256(path) != sha256:
+        fault = "is damaged: its SHA-256 is not the one that was recorded"
+    else:
+        return
+    raise DamagedError(f"{str(path)!r} {fault}. {remedy}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk, not only the system, know a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -77,12 +77,12 @@ class Run:
         return self.state.step / self.order.steps_per_epoch
 
 
-def check_workers(recipe: Recipe, workers: int, said: str = "--workers") -> None:
+def check_workers(recipe: Recipe, workers: int) -> None:
     """Refuse more workers than microbatches."""
     microbatches = recipe.train.microbatches
     if not 1 <= workers <= microbatches:
         raise RecipeError(
-            f"`{said} {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can "
+            f"`--workers {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can "
             "share a step. "
             f"Use at most {microbatches}, or set train.microbatches = {max(workers, 1)} (this changes the numerics)."
         )

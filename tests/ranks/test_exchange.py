@@ -159,3 +159,25 @@ def test_a_worker_that_raises_is_the_cause(forked: Forked) -> None:
 
     with pytest.raises(WorkerError, match=r"worker 1 failed:(.|\n)*ZeroDivisionError: planted"):
         forked(3, act)
+
+
+def test_a_slow_reader_hears_each_gathering_as_it_was(through: type[Distributed], forked: Forked) -> None:
+    """Others may already be at the next exchange when one worker still reads what they gave to this one."""
+
+    def act(exchange: Exchange) -> list[list[float]]:
+        if exchange.rank == 0 and isinstance(exchange, Shared):
+            read = exchange._read
+
+            def read_late(*place: Any) -> torch.Tensor:
+                time.sleep(0.05)
+                return read(*place)
+
+            exchange._read = read_late  # type: ignore[method-assign]
+        heard = []
+        for turn in range(5):
+            flat = torch.full((2 * 40_000,), -1.0)
+            exchange.gather_shards(torch.full((40_000,), float(10 * turn + exchange.rank)), flat)
+            heard.append(flat.unique().tolist())
+        return heard
+
+    assert forked(2, act) == [[[10.0 * turn, 10.0 * turn + 1] for turn in range(5)]] * 2

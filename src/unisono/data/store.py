@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from unisono.data.encode import load_encoder
 from unisono.data.encoder import Encoder
 from unisono.data.samples import Chunk, ContentHash, EncodedSamples
 from unisono.errors import DamagedError, DataError
+from unisono.files import check_file, facts_sha256, file_sha256, sync
 
 FORMAT = 1
 """Raised whenever a reader of the old layout could not read the new one."""
@@ -89,7 +89,7 @@ def write_dataset(
                     partial.mkdir()
                     _fill(partial, splits, labels, encoder, quarantine, notes)
                     partial.rename(folder)
-                    _sync(folder.parent)
+                    sync(folder.parent)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -114,7 +114,7 @@ def open_dataset(folder: Path) -> Dataset:
         raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. {remedy}")
     manifest = _read_manifest(path)
     for name, known in manifest["files"].items():
-        _verify(folder / name, known["bytes"], known["sha256"])
+        check_file(folder / name, known["bytes"], known["sha256"], REMEDY)
     return Dataset(
         folder=folder,
         labels=tuple(manifest["labels"]),
@@ -141,7 +141,7 @@ def _fill(
     notes: Mapping[str, object],
 ) -> None:
     encoder.save(folder)
-    encoder_files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
+    encoder_files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine)
     entries = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
@@ -149,14 +149,14 @@ def _fill(
     visible = {"labels": list(labels), "encoder": encoder_files, "splits": contents}
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
-        _sync(path)
-    manifest: dict[str, Any] = {"format": FORMAT, "sha256": _hash_fields(visible), "labels": list(labels)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        sync(path)
+    manifest: dict[str, Any] = {"format": FORMAT, "sha256": facts_sha256(visible), "labels": list(labels)}
     manifest |= {"splits": entries, "files": files, **notes}
-    manifest["manifest_sha256"] = _hash_fields(manifest)
+    manifest["manifest_sha256"] = facts_sha256(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _write_split(path: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
@@ -209,39 +209,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise damaged
     if manifest.get("format") != FORMAT:
         raise DataError(f"{str(path)!r}: format {manifest.get('format')!r}, allowed is {FORMAT}. {REMEDY}")
-    if manifest.pop("manifest_sha256", None) != _hash_fields(manifest):
+    if manifest.pop("manifest_sha256", None) != facts_sha256(manifest):
         raise damaged
     return manifest
-
-
-def _verify(path: Path, size_bytes: int, sha256: str) -> None:
-    if not path.is_file():
-        fault = "is missing"
-    elif path.stat().st_size < size_bytes:
-        fault = f"is truncated: {path.stat().st_size} bytes, not {size_bytes}"
-    elif path.stat().st_size > size_bytes or _hash_file(path) != sha256:
-        fault = "is damaged: its SHA-256 is not the one in the manifest"
-    else:
-        return
-    raise DamagedError(f"{str(path)!r} {fault}. {REMEDY}")
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_fields(fields: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk, not only the system, know a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

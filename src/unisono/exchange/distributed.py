@@ -18,8 +18,6 @@ from unisono.errors import LostPeerError
 Result = TypeVar("Result")
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-
-
 LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all-gather
 
 

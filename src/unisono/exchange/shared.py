@@ -92,11 +92,9 @@ class Shared(Distributed):
         return torch.frombuffer(self._maps[worker, file], dtype=dtype)
 
     def _next_window(self, size_bytes: int) -> Tensor:
-        """The window that was not used last, large enough."""
-        if len(self._windows) < 2:
-            self._windows.append(self.new_buffer(size_bytes, torch.uint8))
-        window = self._windows.pop(0)
-        if window.nbytes < size_bytes:
+        """The window that was not used last, large enough: a peer may still read the last one."""
+        window = self._windows.pop(0) if len(self._windows) == 2 else None
+        if window is None or window.nbytes < size_bytes:
             window = self.new_buffer(size_bytes, torch.uint8)
         self._windows.append(window)
         return window

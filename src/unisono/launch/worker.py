@@ -26,8 +26,6 @@ from unisono.launch.seat import Seat
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """What asks a run to stop."""
-
-
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
@@ -93,7 +91,6 @@ def guarded(main: Callable[[], None], error_file: Path, rank: int) -> int:
             "message": str(error),
             "known": known,
             "symptom": isinstance(error, LostPeerError),
-            "exit_code": error.exit_code if isinstance(error, UnisonoError) else 1,
             "traceback": traceback.format_exc(),
             "when": time.time(),
         }
