@@ -47,7 +47,6 @@ class Reduction:
         self._parameters = len(replica.parameters)
         self._integers = int(replica.integer_values().numel())
         self._step: Step | None = None
-        self._mine: dict[int, Contribution] = {}
 
     def begin(self, step: Step) -> range:
         """Forget the last step; return the microbatches of this one that are mine."""
