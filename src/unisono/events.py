@@ -33,7 +33,7 @@ class RunStarted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
     """One committed step, numbered from 1. `tokens` is the sum of its samples' lengths; `seconds` since the step
-    before."""
+    before, or since what came between; `data_seconds` of them worker 0 waited for data."""
 
     step: int
     epoch: float
@@ -43,6 +43,7 @@ class StepDone:
     samples: int
     tokens: int
     seconds: float
+    data_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +59,52 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointWritten:
-    """The whole state after `step` steps is on disk, at `path`."""
+    """The whole state after `step` steps is on disk, at `path`. Writing took `seconds` in the background; training
+    waited `waited_seconds` of them."""
 
     step: int
     path: str
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """Training goes on from committed step `step` after a loss, with `workers` workers.
+
+    what: the loss in words, every lost worker named. wasted_seconds: work on a step that was not finished. seconds:
+    from the notice of the loss until all workers had joined again.
+    """
+
+    step: int
+    what: str
+    workers: int
+    wasted_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resized:
+    """Training goes on from committed step `step` with `workers` workers instead of `before`; it stood still for
+    `seconds`."""
+
+    step: int
+    before: int
+    workers: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrupted:
+    """An audit found that two workers computed different bits for microbatch `microbatch` of step `step`.
+
+    workers: those that are suspected. parameters: names of what differs. The step was not committed.
+    """
+
+    step: int
+    microbatch: int
+    workers: list[int]
+    parameters: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +123,7 @@ class RunEnded:
     summary: Mapping[str, Any]
 
 
-Event = RunStarted | StepDone | Evaluated | CheckpointWritten | Notice | RunEnded
+Event = RunStarted | StepDone | Evaluated | CheckpointWritten | Recovered | Resized | Corrupted | Notice | RunEnded
 
 
 class Observer(Protocol):

@@ -178,7 +178,8 @@ def _resume(run: Run) -> list[str]:
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]."""
     dump = recipe.model_dump(mode="json")
-    dump["train"].pop("device")
+    for key in ("device", "audit_every"):
+        dump["train"].pop(key)
     dump["model"].pop("folder", None)
     return {
         f"{section}.{key}": value for section in ("model", "train", "evaluate") for key, value in dump[section].items()

@@ -118,7 +118,7 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 
 
 class Train(Section):
-    """How the weights are found. Every key but `device` decides bits."""
+    """How the weights are found. Every key but `device` and `audit_every` decides bits."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
@@ -150,6 +150,9 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any")
+    audit_every: int = Field(
+        0, ge=0, description="steps between audits: another worker recomputes a microbatch, and bits are compared; 0: off"
+    )
 
 
 class Evaluate(Section):
@@ -172,6 +175,30 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints to keep")
 
 
+class Recovery(Section):
+    """What happens when workers are lost or hang, or the machine is wanted back. No key decides a bit."""
+
+    on_loss: Literal["replace", "shrink"] = Field(
+        "replace", description="replace: start another worker; shrink: the others take its share"
+    )
+    restarts: int = Field(100, ge=0, description="losses that a run recovers from; 0: the first one ends it")
+    attempts: int = Field(
+        3, ge=1, description="losses in a row, with no step finished in between, that end the run: the fault repeats"
+    )
+    backoff_seconds: float = Field(
+        1.0, ge=0, description="wait before the second attempt at a step; doubled for each further one, up to a minute"
+    )
+    hang_factor: float = Field(
+        20.0,
+        ge=0,
+        description="a worker that makes no progress for so many times the longest step (one second at least) is lost; "
+        "0: never",
+    )
+    grace_seconds: float = Field(
+        30.0, gt=0, description="after SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and write a checkpoint"
+    )
+
+
 class Recipe(Section):
     """Everything that decides a run's result, but the data's bytes and the numerics."""
 
@@ -182,6 +209,7 @@ class Recipe(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
 
     @model_validator(mode="after")
     def _encoding_fits_model(self) -> Recipe:
