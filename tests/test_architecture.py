@@ -14,15 +14,16 @@ SOURCE = ROOT / "src" / "unisono"
 
 LAYERS = (  # from top to bottom; imports point downwards, or sideways within a layer but never in a circle
     ("__init__", "__main__", "cli"),
-    ("api", "application", "verification", "preparation"),
+    ("api", "application", "verification", "preparation", "inventory"),
     ("launch",),
     ("run",),
     ("joining",),
+    ("link",),
     ("loop", "evaluation", "material", "report", "scores"),
     ("checkpoint",),
     ("engine",),
     ("exchange", "data", "models"),
-    ("events", "recipe", "errors", "files", "keys", "folder"),
+    ("board", "events", "recipe", "errors", "faults", "files", "keys", "folder"),
 )
 APART = {("data", "models"), ("models", "data"), ("data", "exchange"), ("exchange", "data")}
 OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib"}

@@ -6,34 +6,34 @@ Owns the public signatures and what each hands back. The work is done below.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from unisono import events
 from unisono import recipe as recipes
+from unisono.board import PHASES
 from unisono.errors import RecipeError
-from unisono.folder import new_folder, old_folder
+from unisono.faults import Fault, parse
+from unisono.folder import choose_folder
 from unisono.joining import Job, check_workers
-from unisono.launch import run_everywhere
+from unisono.launch import count_workers, join_torchrun, restarted_by_torchrun, seat_from_torchrun
 from unisono.launch.seat import Seat
+from unisono.launch.supervisor import Supervisor
 from unisono.launch.worker import Stop
-from unisono.material import Material, open_own, open_text
+from unisono.link import Alone
+from unisono.material import open_own, open_text
 from unisono.models.task import Task
 from unisono.recipe import Recipe
-from unisono.report.metrics import Ledger
-from unisono.report.screen import choose_screen
-from unisono.run import execute
+from unisono.report.reporter import Reporter
+from unisono.run import OpenMaterial, Trainee
 
 if TYPE_CHECKING:
     from torch import nn
 
     from unisono.exchange.protocol import Exchange
-
-OpenMaterial = Callable[[int, Callable[[str], None]], Material]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +70,13 @@ def train(
     run: str | Path | None = None,
     name: str | None = None,
     overrides: Sequence[str] = (),
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     accept_new_numerics: bool = False,
     allow_impure: bool = False,
     quiet: bool = False,
     as_json: bool = False,
     trace: Path | None = None,
+    faults: Sequence[str] = (),
     **settings: Any,
 ) -> Trained:
     """Train on any number of workers; the weights' bits do not depend on it.
@@ -88,33 +89,41 @@ def train(
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
-        resume: go on from the folder's newest checkpoint.
+        resume: go on from the folder's newest checkpoint; "auto": go on if there is a run that has not ended, else
+            begin one, so that the same call serves for both.
         accept_new_numerics: resume although the numerics fingerprint differs, to other bits.
         allow_impure: train a model that fails the purity probe, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
         trace: a folder for the digests of every contribution, which `verify` compares.
-        settings: keys of the recipe's [train] table, such as epochs=3; "evaluate" and "checkpoint" take tables.
+        faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
+        settings: keys of the recipe's [train] table, such as epochs=3; "evaluate", "checkpoint" and "recovery" take
+            tables.
 
     Returns:
         The finished run. Under torchrun every process returns one.
 
     Raises:
         UserError: what was given cannot be used (RecipeError, DataError, …).
-        DivergedError, WorkerError, Interrupted: see unisono.errors.
+        DivergedError, WorkerError, Interrupted, Preempted: see unisono.errors.
     """
     recipe = resolve(what, name, overrides, settings)
     open_material = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
-    job_folder = old_folder(recipe.name, run) if resume else new_folder(recipe.name, run)
-    job = Job(
-        recipe=recipe,
-        folder=job_folder,
-        resume=resume,
-        accept_new_numerics=accept_new_numerics,
-        allow_impure=allow_impure,
-        trace=trace,
-    )
-    run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json)
+    again = resume or ("auto" if restarted_by_torchrun() else False)
+    job_folder = choose_folder(recipe.name, run, resume=again)
     written = job_folder / "summary.json"  # by worker 0; another host sees it on shared storage only
+    if again == "auto" and written.exists():
+        print(f"{job_folder} has been trained to its end: nothing is left to do.", flush=True)
+    else:
+        job = Job(
+            recipe=recipe,
+            folder=job_folder,
+            resume="auto" if again == "auto" else "yes" if again else "no",
+            accept_new_numerics=accept_new_numerics,
+            allow_impure=allow_impure,
+            trace=trace,
+        )
+        told = [parse(fault, PHASES) for fault in faults]
+        run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=told)
     summary = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
     return Trained(folder=job_folder, summary=summary, task=what if isinstance(what, Task) else None)
 
@@ -132,40 +141,57 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
     return lambda workers, notify: open_own(recipe, what, **frames)
 
 
-def run_job(job: Job, open_material: OpenMaterial, *, workers: str | int, quiet: bool, as_json: bool) -> None:
-    """Run a job in local workers, or in torchrun's."""
+def run_job(
+    job: Job,
+    open_material: OpenMaterial,
+    *,
+    workers: str | int,
+    quiet: bool,
+    as_json: bool,
+    faults: Sequence[Fault] = (),
+) -> None:
+    """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
     train = job.recipe.train
     if workers != "auto":
         check_workers(job.recipe, int(workers))
+    trainee = Trainee(job, open_material)
+    seat = seat_from_torchrun()
+    if seat is not None:
+        _run_alone(job, trainee, seat, quiet=quiet, as_json=as_json)
+        return
+    reporter = Reporter(job.folder, quiet=quiet, as_json=as_json)
+    try:
+        Supervisor(
+            trainee,
+            recipe=job.recipe,
+            folder=job.folder,
+            observer=reporter,
+            workers=count_workers(workers, train.microbatches, train.device),
+            faults=faults,
+        ).run()
+    finally:
+        reporter.close()
+
+
+def _run_alone(job: Job, trainee: Trainee, seat: Seat, *, quiet: bool, as_json: bool) -> None:
+    """Be one of torchrun's workers."""
 
     def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        observers: list[events.Observer] = []
-        if seat.rank == 0:
-            observers = [Ledger(job.folder), choose_screen(quiet=quiet, as_json=as_json)]
-
-        def notify(message: str) -> None:
-            for observer in observers:
-                observer.observe(events.Notice(message=message))
-
+        observers = [Reporter(job.folder, quiet=quiet, as_json=as_json)] if seat.rank == 0 else []
+        link = Alone(observers, stop)
         try:
-            if seat.local_rank != 0:
-                exchange.wait_for_all()  # the first worker of each host prepares the data, the others open it
-            material = open_material(seat.local_workers, notify)
-            if seat.local_rank == 0:
-                exchange.wait_for_all()
-            execute(job, material, exchange, device, observers, stop)
+            trainee.train(exchange, device, link, local_rank=seat.local_rank, local_workers=seat.local_workers)
         finally:
-            for observer in observers:
-                observer.close()
+            link.close()
 
-    run_everywhere(act, workers=workers, microbatches=train.microbatches, threads=train.threads, device=train.device)
+    join_torchrun(seat, act, threads=job.recipe.train.threads, device=job.recipe.train.device)
 
 
 def resolve(
     what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]
 ) -> Recipe:
     """The recipe that the arguments of `train` describe."""
-    tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint")}
+    tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery")}
     train = {key: value for key, value in settings.items() if key not in tables}
     if isinstance(what, Task):
         return recipes.check({"name": name or type(what).__name__, "train": train, **tables})

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from unisono.errors import UnisonoError
 
@@ -43,7 +44,23 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object per ev
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
 
 
-@app.command()
+class _Train(TyperCommand):
+    """`--resume` may stand alone, or be followed by "auto"."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        given: list[str] = []
+        for argument in arguments:
+            if given and given[-1] == "--resume=yes" and argument == "auto":
+                given[-1] = "--resume=auto"
+            else:
+                given.append("--resume=yes" if argument == "--resume" else argument)
+        for argument in given:
+            if argument.startswith("--resume=") and argument.partition("=")[2] not in ("yes", "no", "auto"):
+                raise typer.BadParameter("allowed is --resume, or --resume auto.", param_hint="--resume")
+        return list(super().parse_args(context, given))
+
+
+@app.command(cls=_Train)
 def train(
     recipe: RecipePath,
     workers: Workers = "auto",
@@ -52,9 +69,22 @@ def train(
         Path | None, typer.Option("--run-folder", metavar="FOLDER", help="run folder; default: runs/NAME-001 and so on")
     ] = None,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…"),
-    ] = False,
+        str,
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…; auto: if there is one, "
+            "else begin, so that the same command serves for both",
+        ),
+    ] = "no",
+    on_loss: Annotated[
+        str | None,
+        typer.Option("--on-loss", metavar="replace|shrink", help="when a worker is lost; as with recovery.on_loss"),
+    ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", metavar="FAULT", help="inject a fault, such as 'kill(worker=1, step=7, phase=update)'"),
+    ] = None,
     strict: Strict = False,
     accept_new_numerics: Annotated[
         bool, typer.Option("--accept-new-numerics", help="resume although the numerics fingerprint differs")
@@ -72,9 +102,10 @@ def train(
     api.train(
         recipe,
         workers=count,
-        overrides=_with_strict(set_, strict),
+        overrides=(*_with_strict(set_, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else [])),
         run=run,
-        resume=resume,
+        resume="auto" if resume == "auto" else resume == "yes",
+        faults=tuple(fault or ()),
         accept_new_numerics=accept_new_numerics,
         allow_impure=allow_impure,
         quiet=quiet,
@@ -137,6 +168,31 @@ def verify(
     from unisono import verification
 
     if not verification.verify(recipe, workers=counts, steps=steps, overrides=tuple(set_ or ())):
+        raise typer.Exit(1)
+
+
+@app.command()
+def resize(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that is being trained on this machine")],
+    workers: Annotated[str, typer.Option("--workers", "-w", metavar="N", help="how many workers are to go on")],
+) -> None:
+    """Change the number of workers of a run at work, at its next step. The bits stay the same."""
+    count = int(check_count(workers, auto=False))
+    from unisono.launch import claim
+
+    typer.echo(f"{run}: {claim.ask_for_workers(run, count)}")
+
+
+@app.command()
+def checkpoints(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    verify: Annotated[bool, typer.Option("--verify", help="compare every file with its SHA-256")] = False,
+    as_json: Json = False,
+) -> None:
+    """List a run's checkpoints; exit code 1 if --verify finds a damaged one."""
+    from unisono import inventory
+
+    if not inventory.list_checkpoints(run, verify=verify, as_json=as_json):
         raise typer.Exit(1)
 
 

@@ -14,6 +14,7 @@ UnisonoError
 ├── WorkerError (exit code 1)     a worker failed; carries its rank and traceback
 ├── LostPeerError                 another worker vanished during an exchange: a symptom, never the cause
 └── Interrupted (exit code 130)   the user stopped the run; a checkpoint was written
+    └── Preempted (exit code 75)  the machine is wanted back (SIGTERM, SIGUSR1); a checkpoint was written
 
 A message says what was given, what is allowed and what to do.
 """
@@ -83,3 +84,9 @@ class Interrupted(UnisonoError):
     """The user asked to stop; the run can be resumed from its last checkpoint."""
 
     exit_code = 130
+
+
+class Preempted(Interrupted):
+    """The run was asked to leave the machine (SIGTERM, or SIGUSR1 as Slurm sends it); start it again to go on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command will succeed later

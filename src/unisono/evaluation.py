@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unisono import keys
+from unisono.board import UNWATCHED, Progress
 from unisono.data.source import Source
 from unisono.errors import ContractError
 from unisono.exchange.protocol import Exchange
@@ -42,6 +43,7 @@ def measure_all(
     precision: str,
     device: torch.device,
     seed: int = 0,
+    progress: Progress = UNWATCHED,
 ) -> Results:
     """Call `measure` on every sample once, shared out among the workers; return everything on each of them."""
     cut = pieces(source.lengths, samples_per_microbatch)
@@ -51,6 +53,7 @@ def measure_all(
     module.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         for number in range(exchange.rank, len(cut), exchange.workers):
+            progress.at("evaluate", microbatch=number)
             keys.seed_all(keys.key(seed, "evaluation", number))
             microbatch = {name: column.to(device) for name, column in source.take(cut[number]).items()}
             for name, values in measure(module, microbatch).items():

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,31 @@ from torch import Tensor
 from unisono.errors import DamagedError, RunFolderError
 
 
+PART, OLD = ".part", ".old"
+"""Endings of what is being written, and of what is being replaced. Both names begin with a dot."""
+
+
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on success fsync it and rename it there, replacing an older one; else
-    remove it.
+    remove it. `at` hears "sync" and "rename" before they happen.
 
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
     """
     parent = folder.parent
-    temporary = parent / f".{folder.name}.part"
+    temporary = parent / f".{folder.name}{PART}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        at("sync")
         for path in temporary.iterdir():
             sync(path)
         sync(temporary)
-        old = parent / f".{folder.name}.old"
+        at("rename")
+        old = parent / f".{folder.name}{OLD}"
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -60,6 +66,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(parent: Path) -> None:
+    """Remove what a killed writer of folders left in `parent`; a folder that it was about to replace comes back."""
+    for path in parent.glob(f".*{PART}"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f".*{OLD}"):
+        replaced = parent / path.name[1:].removesuffix(OLD)
+        if replaced.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(replaced)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file's path beside `path`; on success fsync it and rename it there; else remove it.
@@ -67,7 +85,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}{PART}")
     try:
         yield temporary
         sync(temporary)
@@ -85,13 +103,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors; equal tensors give equal bytes. Each is copied: the format allows no shared
-    memory."""
-    save_file(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-        path,
-        metadata={"format": "pt"},
-    )
+    """Write tensors as safetensors; equal tensors give equal bytes. Those that share memory are copied: the format
+    allows none of that."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        whole = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        apart[name] = value if whole else value.clone()
+    save_file(apart, path, metadata={"format": "pt"})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The run folder: what lies where, and when a folder may be used.
 
-    recipe.toml  fingerprint.json  metrics.jsonl  curves.svg  summary.json  checkpoints/  model/
+    recipe.toml  fingerprint.json  metrics.jsonl  curves.svg  summary.json  checkpoints/  model/  hangs/
 
 Owns names and the choice of a folder. What the files hold is the matter of who writes them.
 """
@@ -26,6 +26,22 @@ def new_folder(name: str, given: str | Path | None) -> Path:
             )
         return path
     return RUNS / f"{name}-{_newest_number(name) + 1:03d}"
+
+
+def choose_folder(name: str, given: str | Path | None, *, resume: bool | str) -> Path:
+    """The folder of a run: a new one, an old one to resume, or with "auto" whichever of both there is.
+
+    "auto" takes the given folder, whatever is in it, or the newest `runs/NAME-…` if that run has not ended.
+    """
+    if resume == "auto":
+        newest = _newest_number(name)
+        path = Path(given) if given is not None else RUNS / f"{name}-{newest:03d}"
+        if path.exists() and (given is not None or not (path / "summary.json").exists()):
+            if any(path.iterdir()) and not (path / "recipe.toml").exists():
+                raise RunFolderError(f"--run-folder {str(path)!r} is no run folder. Give another one.")
+            return path
+        return new_folder(name, given)
+    return old_folder(name, given) if resume else new_folder(name, given)
 
 
 def old_folder(name: str, given: str | Path | None) -> Path:

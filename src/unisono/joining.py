@@ -6,59 +6,78 @@ Owns the job, the run in progress, and everything that is refused before the fir
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from unisono import events, keys
 from unisono.checkpoint import checkpoints
 from unisono.data.order import Order, count_steps
 from unisono.engine import numerics
 from unisono.engine.contribution import Contributor
-from unisono.engine.optimizer import Optimizer
+from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.purity import probe
-from unisono.engine.replica import Replica
+from unisono.engine.replica import Replica, layout_digest
+from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
-from unisono.errors import RecipeError, RunFolderError
+from unisono.errors import DamagedError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
+from unisono.link import Link
 from unisono.material import Material
 from unisono.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to run, the same on every worker. `trace` is a folder for `verify`, `resume` goes on from the newest
-    checkpoint."""
+    """What to run, the same on every worker.
+
+    resume: "no", "yes" (from the newest checkpoint, which must be there) or "auto" (if there is one). trace: a folder
+    for `verify`.
+    """
 
     recipe: Recipe
     folder: Path
-    resume: bool = False
+    resume: Literal["no", "yes", "auto"] = "no"
     accept_new_numerics: bool = False
     allow_impure: bool = False
     trace: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
+class Ready:
+    """What a worker makes once and keeps while groups of workers come and go.
+
+    fingerprint: of the module as it was built, so it is the same whenever it is taken.
+    """
+
+    material: Material
+    module: nn.Module
+    device: torch.device
+    fingerprint: Mapping[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
 class Run:
-    """A run in progress on one worker. `observers` listen on worker 0 only."""
+    """A run in progress on one worker. `begun`: the step that this group of workers went on from. `saved_step`: whose
+    checkpoint is on disk, or being written; −1: unknown."""
 
     job: Job
-    material: Material
+    ready: Ready
     exchange: Exchange
-    device: torch.device
-    observers: Sequence[events.Observer]
+    link: Link
     state: TrainState
     order: Order
     contributor: Contributor
-    fingerprint: Mapping[str, Any]
     pure: bool = True
-    last_loss: float = math.nan
+    begun: int = 0
+    recovered: bool = False
+    saved_step: int = -1
     evaluated_step: int = -1
     started: float = field(default_factory=time.perf_counter)
     samples: int = 0
@@ -67,10 +86,18 @@ class Run:
     def recipe(self) -> Recipe:
         return self.job.recipe
 
+    @property
+    def material(self) -> Material:
+        return self.ready.material
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        return self.ready.fingerprint
+
     def tell(self, event: events.Event) -> None:
-        """Pass an event to the observers."""
-        for observer in self.observers:
-            observer.observe(event)
+        """Pass an event on; one voice is enough."""
+        if self.exchange.rank == 0:
+            self.link.tell(event)
 
     def epoch(self) -> float:
         """Epochs done."""
@@ -88,46 +115,82 @@ def check_workers(recipe: Recipe, workers: int) -> None:
         )
 
 
-def join(
-    job: Job, material: Material, exchange: Exchange, device: torch.device, observers: Sequence[events.Observer] = ()
-) -> Run:
-    """Build the replica, compare numerics with the other workers, probe for purity, and load a checkpoint to resume."""
+def make_ready(job: Job, material: Material, device: torch.device) -> Ready:
+    """Build the module, and take the numerics fingerprint."""
     recipe, train = job.recipe, job.recipe.train
-    check_workers(recipe, exchange.workers)
     material.check(recipe)
     keys.seed_all(keys.key(train.seed, "build"))
     module = material.task.build().to(device)
-    replica = Replica(module, rank=exchange.rank, workers=exchange.workers, pretrained=material.task.pretrained)
-    found = numerics.fingerprint(train, device=device, data=material.data, layout=replica.layout_digest())
-    warnings = _compare_workers(found, exchange)
+    found = numerics.fingerprint(train, device=device, data=material.data, layout=layout_digest(module))
+    return Ready(material=material, module=module, device=device, fingerprint=found)
+
+
+def join(job: Job, ready: Ready, exchange: Exchange, link: Link) -> Run:
+    """Take part in a group of workers: compare numerics, probe for purity, and go on from the snapshot, from a
+    checkpoint, or begin."""
+    recipe, train, material = job.recipe, job.recipe.train, ready.material
+    check_workers(recipe, exchange.workers)
+    link.progress.at("join")
+    replica = Replica(
+        ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=material.task.pretrained
+    )
+    warnings = _compare_workers(ready.fingerprint, exchange)
+    total_steps = count_steps(len(material.train), train.samples_per_step, train.epochs, train.max_steps)
     order = Order(
         lengths=material.train.lengths,
         padded=material.train.padded,
         samples_per_step=train.samples_per_step,
         microbatches=train.microbatches,
         seed=train.seed,
-        total_steps=count_steps(len(material.train), train.samples_per_step, train.epochs, train.max_steps),
+        total_steps=total_steps,
     )
-    contributor = Contributor(replica=replica, task=material.task, precision=train.precision, seed=train.seed)
+    arrays = _open_snapshot(job, ready, replica, exchange, link, total_steps)
+    optimizer = Optimizer(replica, exchange, train, arrays)
     run = Run(
         job=job,
-        material=material,
+        ready=ready,
         exchange=exchange,
-        device=device,
-        observers=observers if exchange.rank == 0 else (),
-        state=TrainState(step=0, replica=replica, optimizer=Optimizer(replica, exchange, train), exchange=exchange),
+        link=link,
+        state=TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange),
         order=order,
-        contributor=contributor,
-        fingerprint=found,
+        contributor=Contributor(replica=replica, task=material.task, precision=train.precision, seed=train.seed),
         pure=not job.allow_impure,
     )
-    if not job.allow_impure:
-        _probe(run)
-    if job.resume:
-        warnings += _resume(run)
-    for warning in warnings:
-        run.tell(events.Notice(message=warning, warning=True))
+    if arrays is not None and arrays.committed:
+        run.state.recover(arrays.snapshot.facts(), *arrays.integers())
+        run.recovered = True
+    else:
+        if not job.allow_impure:
+            _probe(run)
+        if job.resume != "no":
+            warnings += _resume(run)
+        run.state.begin()
+        for warning in warnings:
+            run.tell(events.Notice(message=warning, warning=True))
+    run.begun = run.state.step
     return run
+
+
+def _open_snapshot(
+    job: Job, ready: Ready, replica: Replica, exchange: Exchange, link: Link, total_steps: int
+) -> SnapshotArrays | None:
+    """The run's arrays in its snapshot, where it has one."""
+    if link.memory < 0:
+        return None
+    return SnapshotArrays(
+        link.memory,
+        array_names(job.recipe.train),
+        replica,
+        exchange,
+        most_workers=job.recipe.train.microbatches,
+        extra=run_facts(job, ready, total_steps),
+        direct=ready.device.type == "cpu",
+    )
+
+
+def run_facts(job: Job, ready: Ready, total_steps: int) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {"fingerprint": dict(ready.fingerprint), "recipe": decisive(job.recipe), "total_steps": total_steps}
 
 
 def _compare_workers(found: Mapping[str, Any], exchange: Exchange) -> list[str]:
@@ -146,32 +209,53 @@ def _probe(run: Run) -> None:
     larger = np.concatenate([first[0], first[-1][:1]])
     take = run.material.train.take
     one, other = (
-        {name: column.to(run.device) for name, column in take(samples).items()} for samples in (first[-1], larger)
+        {name: column.to(run.ready.device) for name, column in take(samples).items()}
+        for samples in (first[-1], larger)
     )
     probe(run.contributor, one, other)
 
 
 def _resume(run: Run) -> list[str]:
-    """Load the newest checkpoint of the run folder; refuse one of another recipe or other numerics."""
-    saved = checkpoints.newest(run.job.folder / "checkpoints")
+    """Load the newest whole checkpoint of the run folder; refuse one of another recipe or other numerics."""
+    folder = run.job.folder / "checkpoints"
+    saved, faults = checkpoints.newest(folder)
+    warnings = []
+    if faults and (saved or run.job.resume == "auto"):
+        run.exchange.wait_for_all()  # every worker has looked
+        if run.exchange.rank == 0:
+            checkpoints.set_aside(folder, saved)
+        went_on = f"going on from {saved.folder.name}" if saved else "beginning anew"
+        warnings += [f"{fault} Set aside as *{checkpoints.ASIDE}; {went_on}." for fault in faults]
     if saved is None:
-        raise RunFolderError(f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume.")
+        if faults and run.job.resume == "yes":
+            raise faults[0]
+        if run.job.resume == "yes":
+            raise RunFolderError(
+                f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume, or with "
+                "--resume auto."
+            )
+        return warnings
     mine, theirs = decisive(run.recipe), saved.facts["recipe"]
     if changed := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
         told = ", ".join(f"{key} = {mine.get(key)!r} (was {theirs.get(key)!r})" for key in changed)
         raise RunFolderError(
             f"--resume: the recipe has changed: {told}. Resume with the recipe that began the run, or start a new run."
         )
-    warnings = []
     if run.job.accept_new_numerics:
         if names := numerics.differences(run.fingerprint, saved.facts["fingerprint"]):
             warnings.append(f"going on under new numerics ({', '.join(names)} differ): the bits are those of neither")
     else:
         remedy = "Resume where the run began, or give --accept-new-numerics: it then goes on, to other bits."
-        warnings = numerics.compare(
+        warnings += numerics.compare(
             run.fingerprint, saved.facts["fingerprint"], who="in the checkpoint", here="here", remedy=remedy
         )
-    checkpoints.restore(run.state, saved)
+    try:
+        run.state.restore(checkpoints.read(saved))
+    except (KeyError, RuntimeError) as error:
+        raise DamagedError(
+            f"{str(saved.folder)!r} does not fit this model: {error}. Resume with the recipe that began the run."
+        ) from error
+    run.saved_step = run.state.step
     return warnings
 
 

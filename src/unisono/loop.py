@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from unisono.board import RUNNING, UNWATCHED
 from unisono.data.feed import Feed
 from unisono.data.order import Order, Step
 from unisono.engine.contribution import Contribution
@@ -43,19 +44,25 @@ def steps(
     feed: Feed,
     contributor: Contributes,
     train: Train,
-    stop: Callable[[], bool] = lambda: False,
+    request: Callable[[], int] = lambda: RUNNING,
+    at: Callable[[str, int, int], None] = UNWATCHED.at,
 ) -> Iterator[Done]:
-    """Train from `state.step` to the order's end, or until any worker's `stop` is true; yield after each committed
-    step."""
+    """Train from `state.step` to the order's end, or until any worker's `request` is more than RUNNING; yield after
+    each committed step. `at` hears of every verb before it happens."""
     reduction = Reduction(state.replica, state.exchange)
     for step in order.steps(start=state.step):
+        at("begin", step.number, -1)
         mine = reduction.begin(step)  # the only thing that depends on who I am
         for number, microbatch in feed.load(step, mine):
+            at("contribute", step.number, number)
             reduction.add(number, contributor.contribute(step.number, number, microbatch))
-        gradient, totals = reduction.finish(stop())  # the same bits for any number of workers
+        at("reduce", step.number, -1)
+        gradient, totals = reduction.finish(request())  # the same bits for any number of workers
+        at("update", step.number, -1)
         now = rate(train, step.number, order.total_steps)
         norm = state.optimizer.update(gradient, totals, step=step.number, rate=now)
-        state.step = step.number + 1
+        at("commit", step.number, -1)
+        state.commit(step.number + 1, totals, {"loss": totals.loss, "norm": norm, "rate": now})  # for all, or for none
         yield Done(step=step, totals=totals, norm=norm, rate=now)
-        if totals.stop:
+        if totals.request != RUNNING:
             return

@@ -183,7 +183,7 @@ class Recovery(Section):
     )
     restarts: int = Field(100, ge=0, description="losses that a run recovers from; 0: the first one ends it")
     attempts: int = Field(
-        3, ge=1, description="losses in a row, with no step finished in between, that end the run: the fault repeats"
+        3, ge=1, description="losses in a row with no step finished in between, at which the run ends: the fault repeats"
     )
     backoff_seconds: float = Field(
         1.0, ge=0, description="wait before the second attempt at a step; doubled for each further one, up to a minute"

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from unisono import events
 from unisono import recipe as recipes
-from unisono.checkpoint import checkpoints
+from unisono.board import REGROUP, RUNNING, STOP
 from unisono.data.feed import Feed
 from unisono.engine import numerics
 from unisono.engine.assignment import shares
@@ -26,53 +27,99 @@ from unisono.errors import ContractError, Interrupted, RecipeError
 from unisono.evaluation import measure_all
 from unisono.exchange.protocol import Exchange
 from unisono.files import save_tensors, whole_folder, write_text
-from unisono.joining import Job, Run, decisive, join
-from unisono.loop import Done, steps
+from unisono.joining import Job, Ready, Run, join, make_ready, run_facts
+from unisono.link import Link
+from unisono.loop import steps
 from unisono.material import Material
 from unisono.scores import summarise
 
+OpenMaterial = Callable[[int, Callable[[str], None]], Material]
+"""How a worker comes to what it trains on: (workers of this host, who is told about it) → material."""
 
-def execute(
-    job: Job,
-    material: Material,
-    exchange: Exchange,
-    device: torch.device,
-    observers: Sequence[events.Observer],
-    stop: Callable[[], bool],
-) -> None:
-    """Train, test and export; leave everything in `job.folder`. Every worker calls this.
+
+class Trainee:
+    """A worker's part in a run, through all the groups of workers that it belongs to."""
+
+    def __init__(self, job: Job, open_material: OpenMaterial) -> None:
+        self._job = job
+        self._open_material = open_material
+        self._material: Material | None = None
+        self._ready: Ready | None = None
+
+    def warm(self, device: torch.device, workers: int, link: Link) -> None:
+        """Before it belongs to any: make ready what needs no other worker."""
+        if link.prepared:
+            self._make_ready(device, workers)
+
+    def train(
+        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int
+    ) -> bool:
+        """Take part in a group; as `execute`. The first worker of each host prepares the data, the others open it."""
+        link.progress.at("prepare")
+        if local_rank == 0 and self._material is None:
+            tell = link.tell if exchange.rank == 0 else lambda event: None
+            self._material = self._open_material(local_workers, lambda line: tell(events.Notice(message=line)))
+            link.prepared = True
+        exchange.wait_for_all()
+        return execute(self._job, self._make_ready(device, local_workers), exchange, link)
+
+    def _make_ready(self, device: torch.device, workers: int) -> Ready:
+        if self._material is None:
+            self._material = self._open_material(workers, lambda line: None)
+        if self._ready is None:
+            self._ready = make_ready(self._job, self._material, device)
+        return self._ready
+
+
+def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
+    """Train, test and export; leave everything in `job.folder`. Every worker of a group calls this.
+
+    Returns whether the run is complete; false: the supervisor wants another group of workers to go on.
 
     Raises:
-        Interrupted: `stop` became true somewhere; a checkpoint was written.
+        Interrupted: a stop was asked for somewhere; a checkpoint was written.
+        LostPeerError: another worker has gone.
         UnisonoError: as its subclasses say.
     """
-    run = join(job, material, exchange, device, observers)
-    stop()  # from here on an interrupt waits for the end of its step, on every worker, before anything is written
+    run = join(job, ready, exchange, link)
+    link.request()  # from here on an interrupt waits for the end of its step, on every worker
     exchange.wait_for_all()
-    if exchange.rank == 0:
+    if exchange.rank == 0 and not run.recovered:
         _open_folder(run)
     _announce(run)
-    feed = Feed(material.train, run.order, device)
+    feed = Feed(run.material.train, run.order, ready.device, link.progress)
     traced = Traced(run.contributor, job.trace, exchange.rank) if job.trace else None
     try:
-        done = (
-            steps(run.state, run.order, feed, traced or run.contributor, run.recipe.train, stop)
-            if not _has_settled(run)
-            else ()
-        )
-        interrupted = _follow(run, done, traced)
+        request = _follow(run, feed, traced)
     finally:
         feed.close()
         if traced:
             traced.close()
-    _save(run)
-    if interrupted:
-        raise Interrupted(
-            f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
-            "command and "
-            f"`--run-folder {job.folder} --resume`, on any number of workers."
-        )
+    if request == REGROUP:
+        return False
+    if run.saved_step != run.state.step:
+        _save(run)
+    if request == STOP:
+        raise Interrupted(_tell_stop(run, link.settle()))
     _finish(run)
+    return True
+
+
+def _tell_stop(run: Run, saved: bool) -> str:
+    if saved:
+        return tell_saved(run.state.step, run.order.total_steps, run.job.folder)
+    return (
+        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said above "
+        "tells why. Go on from the last checkpoint, if there is one, with --resume."
+    )
+
+
+def tell_saved(step: int, total_steps: int, folder: Path) -> str:
+    """What an interrupt ends with."""
+    return (
+        f"stopped after step {step} of {total_steps}, which is saved. Go on with the same command and "
+        f"`--run-folder {folder} --resume`, on any number of workers."
+    )
 
 
 def _open_folder(run: Run) -> None:
@@ -104,47 +151,68 @@ def _announce(run: Run) -> None:
     )
 
 
-def _follow(run: Run, done: Iterable[Done], traced: Traced | None) -> bool:
-    """Observe each committed step: report, evaluate, save, stop early. Return whether the run was interrupted."""
-    recipe, state, lengths = run.recipe, run.state, run.material.train.lengths
-    last = time.perf_counter()
-    for one in done:
-        run.last_loss = one.totals.loss
-        run.samples += one.step.samples
-        now = time.perf_counter()
-        run.tell(
-            events.StepDone(
-                step=state.step,
-                epoch=round(run.epoch(), 6),
-                loss=one.totals.loss,
-                gradient_norm=one.norm,
-                learning_rate=one.rate,
-                samples=one.step.samples,
-                tokens=int(sum(lengths[piece].sum() for piece in one.step.microbatches)),
-                seconds=now - last,
-            )
-        )
-        last = now
+def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
+    """Train, and attend to each committed step. Return what ended it: a request, or board.RUNNING at the end."""
+    state = run.state
+    if run.recovered and state.step:
+        _attend(run, 0.0, 0.0)  # who attended to this step may have been lost before it was done
+    elif not state.evaluated and state.step:
+        _evaluate_if_due(run)
+    if _has_settled(run):
+        return RUNNING
+    contributor = traced or run.contributor
+    last, waited = time.perf_counter(), 0.0
+    for done in steps(
+        state, run.order, feed, contributor, run.recipe.train, run.link.request, run.link.progress.at
+    ):
+        run.samples += done.step.samples
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)
-        at_end = state.step == run.order.total_steps
-        if _is_due(run) and not at_end:
-            _evaluate(run)
-            last = time.perf_counter()
-        every = recipe.checkpoint.every_steps
-        if every and state.step % every == 0 and not at_end:
-            _save(run)
+        _attend(run, time.perf_counter() - last, feed.waited_seconds - waited)
         if _has_settled(run):
+            evaluate = run.recipe.evaluate
             run.tell(
                 events.Notice(
-                    message=f"stopping early: no better {recipe.evaluate.metric} in {recipe.evaluate.patience} "
-                    "evaluations"
+                    message=f"stopping early: no better {evaluate.metric} in {evaluate.patience} evaluations"
                 )
             )
-            return False
-        if one.totals.stop:
-            return True
-    return False
+            return RUNNING
+        if done.totals.request != RUNNING:
+            return done.totals.request
+        last, waited = time.perf_counter(), feed.waited_seconds
+    return RUNNING
+
+
+def _attend(run: Run, seconds: float, data_seconds: float) -> None:
+    """Do what follows a committed step: report, evaluate, save. Doing it again changes nothing."""
+    state, lengths = run.state, run.material.train.lengths
+    assert state.last is not None
+    run.link.progress.at("report", state.step - 1)
+    step = run.order.step(state.step - 1)
+    run.tell(
+        events.StepDone(
+            step=state.step,
+            epoch=round(run.epoch(), 6),
+            loss=state.last["loss"],
+            gradient_norm=state.last["norm"],
+            learning_rate=state.last["rate"],
+            samples=step.samples,
+            tokens=int(sum(lengths[piece].sum() for piece in step.microbatches)),
+            seconds=seconds,
+            data_seconds=data_seconds,
+        )
+    )
+    if state.step == run.order.total_steps:
+        return
+    _evaluate_if_due(run)
+    every = run.recipe.checkpoint.every_steps
+    if every and state.step % every == 0:
+        _save(run)
+
+
+def _evaluate_if_due(run: Run) -> None:
+    if not run.state.evaluated and _is_due(run) and run.state.step < run.order.total_steps:
+        _evaluate(run)
 
 
 def _has_settled(run: Run) -> bool:
@@ -171,14 +239,18 @@ def _evaluate(run: Run) -> None:
     if source is None:
         return
     scores = _score(run, source)
-    run.evaluated_step = run.state.step
     best = False
     metric = run.recipe.evaluate.metric
     if run.material.validation is not None:
         if metric not in scores:
             raise RecipeError(f"'evaluate.metric' = {metric!r}: measured are {', '.join(scores)}. Name one of them.")
-        best = run.state.judge(scores[metric], higher=metric != "loss", keep=run.recipe.evaluate.keep_best)
+        keep = run.recipe.evaluate.keep_best
+        if keep:  # a checkpoint that is being written may still read the best weights
+            run.link.settle()
+            run.exchange.wait_for_all()
+        best = run.state.judge(scores[metric], higher=metric != "loss", keep=keep)
     run.tell(events.Evaluated(step=run.state.step, epoch=round(run.epoch(), 6), split=split, scores=scores, best=best))
+    run.state.note_evaluation()
 
 
 def _score(run: Run, source: Any) -> dict[str, float]:
@@ -188,10 +260,11 @@ def _score(run: Run, source: Any) -> dict[str, float]:
             run.material.task.measure,
             source,
             run.exchange,
-            device=run.device,
+            device=run.ready.device,
             samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch,
             precision=run.recipe.train.precision,
             seed=run.recipe.train.seed,
+            progress=run.link.progress,
         )
     if not results:
         raise ContractError('the task\'s measure returned nothing. Return at least {"loss": one number per sample}.')
@@ -199,19 +272,17 @@ def _score(run: Run, source: Any) -> dict[str, float]:
 
 
 def _save(run: Run) -> None:
-    facts = {
-        "fingerprint": dict(run.fingerprint),
-        "recipe": decisive(run.recipe),
-        "total_steps": run.order.total_steps,
-    }
-    path = checkpoints.save(run.state, run.job.folder / "checkpoints", facts=facts, keep=run.recipe.checkpoint.keep)
-    run.tell(events.CheckpointWritten(step=run.state.step, path=str(path)))
+    run.link.progress.at("save", run.state.step - 1)
+    facts = run_facts(run.job, run.ready, run.order.total_steps)
+    run.link.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
+    run.saved_step = run.state.step
 
 
 def _finish(run: Run) -> None:
-    """Evaluate and test, write model/ and summary.json."""
+    """Evaluate and test, write model/, tell the summary."""
     state, folder = run.state, run.job.folder
-    if run.material.validation is not None and run.evaluated_step != state.step:
+    run.link.progress.at("finish", state.step - 1)
+    if run.material.validation is not None and not state.evaluated:
         _evaluate(run)
     optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
     seconds = time.perf_counter() - run.started
@@ -234,7 +305,7 @@ def _finish(run: Run) -> None:
                 "device": run.fingerprint["device"],
                 "fingerprint": numerics.digest(run.fingerprint),
                 "pure": run.pure,
-                "train": {"loss": run.last_loss if run.samples else None, "samples": len(run.material.train)},
+                "train": {"loss": state.last["loss"] if state.last else None, "samples": len(run.material.train)},
                 "test": test,
                 "best_step": state.best_step or None,
                 "weights_sha256": tensors_sha256(tensors),
@@ -246,6 +317,6 @@ def _finish(run: Run) -> None:
                         step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False
                     )
                 )
-            write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            run.link.settle()
             run.tell(events.RunEnded(folder=str(folder), summary=summary))
     run.exchange.wait_for_all()

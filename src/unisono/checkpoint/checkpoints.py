@@ -5,22 +5,25 @@
     optimizer.safetensors    optimiser state (and averaged weights) under "slot.parameter"
     state.json               step, early stopping, numerics fingerprint, recipe, SHA-256 of each file
 
-Owns the mapping between state and files. Pickle is neither written nor read.
+Owns the mapping between a state's content and files, and which of several checkpoints is used. Pickle is neither
+written nor read.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unisono.engine.state import TrainState
+from unisono.engine.state import Content
 from unisono.errors import DamagedError
-from unisono.files import load_tensors, open_sealed, save_tensors, seal, whole_folder
+from unisono.files import load_tensors, open_sealed, remove_leftovers, save_tensors, seal, whole_folder
 
 FORMAT = 1
+ASIDE = ".damaged"
+"""Ending of the name of a checkpoint that was found damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,63 +34,84 @@ class Saved:
     facts: Mapping[str, Any]
 
 
-def save(state: TrainState, folder: Path, *, facts: Mapping[str, Any], keep: int) -> Path:
-    """Write the state as `folder/step-…`; every worker calls this, worker 0 writes. Remove all but the newest
-    `keep`."""
-    path = folder / f"step-{state.step:08d}"
-    optimizer = state.optimizer_tensors()
-    if state.exchange.rank == 0:
-        tensors, everything = state.replica.tensors(), state.replica.all_tensors()
-        with whole_folder(path) as part:
-            save_tensors(part / "parameters.safetensors", tensors)
-            if others := {name: value for name, value in everything.items() if name not in tensors}:
-                save_tensors(part / "buffers.safetensors", others)
-            save_tensors(part / "optimizer.safetensors", optimizer)
-            progress = {
-                "step": state.step,
-                "best_score": state.best_score,
-                "best_step": state.best_step,
-                "evaluations_since_best": state.evaluations_since_best,
-            }
-            seal(part, "state.json", {"format": FORMAT, **progress, **facts})
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+def write(content: Content, folder: Path, *, keep: int, at: Callable[[str], None] = lambda phase: None) -> Path:
+    """Write a state as `folder/step-…`; then remove all but the newest `keep`. `at` hears what is about to be done.
+
+    Raises:
+        RunFolderError: it cannot be written. What was there before is as it was.
+    """
+    path = name_checkpoint(folder, int(content.facts["step"]))
+    remove_leftovers(folder)
+    with whole_folder(path, at) as part:
+        at("parameters")
+        save_tensors(part / "parameters.safetensors", content.parameters)
+        if content.buffers:
+            save_tensors(part / "buffers.safetensors", content.buffers)
+        at("optimizer")
+        save_tensors(part / "optimizer.safetensors", content.optimizer)
+        at("seal")
+        seal(part, "state.json", {"format": FORMAT, **content.facts})
+    at("retire")
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)  # the new one is there; what is left is removed next time
     return path
+
+
+def name_checkpoint(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ASIDE)
 
 
-def newest(folder: Path) -> Saved | None:
-    """The newest checkpoint, verified; None if there is none.
+def verify(path: Path) -> Saved:
+    """Open a checkpoint and compare every file with its SHA-256.
 
     Raises:
-        DamagedError: it is damaged; names the file.
+        DamagedError: names the file.
     """
-    found = list_checkpoints(folder)
-    if not found:
-        return None
-    facts = open_sealed(found[-1], "state.json")
+    facts = open_sealed(path, "state.json")
     if facts.get("format") != FORMAT:
-        raise DamagedError(f"{str(found[-1])!r} has format {facts.get('format')!r}; this version reads {FORMAT}.")
-    return Saved(folder=found[-1], facts=facts)
+        raise DamagedError(f"{str(path)!r} has format {facts.get('format')!r}; this version reads {FORMAT}.")
+    return Saved(folder=path, facts=facts)
 
 
-def restore(state: TrainState, saved: Saved) -> None:
-    """Put a checkpoint into a state that was built for the same recipe, under any number of workers."""
-    tensors = load_tensors(saved.folder / "parameters.safetensors")
+def newest(folder: Path) -> tuple[Saved | None, list[DamagedError]]:
+    """The newest checkpoint that is whole, verified; None if there is none. And what was wrong with newer ones."""
+    faults: list[DamagedError] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return verify(path), faults
+        except DamagedError as error:
+            faults.append(error)
+    return None, faults
+
+
+def set_aside(folder: Path, after: Saved | None) -> list[Path]:
+    """Rename the (damaged) checkpoints newer than `after`, so that none of them is used again; return where they
+    are."""
+    moved = []
+    for path in list_checkpoints(folder):
+        if after is None or path.name > after.folder.name:
+            target = path.with_name(path.name + ASIDE)
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
+
+
+def read(saved: Saved) -> Content:
+    """Load a verified checkpoint.
+
+    Raises:
+        DamagedError: a file is not readable as safetensors.
+    """
     others = saved.folder / "buffers.safetensors"
-    if others.exists():
-        tensors |= load_tensors(others)
-    try:
-        state.restore(tensors, load_tensors(saved.folder / "optimizer.safetensors"))
-    except (KeyError, RuntimeError) as error:
-        raise DamagedError(
-            f"{str(saved.folder)!r} does not fit this model: {error}. Resume with the recipe that began the run."
-        ) from error
-    state.step = int(saved.facts["step"])
-    state.best_score = saved.facts["best_score"]
-    state.best_step = int(saved.facts["best_step"])
-    state.evaluations_since_best = int(saved.facts["evaluations_since_best"])
+    return Content(
+        parameters=load_tensors(saved.folder / "parameters.safetensors"),
+        buffers=load_tensors(others) if others.exists() else {},
+        optimizer=load_tensors(saved.folder / "optimizer.safetensors"),
+        facts=saved.facts,
+    )

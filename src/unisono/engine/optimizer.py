@@ -8,14 +8,16 @@ tensors are not here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
 from unisono.engine.reduction import Totals
 from unisono.engine.replica import Replica
 from unisono.engine.space import BLOCK
@@ -30,6 +32,11 @@ SLOTS = {
     "lion": ("exp_avg",),
 }
 """What each rule remembers of every parameter element."""
+
+
+def array_names(train: Train) -> list[str]:
+    """The arrays that a run keeps: weights, what its rule remembers, and averaged weights where it wants them."""
+    return [WEIGHTS, *SLOTS[train.optimizer], *([AVERAGE] if train.ema_decay else [])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,26 +109,22 @@ RULES: dict[str, Callable[[Train, Pieces, float, float], None]] = {
 
 
 class Optimizer:
-    """My shard of weights, optimiser state and averaged weights.
+    """My shard of weights, optimiser state and averaged weights, and the rule that changes them.
 
     Attributes:
+        arrays: where they live.
         weights: [shard size] my part of parameters and float buffers.
         slots: name → [shard size] state, zero at first.
         counts: int64 [parameters], updates that each parameter has had, the same on every worker.
         average: [shard size] averaged copy of `weights` where train.ema_decay is set.
     """
 
-    def __init__(self, replica: Replica, exchange: Exchange, train: Train) -> None:
+    def __init__(self, replica: Replica, exchange: Exchange, train: Train, arrays: Arrays | None = None) -> None:
         self._replica = replica
         self._exchange = exchange
         self._train = train
-        mine = replica.shard.of(replica.flat)
-        self.weights = mine
-        if exchange.workers > 1:
-            self.weights = exchange.new_buffer(len(mine), mine.dtype).copy_(mine)
-        self.slots = {name: torch.zeros_like(mine) for name in SLOTS[train.optimizer]}
+        self.arrays = arrays or PrivateArrays(array_names(train), replica, exchange)
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
-        self.average = mine.clone() if train.ema_decay else None
         self._places = [
             (index, segment.group, place)
             for index, segment in enumerate(replica.space.parameters)
@@ -130,10 +133,19 @@ class Optimizer:
         self._parameter_elements = min(
             max(replica.space.parameter_blocks * BLOCK - replica.shard.start, 0), replica.shard.size
         )
+        self._hold(self.arrays.mine())
+        if not self.arrays.committed:  # the average begins as the weights, everything else at zero
+            for target in (self.weights, self.average):
+                if target is not None:
+                    target.copy_(replica.shard.of(replica.flat))
+
+    def _hold(self, arrays: dict[str, Tensor]) -> None:
+        self.weights = arrays[WEIGHTS]
+        self.slots = {name: arrays[name] for name in SLOTS[self._train.optimizer]}
+        self.average = arrays.get(AVERAGE)
 
     def update(self, gradient: Tensor, totals: Totals, *, step: int, rate: float) -> float:
-        """Apply one step; afterwards `replica.flat` holds everybody's new weights. Return the norm of the whole
-        gradient.
+        """Work out one step, up to `publish`. Return the norm of the whole gradient.
 
         `gradient` is my shard of the sum of contributions, and is overwritten.
 
@@ -151,6 +163,7 @@ class Optimizer:
         if train.clip_norm and norm > train.clip_norm:
             # as torch.nn.utils.clip_grad_norm_; what follows the parameters is the buffers' change, and no gradient
             gradient[: self._parameter_elements].mul_(train.clip_norm / (norm + 1e-6))
+        self._hold(self.arrays.begin())
         self._apply(gradient, totals.used, rate)
         self.weights[self._parameter_elements :].add_(gradient[self._parameter_elements :])  # the buffers' mean change
         if self.average is not None:
@@ -160,9 +173,14 @@ class Optimizer:
             # an untouched −inf, as masks have it, has no mean with itself
             old.copy_(torch.where(old == new, old, old.lerp(new, 1 - decay)))
         self.counts += torch.tensor(totals.used, dtype=torch.int64)
-        self._exchange.gather_shards(self.weights, self._replica.flat)
-        self._replica.accept(totals.integers)
         return norm
+
+    def publish(self, integers: Tensor, facts: Mapping[str, Any] | None = None) -> None:
+        """Commit the present arrays, with the step's integer buffers and what else is told of it; afterwards
+        `replica.flat` holds everybody's new weights."""
+        self.arrays.commit(facts or {}, self.counts, integers)
+        self.arrays.read(WEIGHTS, self._replica.flat)
+        self._replica.accept(integers)
 
     def _apply(self, gradient: Tensor, used: Sequence[bool], rate: float) -> None:
         """Run the rule on each group's parameters that got a gradient; skip the others, as torch skips None."""

@@ -6,18 +6,20 @@ Owns the buffers in which this worker adds, and the *tally*: the small exact fac
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unisono.board import REGROUP, RUNNING, STOP
 from unisono.data.order import Step
-from unisono.engine.assignment import shares
+from unisono.engine.assignment import Assignment
 from unisono.engine.contribution import Contribution
 from unisono.engine.replica import Replica
 from unisono.engine.tree import Tree, fold, fold_nodes, nodes
-from unisono.errors import ContractError, DivergedError
+from unisono.errors import ContractError, DivergedError, LostPeerError
 from unisono.exchange.protocol import Exchange
 
 
@@ -26,18 +28,23 @@ class Totals:
     """What every worker knows of a finished step.
 
     loss: mean over all terms, float64 arithmetic. weight: number of terms. used: whether each parameter got a gradient
-    at all. integers: int64, the integer buffers as microbatch 0 left them. stop: whether any worker was asked to stop.
+    at all. integers: int64, the integer buffers as microbatch 0 left them. request: what the workers were asked to do
+    after this step, `board.STOP` before `board.REGROUP`.
     """
 
     loss: float
     weight: int
     used: list[bool]
     integers: Tensor
-    stop: bool
+    request: int
 
 
 class Reduction:
-    """Adds up one step at a time."""
+    """Adds up one step at a time.
+
+    Attributes:
+        shares: which microbatches of the present step each worker computes, by rank.
+    """
 
     def __init__(self, replica: Replica, exchange: Exchange) -> None:
         self._replica = replica
@@ -47,16 +54,19 @@ class Reduction:
         self._parameters = len(replica.parameters)
         self._integers = int(replica.integer_values().numel())
         self._step: Step | None = None
+        self._assignment = Assignment(exchange.workers)
+        self._began = 0.0
 
     def begin(self, step: Step) -> range:
         """Forget the last step; return the microbatches of this one that are mine."""
         self._step = step
-        self._shares = shares(len(step.microbatches), self._exchange.workers)
+        self._began = time.perf_counter()
+        self.shares = self._assignment.shares(len(step.microbatches))
         self._tree.clear()
         self._used = torch.zeros(self._parameters, dtype=torch.int64)
         self._scalars: dict[int, tuple[Tensor, int]] = {}
         self._first_integers: Tensor | None = None
-        return self._shares[self._exchange.rank]
+        return self.shares[self._exchange.rank]
 
     def add(self, number: int, contribution: Contribution) -> None:
         """Add microbatch `number`'s contribution; numbers rise."""
@@ -67,25 +77,25 @@ class Reduction:
         if number == 0:
             self._first_integers = contribution.integers
 
-    def finish(self, stop: bool = False) -> tuple[Tensor, Totals]:
+    def finish(self, request: int = RUNNING) -> tuple[Tensor, Totals]:
         """Exchange nodes; return my shard of the *sum* of all contributions, to be overwritten freely, and the totals.
 
         Raises:
             DivergedError: a microbatch's loss is not finite.
             ContractError: the step has no terms at all.
         """
-        totals = self._tally(stop)
+        totals = self._tally(request)
         pending = self._tree.pending
-        owned = [node for share in self._shares for node in nodes(share)]
+        owned = [node for share in self.shares for node in nodes(share)]
         received = self._exchange.to_owners(
             [buffer for _, buffer in pending],
-            [len(nodes(share)) for share in self._shares],
+            [len(nodes(share)) for share in self.shares],
             shard_size=self._replica.shard.size,
             dtype=self._replica.space.dtype,
         )
         return fold_nodes(list(zip(owned, received, strict=True))), totals
 
-    def _tally(self, stop: bool) -> Totals:
+    def _tally(self, request: int) -> Totals:
         """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all but
         one."""
         assert self._step is not None
@@ -96,17 +106,28 @@ class Reduction:
         integers = self._first_integers
         if integers is None:
             integers = torch.zeros(self._integers, dtype=torch.int64)
-        stops = torch.tensor([int(stop)])
-        mine = torch.cat([losses.view(torch.int64), weights, self._used, integers.cpu(), stops])
+        requests = torch.tensor([int(request == STOP), int(request == REGROUP)])
+        pace = torch.zeros(self._exchange.workers + 1, dtype=torch.int64)
+        pace[self._exchange.rank] = round((time.perf_counter() - self._began) * 1e6) if self._scalars else 0
+        pace[-1] = self._assignment.number
+        mine = torch.cat([losses.view(torch.int64), weights, self._used, integers.cpu(), requests, pace])
         device = self._replica.flat.device
         everyone = self._exchange.add_integers(mine.to(device)).cpu()
-        sizes = [microbatches, microbatches, parameters, self._integers, 1]
-        loss_bits, weights, used, integers, stops = everyone.split(sizes)
-        return self._conclude(
-            loss_bits.view(torch.float64).tolist(), weights.tolist(), used, integers, bool(stops.item())
-        )
+        sizes = [microbatches, microbatches, parameters, self._integers, 2, len(pace)]
+        loss_bits, weights, used, integers, requests, pace = everyone.split(sizes)
+        self._learn(*pace.tolist())
+        stops, regroups = requests.tolist()
+        asked = STOP if stops else REGROUP if regroups else RUNNING
+        return self._conclude(loss_bits.view(torch.float64).tolist(), weights.tolist(), used, integers, asked)
 
-    def _conclude(self, losses: list[float], weights: list[int], used: Tensor, integers: Tensor, stop: bool) -> Totals:
+    def _learn(self, *pace: int) -> None:
+        """Let the next step's shares follow what this one took: every worker learns the same."""
+        *microseconds, numbers = pace
+        if numbers != self._assignment.number * self._exchange.workers:
+            raise LostPeerError("the workers do not agree on the sharing out of this step")
+        self._assignment.learn(microseconds)
+
+    def _conclude(self, losses: list[float], weights: list[int], used: Tensor, integers: Tensor, request: int) -> Totals:
         assert self._step is not None
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -120,7 +141,9 @@ class Reduction:
             raise ContractError(
                 f"step {self._step.number + 1} has no terms: the task's loss returned 0 for all its microbatches."
             )
-        return Totals(loss=fold(losses) / weight, weight=weight, used=(used > 0).tolist(), integers=integers, stop=stop)
+        return Totals(
+            loss=fold(losses) / weight, weight=weight, used=(used > 0).tolist(), integers=integers, request=request
+        )
 
     def _write(self, parts: Sequence[Tensor | None], buffer: Tensor, add: bool) -> None:
         """Write parts (None: zeros) into a flat buffer of the space, or add them to it."""

@@ -139,15 +139,24 @@ class Replica:
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all
         there."""
-        return {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
+        return module_tensors(self.module)
 
     def all_tensors(self) -> dict[str, Tensor]:
         """`tensors`, and the buffers that the module's state_dict leaves out."""
         return {**{name: buffer.detach() for name, buffer in self.module.named_buffers()}, **self.tensors()}
 
-    def layout_digest(self) -> str:
-        """Short hash of names, shapes and present values: equal on workers that built the same module."""
-        return tensors_sha256(self.tensors())[:16]
+    def locate(self, tensor: Tensor) -> tuple[str, int]:
+        """Where one of `all_tensors` lies: ("weights", first element of `flat`), ("integers", first element of
+        `integer_values`), or ("constant", 0) for what no step changes."""
+        offset, size = divmod(tensor.data_ptr() - self.flat.data_ptr(), self.flat.element_size())[0], tensor.numel()
+        if tensor.dtype == self.flat.dtype and size and 0 <= offset <= self.flat.numel() - size:
+            return "weights", offset
+        start = 0
+        for name in self.integers:
+            if size and self._views[name].data_ptr() == tensor.data_ptr():
+                return "integers", start
+            start += self._views[name].numel()
+        return "constant", 0
 
     def _move_in(self) -> None:
         """Copy every value into the flat tensor (aligned, wherever it lay before) and let the module look at it
@@ -185,6 +194,16 @@ class Replica:
     def _rebind(self, name: str, value: Tensor) -> None:
         for module, attribute in self._owners[name]:
             module._buffers[attribute] = value
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own tensors by name, as its state_dict has them."""
+    return {name: value.detach() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def layout_digest(module: nn.Module) -> str:
+    """Short hash of names, shapes and present values: equal on workers that built the same module."""
+    return tensors_sha256(module_tensors(module))[:16]
 
 
 def same_bits(left: Tensor | None, right: Tensor | None) -> bool:

@@ -1,27 +1,48 @@
 """All that a step reads and leaves behind.
 
-Owns the list of what makes up a run's state; each part is owned by the object that it lies in.
+Owns the list of what makes up a run's state, and the commit of a step; each part is owned by the object that it lies in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unisono.engine.arrays import AVERAGE, BEST, WEIGHTS
 from unisono.engine.optimizer import Optimizer
+from unisono.engine.reduction import Totals
 from unisono.engine.replica import Replica
 from unisono.engine.space import Segment
 from unisono.exchange.protocol import Exchange
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """A whole state in the form of a checkpoint: whatever the number of workers, the same names and bytes.
+
+    parameters: the tensors of the module's state_dict. buffers: those that it leaves out. optimizer: "slot.parameter".
+    facts: plain values: step, early stopping, and what is told of the run.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    facts: Mapping[str, Any]
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainState:
     """After `step` steps: weights and buffers (`replica`), optimiser state and averaged weights (`optimizer`, my
-    shard)."""
+    shard).
+
+    last: loss, norm and rate of the last step, plain values. evaluated: whether the evaluation that may follow it is
+    done. has_best: whether the best evaluation's weights are kept.
+    """
 
     step: int
     replica: Replica
@@ -30,9 +51,44 @@ class TrainState:
     best_score: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    best_weights: Tensor | None = None
-    """My shard of the best evaluation's weights, where they are kept."""
-    best_integers: Tensor | None = None
+    has_best: bool = False
+    evaluated: bool = True
+    last: Mapping[str, Any] | None = None
+    _took_best: bool = False
+
+    def commit(self, step: int, totals: Totals, last: Mapping[str, Any]) -> None:
+        """Make what the optimiser worked out the state after `step` steps: on all workers, or on none."""
+        self.step, self.last, self.evaluated = step, last, False
+        self.optimizer.publish(totals.integers, self.facts())
+
+    def begin(self) -> None:
+        """Commit the state that the run begins with, or goes on from."""
+        self.optimizer.publish(self.replica.integer_values(), self.facts())
+
+    def note_evaluation(self) -> None:
+        """Commit what an evaluation has changed."""
+        self.evaluated = True
+        self.optimizer.arrays.note(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """The plain values of this state."""
+        return {
+            "step": self.step,
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "evaluations_since_best": self.evaluations_since_best,
+            "has_best": self.has_best,
+            "evaluated": self.evaluated,
+            "last": self.last,
+        }
+
+    def recover(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:
+        """Go on from the committed state that the optimiser's arrays hold, with its facts."""
+        for name in self.facts():
+            setattr(self, name, facts[name])
+        self.optimizer.counts.copy_(counts)
+        self.optimizer.arrays.read(WEIGHTS, self.replica.flat)
+        self.replica.accept(integers.clone())
 
     def judge(self, score: float, *, higher: bool, keep: bool) -> bool:
         """Compare an evaluation's score with the best so far; return whether it is better, and keep its weights if
@@ -42,29 +98,27 @@ class TrainState:
             return False
         self.best_score, self.best_step, self.evaluations_since_best = score, self.step, 0
         if keep:
-            average = self.optimizer.average
-            self.best_weights = (self.optimizer.weights if average is None else average).clone()
-            self.best_integers = self.replica.integer_values()
+            optimizer = self.optimizer
+            optimizer.arrays.best().copy_(optimizer.weights if optimizer.average is None else optimizer.average)
+            optimizer.arrays.best_integers().copy_(self.replica.integer_values())
+            self.has_best = True
         return True
 
     def take_best(self) -> None:
-        """Put the best evaluation's weights into the replica (and the average, where there is one), for good."""
-        if self.best_weights is None or self.best_integers is None:
-            return
-        self.exchange.gather_shards(self.best_weights, self.replica.flat)
-        self.replica.accept(self.best_integers)
-        if self.optimizer.average is not None:
-            self.optimizer.average.copy_(self.best_weights)
+        """Put the best evaluation's weights into the replica, for good: there is no training after it."""
+        if self.has_best:
+            self._took_best = True
+            self.optimizer.arrays.read(BEST, self.replica.flat)
+            self.replica.accept(self.optimizer.arrays.best_integers().to(self.replica.flat.device, copy=True))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within, the replica holds the averaged weights, where there are such."""
-        average = self.optimizer.average
-        if average is None:
+        """Within, the replica holds the averaged weights, where there are such (and no best ones have been taken)."""
+        if self.optimizer.average is None or self._took_best:
             yield
             return
         own = self.replica.flat.clone()
-        self.exchange.gather_shards(average, self.replica.flat)
+        self.optimizer.arrays.read(AVERAGE, self.replica.flat)
         try:
             yield
         finally:
@@ -77,45 +131,55 @@ class TrainState:
         """
         space, optimizer = self.replica.space, self.optimizer
         found: dict[str, Tensor] = {}
-        shards = dict(optimizer.slots)
-        shards |= {
-            name: shard
-            for name, shard in (("average", optimizer.average), ("best", self.best_weights))
-            if shard is not None
-        }
+        names = [*optimizer.slots, *([AVERAGE] if optimizer.average is not None else [])]
         flat = torch.zeros_like(self.replica.flat)
-        for slot, shard in shards.items():
-            self.exchange.gather_shards(shard, flat)
-            segments = space.parameters if slot in optimizer.slots else space.segments
-            found |= {f"{slot}.{segment.name}": segment.view(flat).cpu().clone() for segment in segments}
+        for name in [*names, *([BEST] if self.has_best else [])]:
+            optimizer.arrays.read(name, flat)
+            segments = space.parameters if name in optimizer.slots else space.segments
+            found |= {f"{name}.{segment.name}": segment.view(flat).cpu().clone() for segment in segments}
         for segment, count in zip(space.parameters, self.optimizer.counts, strict=True):
             found[f"updates.{segment.name}"] = count.clone()
-        if self.best_integers is not None:
-            found["best_integers"] = self.best_integers.cpu().clone()
+        if self.has_best:
+            found["best_integers"] = optimizer.arrays.best_integers().cpu().clone()
         return found
 
-    def restore(self, module_tensors: dict[str, Tensor], optimizer_tensors: dict[str, Tensor]) -> None:
-        """Take over weights, buffers and optimiser state that were saved under any number of workers."""
+    def content(self) -> Content:
+        """The whole state as a checkpoint has it, gathered: every worker must call this."""
+        parameters, everything = self.replica.tensors(), self.replica.all_tensors()
+        facts = {name: value for name, value in self.facts().items() if name != "has_best"}
+        buffers = {name: value for name, value in everything.items() if name not in parameters}
+        return Content(parameters=parameters, buffers=buffers, optimizer=self.optimizer_tensors(), facts=facts)
+
+    def restore(self, content: Content) -> None:
+        """Take over a state that was saved under any number of workers.
+
+        Raises:
+            KeyError, RuntimeError: it is that of another model.
+        """
         replica, optimizer = self.replica, self.optimizer
+        for name in self.facts():
+            setattr(self, name, content.facts.get(name, getattr(self, name)))
+        tensors = content.optimizer
+        module_tensors = content.parameters | content.buffers
         with torch.no_grad():
             for name, value in replica.all_tensors().items():
                 value.copy_(module_tensors[name])
             replica.accept(replica.integer_values())
-            if self.exchange.workers > 1:
-                optimizer.weights.copy_(replica.shard.of(replica.flat))
+            optimizer.weights.copy_(replica.shard.of(replica.flat))
             for slot, shard in optimizer.slots.items():
-                shard.copy_(self._shard_of(slot, optimizer_tensors, replica.space.parameters))
+                shard.copy_(self._shard_of(slot, tensors, replica.space.parameters))
             if optimizer.average is not None:
-                optimizer.average.copy_(self._shard_of("average", optimizer_tensors, replica.space.segments))
-            if "best_integers" in optimizer_tensors:
-                self.best_weights = self._shard_of("best", optimizer_tensors, replica.space.segments)
-                self.best_integers = optimizer_tensors["best_integers"].to(replica.flat.device)
-            counts = [int(optimizer_tensors[f"updates.{segment.name}"]) for segment in replica.space.parameters]
+                optimizer.average.copy_(self._shard_of(AVERAGE, tensors, replica.space.segments))
+            self.has_best = "best_integers" in tensors
+            if self.has_best:
+                optimizer.arrays.best().copy_(self._shard_of(BEST, tensors, replica.space.segments))
+                optimizer.arrays.best_integers().copy_(tensors["best_integers"])
+            counts = [int(tensors[f"updates.{segment.name}"]) for segment in replica.space.parameters]
             optimizer.counts.copy_(torch.tensor(counts, dtype=torch.int64))
 
-    def _shard_of(self, slot: str, tensors: dict[str, Tensor], segments: tuple[Segment, ...]) -> Tensor:
+    def _shard_of(self, slot: str, tensors: Mapping[str, Tensor], segments: tuple[Segment, ...]) -> Tensor:
         """My shard of what was gathered under `slot`."""
         flat = torch.zeros_like(self.replica.flat)
         for segment in segments:
             segment.view(flat).copy_(tensors[f"{slot}.{segment.name}"])
-        return self.replica.shard.of(flat).clone()
+        return self.replica.shard.of(flat)

@@ -31,14 +31,19 @@ class Distributed:
         self.workers = workers
         self._device = device
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=workers,
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=workers,
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except RuntimeError:
+            if dist.is_initialized():  # half made; in its way, another group could not be
+                dist.destroy_process_group()
+            raise
         self._outbox = torch.empty(0, device=device)
         self._inbox = torch.empty(0, device=device)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from unisono.launch.local import count_workers, launch
-from unisono.launch.seat import seat_from_torchrun
+from unisono.launch.seat import Seat, restarted_by_torchrun, seat_from_torchrun
 from unisono.launch.worker import Act, work
 
-__all__ = ["Act", "count_workers", "run_everywhere"]
+__all__ = ["Act", "count_workers", "join_torchrun", "restarted_by_torchrun", "run_everywhere", "seat_from_torchrun"]
 
 
 def run_everywhere(act: Act, *, workers: str | int, microbatches: int, threads: int, device: str) -> bool:
@@ -18,9 +18,14 @@ def run_everywhere(act: Act, *, workers: str | int, microbatches: int, threads: 
     if seat is None:
         launch(count_workers(workers, microbatches, device), act, threads=threads, device=device)
         return True
+    join_torchrun(seat, act, threads=threads, device=device)
+    return seat.rank == 0
+
+
+def join_torchrun(seat: Seat, act: Act, *, threads: int, device: str) -> None:
+    """Run `act` in this process, as the worker that torchrun wants it to be."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(
         lambda: work(seat, act, threads=threads, wanted_device=device)
     )()  # torchrun reads the error file that this writes
-    return seat.rank == 0

@@ -56,7 +56,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         listener.listen(workers)
         port = listener.getsockname()[1]
         fork = multiprocessing.get_context("fork")
-        _forget_kernel_buffers()
+        forget_kernel_buffers()
         children: list[BaseProcess] = []
         with _Interrupts(children) as interrupts:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # they wait until every child is there, and listens
@@ -82,7 +82,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         _raise_first_failure(children, Path(scratch), interrupts.asked)
 
 
-def _forget_kernel_buffers() -> None:
+def forget_kernel_buffers() -> None:
     """Make MKL free its buffers, which it lists by thread.
 
     A forked process that inherits the list of several threads may search it for ever in its first matrix product.

@@ -22,8 +22,8 @@ TIMEOUT_SECONDS = 1800.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet; −1 under
-    torchrun."""
+    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at `port`
+    (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of workers."""
 
     rank: int
     workers: int
@@ -31,6 +31,7 @@ class Seat:
     local_workers: int
     port: int = 0
     listener: int = -1
+    generation: int = 0
 
     def device(self, wanted: str) -> torch.device:
         """The device that the recipe wants: GPU number `local_rank`, or the CPU."""
@@ -58,7 +59,7 @@ class Seat:
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
-        if self.listener >= 0:
+        if self.port:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # on one host a name that does not resolve need not stop gloo
             return dist.TCPStore(
                 "127.0.0.1",
@@ -88,3 +89,8 @@ def seat_from_torchrun() -> Seat | None:
     except KeyError:
         return None
     return Seat(rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers)
+
+
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun's agent has started this worker again, after a loss."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from unisono.board import RUNNING, STOP
 from unisono.engine import numerics
 from unisono.errors import Interrupted, LostPeerError, UnisonoError
 from unisono.exchange.protocol import Exchange
@@ -30,16 +31,18 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 class Stop:
-    """Whether this worker was asked to stop (SIGTERM). While `graceful` is false the request ends it at once."""
+    """Whether this worker was asked to stop, by SIGTERM or SIGUSR1. While `graceful` is false the request ends it at
+    once."""
 
     def __init__(self) -> None:
         self.graceful = False
         self._asked = False
 
-    def __call__(self) -> bool:
-        """Whether a stop was asked for. The first call says that from now on the loop will heed it."""
+    def __call__(self) -> int:
+        """board.STOP where a stop was asked for, else board.RUNNING. The first call says that from now on the loop will
+        heed it."""
         self.graceful = True
-        return self._asked
+        return STOP if self._asked else RUNNING
 
     def ask(self, signum: int, frame: FrameType | None) -> None:
         """Handle the signal."""
@@ -57,7 +60,8 @@ class Act(Protocol):
 def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
     """Do one worker's part, in this process."""
     stop = Stop()
-    signal.signal(signal.SIGTERM, stop.ask)
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, stop.ask)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()

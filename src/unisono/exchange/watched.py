@@ -1,0 +1,60 @@
+"""An exchange whose every call can be seen from outside: who has entered which, and who has not come back.
+
+Owns the marks on the board. The exchange itself is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unisono.board import Progress
+from unisono.exchange.protocol import Exchange
+
+
+class Watched:
+    """Another `Exchange`, with a mark on the board before and after each call."""
+
+    def __init__(self, exchange: Exchange, progress: Progress) -> None:
+        self.rank = exchange.rank
+        self.workers = exchange.workers
+        self._exchange = exchange
+        self._progress = progress
+
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        return self._exchange.new_buffer(elements, dtype)
+
+    def add_integers(self, values: Tensor) -> Tensor:
+        self._progress.enter("add_integers")
+        found = self._exchange.add_integers(values)
+        self._progress.leave()
+        return found
+
+    def to_owners(
+        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        self._progress.enter("to_owners")
+        found = self._exchange.to_owners(nodes, counts, shard_size=shard_size, dtype=dtype)
+        self._progress.leave()
+        return found
+
+    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+        self._progress.enter("gather_shards")
+        self._exchange.gather_shards(shard, flat)
+        self._progress.leave()
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        self._progress.enter("gather_bytes")
+        found = self._exchange.gather_bytes(content)
+        self._progress.leave()
+        return found
+
+    def wait_for_all(self) -> None:
+        self._progress.enter("wait_for_all")
+        self._exchange.wait_for_all()
+        self._progress.leave()
+
+    def close(self) -> None:
+        self._exchange.close()

@@ -1,0 +1,214 @@
+"""The processes that a supervisor watches over: forked, listened to, ended.
+
+Owns the children and their channels. Decides nothing; `supervisor.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from unisono.board import Board
+from unisono.faults import Fault
+from unisono.launch.channel import Channel, Message, pair
+from unisono.launch.member import DUMP, Part, Post, serve
+from unisono.launch.watch import is_stopped
+from unisono.launch.worker import STOPPING
+
+DUMP_SECONDS = 1.0  # to write stacks down
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """A worker's process. rank, generation: of the seat that it has, or had last; −1: none yet. waiting: for a seat."""
+
+    slot: int
+    process: BaseProcess
+    channel: Channel
+    rank: int = -1
+    generation: int = -1
+    waiting: bool = False
+    leaving: bool = False
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a member ended. report: what it wrote of its exception, if any. stacks: of a crash."""
+
+    member: Member
+    code: int
+    report: dict[str, Any] | None
+    stacks: str
+
+
+class Crew:
+    """All members of a run on this host. `wake` is a descriptor that ends a wait."""
+
+    def __init__(
+        self,
+        part: Part,
+        board: Board,
+        *,
+        memory: int,
+        threads: int,
+        device: str,
+        scratch: Path,
+        faults: Sequence[Fault],
+        wake: int,
+    ) -> None:
+        self.members: dict[int, Member] = {}
+        self._part = part
+        self._board = board
+        self._memory = memory
+        self._threads = threads
+        self._device = device
+        self._scratch = scratch
+        self._faults = tuple(faults)
+        self._wake = wake
+        self._fork = multiprocessing.get_context("fork")
+
+    def hire(self, count: int) -> None:
+        """Fork workers until there are `count`, in the lowest slots that are free."""
+        free = (slot for slot in range(len(self.members) + count + 1) if slot not in self.members)
+        while len(self.members) < count:
+            slot = next(free)
+            mine, theirs = pair()
+            post = Post(
+                slot=slot,
+                channel=theirs,
+                board=self._board,
+                memory=self._memory,
+                threads=self._threads,
+                device=self._device,
+                workers=count,
+                scratch=self._scratch,
+                parent=os.getpid(),
+                faults=self._faults,
+            )
+            # until the child ignores them, it must not take a signal for the parent's
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPPING, signal.SIGUSR1))
+            process = self._fork.Process(target=serve, args=(post, self._part), name=f"worker {slot}")
+            process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            self.members[slot] = Member(slot=slot, process=process, channel=mine)
+
+    def seat(self, generation: int, chosen: Sequence[Member]) -> None:
+        """Give the chosen members seats in a new group."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(len(chosen))
+            port = listener.getsockname()[1] if len(chosen) > 1 else 0
+            for rank, member in enumerate(chosen):
+                member.rank, member.generation, member.waiting = rank, generation, False
+                seat: Message = {
+                    "rank": rank,
+                    "workers": len(chosen),
+                    "local_rank": rank,
+                    "local_workers": len(chosen),
+                    "port": port,
+                    "generation": generation,
+                }
+                member.channel.send(seat, listener.fileno() if port and rank == 0 else -1)
+
+    def let_go(self, members: Iterable[Member]) -> None:
+        """Tell waiting members that they are not needed any more."""
+        for member in members:
+            if member.waiting:
+                member.waiting, member.leaving = False, True
+                member.channel.send({"leave": True})
+
+    def wait(self, seconds: float) -> None:
+        """Return when something may have happened, at the latest after `seconds`."""
+        watched: list[Any] = [self._wake]
+        for member in self.members.values():
+            watched += [member.process.sentinel, member.channel]
+        ready, _, _ = select.select(watched, [], [], seconds)
+        if self._wake in ready:
+            with suppress(BlockingIOError):
+                os.read(self._wake, 4096)
+
+    def listen(self) -> list[tuple[Member, Message]]:
+        """What members have said since."""
+        return [(member, message) for member in list(self.members.values()) for message in member.channel.drain()]
+
+    def reap(self) -> tuple[list[tuple[Member, Message]], list[End]]:
+        """Take out the members that have ended; return their last words, and how they ended."""
+        words: list[tuple[Member, Message]] = []
+        ends: list[End] = []
+        for member in list(self.members.values()):
+            code = member.process.exitcode
+            if code is None:
+                continue
+            words += [(member, message) for message in member.channel.drain()]
+            member.channel.close()
+            del self.members[member.slot]
+            written = self._scratch / f"{member.slot}.json"
+            report = json.loads(written.read_text(encoding="utf-8")) if written.exists() else None
+            written.unlink(missing_ok=True)
+            ends.append(End(member=member, code=code, report=report, stacks=self._stacks(member)))
+        return words, ends
+
+    def kill(self, members: Iterable[Member]) -> None:
+        """End members at once; `reap` finds them."""
+        for member in members:
+            with suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Make sure that no child is left."""
+        self.kill(self.members.values())
+        for member in self.members.values():
+            member.process.join()
+            member.channel.close()
+        self.members.clear()
+
+    def stopped(self) -> dict[int, bool]:
+        """Which members are stopped by a signal, by slot."""
+        return {slot: is_stopped(member.pid) for slot, member in self.members.items()}
+
+    def dump_stacks(self, folder: Path, told: str) -> None:
+        """Have every member write its stacks down, into `folder`/worker-N.txt under what it last said.
+
+        A stopped one has to be continued for that; who is lost anyhow may be.
+        """
+        sizes = {slot: len(self._stacks(member)) for slot, member in self.members.items()}
+        rows = {slot: str(self._board.row(slot)) for slot in self.members}
+        for member in self.members.values():
+            with suppress(ProcessLookupError):
+                os.kill(member.pid, DUMP)
+                if is_stopped(member.pid):
+                    os.kill(member.pid, signal.SIGCONT)
+        deadline = time.monotonic() + DUMP_SECONDS
+        while time.monotonic() < deadline and any(
+            len(self._stacks(member)) <= sizes[slot] for slot, member in self.members.items()
+        ):
+            time.sleep(0.01)
+        time.sleep(0.05)  # the rest of what has begun
+        folder.mkdir(parents=True, exist_ok=True)
+        for slot, member in self.members.items():
+            stacks = self._stacks(member)[sizes[slot] :] or "it wrote no stacks down\n"
+            text = f"{told}\nworker {member.rank}, process {member.pid}, was at {rows[slot]}\n\n{stacks}"
+            (folder / f"worker-{member.rank}.txt").write_text(text, encoding="utf-8")
+
+    def _stacks(self, member: Member) -> str:
+        path = self._scratch / f"stacks-{member.slot}.txt"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+

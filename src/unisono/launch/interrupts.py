@@ -1,0 +1,44 @@
+"""Signals that ask a run to end, as the supervisor sees them: noted, never acted on in the handler.
+
+Owns the handlers and their wake-up descriptor, and puts back what was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C; the machine is wanted back (kill, a scheduler, an instance that is taken away); the same from Slurm."""
+
+
+class Interrupts:
+    """Within: signals are collected in `asked`, in order; each makes `descriptor` readable."""
+
+    def __init__(self) -> None:
+        self.asked: list[signal.Signals] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        self.descriptor, self._writing = os.pipe()
+        for end in (self.descriptor, self._writing):
+            os.set_blocking(end, False)
+        for signum in ASKING:
+            self._before[signum] = signal.signal(signum, self._note)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        os.close(self.descriptor)
+        os.close(self._writing)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.asked.append(signal.Signals(signum))
+        if len(self.asked) == 1:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)

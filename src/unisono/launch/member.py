@@ -1,0 +1,174 @@
+"""The process of a worker that a supervisor watches over: it takes a seat, works, and when its group of workers is
+dissolved it drops the unfinished step and takes another seat.
+
+Owns the worker's end of the channel. What a worker does is handed in; who watches is `supervisor.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import faulthandler
+import gc
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from unisono import events
+from unisono.board import Board, Pen
+from unisono.checkpoint.background import BackgroundWriter
+from unisono.engine import numerics
+from unisono.engine.state import TrainState
+from unisono.errors import LostPeerError
+from unisono.exchange.protocol import Exchange
+from unisono.exchange.watched import Watched
+from unisono.faults import Fault
+from unisono.launch.channel import Channel
+from unisono.launch.seat import Seat
+from unisono.launch.worker import STOPPING, guarded, keep_memory
+from unisono.link import Link
+
+PR_SET_PDEATHSIG = 1
+DUMP = signal.SIGUSR2
+"""Makes a worker write all its stacks down, whatever it is at."""
+
+
+class Part(Protocol):
+    """What a supervised worker does; `run.Trainee` is one."""
+
+    def warm(self, device: torch.device, workers: int, link: Link) -> None:
+        """Make ready what needs no other worker."""
+        ...
+
+    def train(
+        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int
+    ) -> bool:
+        """Take part in a group of workers; return whether all is done, or another group is to go on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Post:
+    """What a worker's process is given when it is forked. memory: file of the run's snapshot. workers: how many there
+    are to be."""
+
+    slot: int
+    channel: Channel
+    board: Board
+    memory: int
+    threads: int
+    device: str
+    workers: int
+    scratch: Path
+    parent: int
+    faults: tuple[Fault, ...] = ()
+
+
+class Supervised:
+    """The link of a worker to its supervisor."""
+
+    def __init__(self, post: Post, pen: Pen) -> None:
+        self.progress: Pen = pen
+        self.memory = post.memory
+        self._channel = post.channel
+        self._board = post.board
+        # without a snapshot, the worker has to write checkpoints itself
+        self._writer = BackgroundWriter(self.tell) if post.memory < 0 else None
+
+    @property
+    def prepared(self) -> bool:
+        return self._board.prepared
+
+    @prepared.setter
+    def prepared(self, done: bool) -> None:
+        self._board.prepared = done
+
+    def request(self) -> int:
+        return self._board.request
+
+    def tell(self, event: events.Event) -> None:
+        self._channel.send({"event": type(event).__name__, "fields": dataclasses.asdict(event)})
+
+    def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
+        if self._writer is not None:
+            self._writer.save(state, facts, folder, keep)
+            return
+        if state.exchange.rank == 0:
+            self._ask({"save": state.step})
+        state.optimizer.arrays.pin()
+
+    def settle(self) -> bool:
+        if self._writer is not None:
+            return self._writer.settle()
+        return bool(self._ask({"settle": True})["written"]) if self.progress.rank == 0 else True
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self._channel.send(message)
+        return self._channel.receive()[0]
+
+
+def serve(post: Post, part: Part) -> None:
+    """Live a worker's life, until all is done or the supervisor lets it go."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != post.parent:
+        os._exit(1)  # the parent ended before the line above
+    stacks = (post.scratch / f"stacks-{post.slot}.txt").open("w")
+    faulthandler.enable(stacks)
+    faulthandler.register(DUMP, stacks, all_threads=True)
+    for signum in (*STOPPING, signal.SIGUSR1):  # a terminal or Slurm sends them to all; the supervisor answers
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPPING, signal.SIGUSR1))
+    code = guarded(lambda: _serve(post, part), post.scratch / f"{post.slot}.json", post.slot)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no clean-up of what was inherited from the parent
+
+
+def _serve(post: Post, part: Part) -> None:
+    pen = post.board.pen(post.slot, post.faults)
+    link = Supervised(post, pen)
+    pen.at("start")
+    keep_memory()
+    place = Seat(rank=post.slot, workers=post.workers, local_rank=post.slot, local_workers=post.workers)
+    device = place.device(post.device)
+    numerics.settle(threads=post.threads, device=device)
+    part.warm(device, post.workers, link)
+    why = ""
+    while True:
+        pen.seat(-1, -1)
+        pen.at("wait")
+        post.channel.send({"waiting": why})
+        seat, listener = post.channel.receive()
+        if "leave" in seat:
+            return
+        try:
+            if _sit(Seat(**seat, listener=listener), pen, part, device, link):
+                return
+            why = ""
+        except LostPeerError as error:
+            why = str(error)
+        gc.collect()  # the last group's memory, before the next one's is made
+
+
+def _sit(seat: Seat, pen: Pen, part: Part, device: torch.device, link: Link) -> bool:
+    """Belong to one group of workers. Return whether all is done; false: another group is to go on."""
+    pen.seat(seat.rank, seat.generation)
+    pen.at("join")
+    pen.enter("join")
+    try:
+        exchange: Exchange = Watched(seat.join(device), pen)
+    except RuntimeError as error:  # whatever a store or a backend says of others that do not come
+        raise LostPeerError(f"the workers could not meet: {error}") from error
+    pen.leave()
+    try:
+        return part.train(exchange, device, link, local_rank=seat.local_rank, local_workers=seat.local_workers)
+    finally:
+        with suppress(RuntimeError):  # what a backend says of a broken connection; the group is over all the same
+            exchange.close()
