@@ -104,6 +104,7 @@ class Board:
     """The whole board. Made by the supervisor before it forks; anonymous, so it ends with the last process."""
 
     def __init__(self, rows: int) -> None:
+        self.rows = rows
         self._memory = mmap.mmap(-1, (_HEADER + rows * _ROW) * 8)
         self._words = np.frombuffer(self._memory, np.int64)
 

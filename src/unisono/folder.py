@@ -37,7 +37,10 @@ def choose_folder(name: str, given: str | Path | None, *, resume: bool | str) ->
         newest = _newest_number(name)
         path = Path(given) if given is not None else RUNS / f"{name}-{newest:03d}"
         if path.exists() and (given is not None or not (path / "summary.json").exists()):
-            if any(path.iterdir()) and not (path / "recipe.toml").exists():
+            if (
+                any(not inside.name.startswith(".") for inside in path.iterdir())
+                and not (path / "recipe.toml").exists()
+            ):
                 raise RunFolderError(f"--run-folder {str(path)!r} is no run folder. Give another one.")
             return path
         return new_folder(name, given)

@@ -131,9 +131,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, link: Link) -> Run:
     recipe, train, material = job.recipe, job.recipe.train, ready.material
     check_workers(recipe, exchange.workers)
     link.progress.at("join")
-    replica = Replica(
-        ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=material.task.pretrained
-    )
+    replica = Replica(ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=material.task.pretrained)
     warnings = _compare_workers(ready.fingerprint, exchange)
     total_steps = count_steps(len(material.train), train.samples_per_step, train.epochs, train.max_steps)
     order = Order(
@@ -209,8 +207,7 @@ def _probe(run: Run) -> None:
     larger = np.concatenate([first[0], first[-1][:1]])
     take = run.material.train.take
     one, other = (
-        {name: column.to(run.ready.device) for name, column in take(samples).items()}
-        for samples in (first[-1], larger)
+        {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (first[-1], larger)
     )
     probe(run.contributor, one, other)
 

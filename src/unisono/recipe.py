@@ -151,7 +151,9 @@ class Train(Section):
     threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any")
     audit_every: int = Field(
-        0, ge=0, description="steps between audits: another worker recomputes a microbatch, and bits are compared; 0: off"
+        0,
+        ge=0,
+        description="steps between audits: another worker recomputes a microbatch, and bits are compared; 0: off",
     )
 
 
@@ -183,7 +185,9 @@ class Recovery(Section):
     )
     restarts: int = Field(100, ge=0, description="losses that a run recovers from; 0: the first one ends it")
     attempts: int = Field(
-        3, ge=1, description="losses in a row with no step finished in between, at which the run ends: the fault repeats"
+        3,
+        ge=1,
+        description="losses in a row with no step finished in between, at which the run ends: the fault repeats",
     )
     backoff_seconds: float = Field(
         1.0, ge=0, description="wait before the second attempt at a step; doubled for each further one, up to a minute"

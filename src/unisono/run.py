@@ -162,9 +162,7 @@ def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
         return RUNNING
     contributor = traced or run.contributor
     last, waited = time.perf_counter(), 0.0
-    for done in steps(
-        state, run.order, feed, contributor, run.recipe.train, run.link.request, run.link.progress.at
-    ):
+    for done in steps(state, run.order, feed, contributor, run.recipe.train, run.link.request, run.link.progress.at):
         run.samples += done.step.samples
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)
@@ -172,9 +170,7 @@ def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
         if _has_settled(run):
             evaluate = run.recipe.evaluate
             run.tell(
-                events.Notice(
-                    message=f"stopping early: no better {evaluate.metric} in {evaluate.patience} evaluations"
-                )
+                events.Notice(message=f"stopping early: no better {evaluate.metric} in {evaluate.patience} evaluations")
             )
             return RUNNING
         if done.totals.request != RUNNING:

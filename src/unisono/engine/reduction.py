@@ -127,7 +127,9 @@ class Reduction:
             raise LostPeerError("the workers do not agree on the sharing out of this step")
         self._assignment.learn(microseconds)
 
-    def _conclude(self, losses: list[float], weights: list[int], used: Tensor, integers: Tensor, request: int) -> Totals:
+    def _conclude(
+        self, losses: list[float], weights: list[int], used: Tensor, integers: Tensor, request: int
+    ) -> Totals:
         assert self._step is not None
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):

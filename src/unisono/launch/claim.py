@@ -1,6 +1,6 @@
 """A running run's claim on its folder, and what others may ask of it through that folder.
 
-    .running      locked for as long as the run lives; holds {"host", "pid", "workers", "microbatches"}
+    .running      locked for as long as the run lives; holds {"host", "pid", "workers", "most_workers"}
     .wanted       {"workers": N}, put there by `unisono resize`
     .answer       what came of it
 
@@ -88,11 +88,10 @@ def ask_for_workers(folder: Path, workers: int) -> str:
         RecipeError: more workers than its recipe has microbatches.
     """
     holder = _holder(folder)
-    microbatches = int(holder.get("microbatches", workers))
-    if not 1 <= workers <= microbatches:
+    most = int(holder.get("most_workers", workers))
+    if not 1 <= workers <= most:
         raise RecipeError(
-            f"`--workers {workers}`: the run has {microbatches} microbatches, so 1 to {microbatches} workers can share a "
-            "step."
+            f"`--workers {workers}`: the run has {most} microbatches, so 1 to {most} workers can share a step."
         )
     (folder / ANSWER).unlink(missing_ok=True)
     write_text(folder / WANTED, json.dumps({"workers": workers}))

@@ -22,9 +22,9 @@ from typing import Any
 from unisono.board import Board
 from unisono.faults import Fault
 from unisono.launch.channel import Channel, Message, pair
+from unisono.launch.interrupts import ASKING
+from unisono.launch.losses import End
 from unisono.launch.member import DUMP, Part, Post, serve
-from unisono.launch.watch import is_stopped
-from unisono.launch.worker import STOPPING
 
 DUMP_SECONDS = 1.0  # to write stacks down
 
@@ -45,16 +45,6 @@ class Member:
     def pid(self) -> int:
         assert self.process.pid is not None
         return self.process.pid
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """How a member ended. report: what it wrote of its exception, if any. stacks: of a crash."""
-
-    member: Member
-    code: int
-    report: dict[str, Any] | None
-    stacks: str
 
 
 class Crew:
@@ -83,11 +73,14 @@ class Crew:
         self._wake = wake
         self._fork = multiprocessing.get_context("fork")
 
+    def staying(self) -> list[Member]:
+        """Members that have not been told to leave, by slot."""
+        return [member for slot, member in sorted(self.members.items()) if not member.leaving]
+
     def hire(self, count: int) -> None:
-        """Fork workers until there are `count`, in the lowest slots that are free."""
-        free = (slot for slot in range(len(self.members) + count + 1) if slot not in self.members)
-        while len(self.members) < count:
-            slot = next(free)
+        """Fork workers until `count` are staying, in the lowest slots that are free."""
+        for _ in range(count - len(self.staying())):
+            slot = next(slot for slot in range(len(self.members) + 1) if slot not in self.members)
             mine, theirs = pair()
             post = Post(
                 slot=slot,
@@ -102,7 +95,7 @@ class Crew:
                 faults=self._faults,
             )
             # until the child ignores them, it must not take a signal for the parent's
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPPING, signal.SIGUSR1))
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
             process = self._fork.Process(target=serve, args=(post, self._part), name=f"worker {slot}")
             process.start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -148,10 +141,10 @@ class Crew:
         """What members have said since."""
         return [(member, message) for member in list(self.members.values()) for message in member.channel.drain()]
 
-    def reap(self) -> tuple[list[tuple[Member, Message]], list[End]]:
+    def reap(self) -> tuple[list[tuple[Member, Message]], list[tuple[Member, End]]]:
         """Take out the members that have ended; return their last words, and how they ended."""
         words: list[tuple[Member, Message]] = []
-        ends: list[End] = []
+        ends: list[tuple[Member, End]] = []
         for member in list(self.members.values()):
             code = member.process.exitcode
             if code is None:
@@ -162,26 +155,33 @@ class Crew:
             written = self._scratch / f"{member.slot}.json"
             report = json.loads(written.read_text(encoding="utf-8")) if written.exists() else None
             written.unlink(missing_ok=True)
-            ends.append(End(member=member, code=code, report=report, stacks=self._stacks(member)))
+            stacks = "" if code == -signal.SIGKILL else self._stacks(member)
+            worker = member.rank if member.rank >= 0 else member.slot
+            ends.append((member, End(worker=worker, code=code, report=report, stacks=stacks)))
         return words, ends
 
-    def kill(self, members: Iterable[Member]) -> None:
-        """End members at once; `reap` finds them."""
+    def dismiss(self, members: Iterable[Member]) -> tuple[list[tuple[Member, Message]], list[tuple[Member, End]]]:
+        """End members at once; return the last words of who has ended, and how."""
         for member in members:
-            with suppress(ProcessLookupError):
-                os.kill(member.pid, signal.SIGKILL)
+            member.leaving = True
+            member.process.kill()
+            member.process.join()
+        return self.reap()
 
     def end(self) -> None:
         """Make sure that no child is left."""
-        self.kill(self.members.values())
         for member in self.members.values():
-            member.process.join()
-            member.channel.close()
-        self.members.clear()
+            member.process.kill()
+        self.dismiss(list(self.members.values()))
 
-    def stopped(self) -> dict[int, bool]:
-        """Which members are stopped by a signal, by slot."""
-        return {slot: is_stopped(member.pid) for slot, member in self.members.items()}
+    @staticmethod
+    def is_stopped(member: Member) -> bool:
+        """Whether a member's process is stopped by a signal."""
+        try:
+            stat = Path(f"/proc/{member.pid}/stat").read_text(encoding="ascii")
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
     def dump_stacks(self, folder: Path, told: str) -> None:
         """Have every member write its stacks down, into `folder`/worker-N.txt under what it last said.
@@ -193,7 +193,7 @@ class Crew:
         for member in self.members.values():
             with suppress(ProcessLookupError):
                 os.kill(member.pid, DUMP)
-                if is_stopped(member.pid):
+                if self.is_stopped(member):
                     os.kill(member.pid, signal.SIGCONT)
         deadline = time.monotonic() + DUMP_SECONDS
         while time.monotonic() < deadline and any(
@@ -210,5 +210,3 @@ class Crew:
     def _stacks(self, member: Member) -> str:
         path = self._scratch / f"stacks-{member.slot}.txt"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-

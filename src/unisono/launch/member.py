@@ -32,7 +32,8 @@ from unisono.exchange.watched import Watched
 from unisono.faults import Fault
 from unisono.launch.channel import Channel
 from unisono.launch.seat import Seat
-from unisono.launch.worker import STOPPING, guarded, keep_memory
+from unisono.launch.interrupts import ASKING
+from unisono.launch.worker import guarded, keep_memory
 from unisono.link import Link
 
 PR_SET_PDEATHSIG = 1
@@ -122,9 +123,9 @@ def serve(post: Post, part: Part) -> None:
     stacks = (post.scratch / f"stacks-{post.slot}.txt").open("w")
     faulthandler.enable(stacks)
     faulthandler.register(DUMP, stacks, all_threads=True)
-    for signum in (*STOPPING, signal.SIGUSR1):  # a terminal or Slurm sends them to all; the supervisor answers
+    for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers
         signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPPING, signal.SIGUSR1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     code = guarded(lambda: _serve(post, part), post.scratch / f"{post.slot}.json", post.slot)
     sys.stdout.flush()
     sys.stderr.flush()

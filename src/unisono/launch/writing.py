@@ -1,6 +1,7 @@
 """Checkpoints written by the supervisor: in a process of their own, from the snapshot, while training goes on.
 
-Owns that process. What is in a checkpoint is the matter of `checkpoint/`, where the values come from of the snapshot.
+Owns that process, and who waits for it. What is in a checkpoint is the matter of `checkpoint/`, where the values come
+from that of the snapshot.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,40 +21,84 @@ from unisono.checkpoint.background import tell_written, warn_unwritten
 from unisono.engine.snapshot import Snapshot
 from unisono.errors import RunFolderError
 from unisono.events import CheckpointWritten, Notice
-from unisono.launch.worker import STOPPING
+from unisono.launch.interrupts import ASKING
+from unisono.launch.member import PR_SET_PDEATHSIG
 
-PR_SET_PDEATHSIG = 1
 NICENESS = 5  # training comes first
+
+Reply = Callable[[dict[str, Any]], None]
 
 
 class Writing:
-    """Writes the run's checkpoints, one at a time."""
+    """Writes the run's checkpoints, one at a time. `tell` hears what came of each."""
 
-    def __init__(self, folder: Path, keep: int, memory: int, scratch: Path) -> None:
-        self.last_written = True
+    def __init__(
+        self, folder: Path, keep: int, memory: int, scratch: Path, tell: Callable[[CheckpointWritten | Notice], None]
+    ) -> None:
         self.step = -1  # that is being written, or was last
+        self.was_written = True
         self._folder = folder
         self._keep = keep
         self._memory = memory
         self._error = scratch / "writing.txt"
+        self._tell = tell
         self._process: BaseProcess | None = None
         self._began = 0.0
         self._waited_seconds = 0.0
-        self._asked = 0.0
+        self._asking: tuple[Reply, float] | None = None
+        self._settling: list[Reply] = []
 
-    @property
-    def sentinel(self) -> int | None:
-        """A descriptor that becomes readable at the end of what is being written."""
-        return self._process.sentinel if self._process is not None else None
+    def ask(self, reply: Reply) -> None:
+        """The present commit is to be written; `reply` hears when that has begun."""
+        self._asking = reply, time.monotonic()
 
-    @property
-    def busy_seconds(self) -> float:
-        """For how long the present one has been written; 0: none is."""
-        return time.monotonic() - self._began if self._process is not None else 0.0
+    def settle(self, reply: Reply) -> None:
+        """`reply` hears when everything is written."""
+        self._settling.append(reply)
 
-    def begin(self, facts: Mapping[str, Any], waited_seconds: float = 0.0) -> None:
-        """Begin to write the commit with these facts."""
-        assert self._process is None
+    def look(self, limit_seconds: float) -> None:
+        """See what has become of what is being written, and begin what is asked for. With a limit above 0, a writer that
+        takes longer while another is asked for is given up: a disk may hang, training goes on."""
+        self._conclude()
+        if self._asking and self._process is not None and 0 < limit_seconds < time.monotonic() - self._began:
+            self.kill()
+        if self._process is not None:
+            return
+        if self._asking is not None:
+            reply, since = self._asking
+            self._asking = None
+            facts = Snapshot(self._memory).facts()
+            if int(facts["step"]) != self.step:
+                self._begin(facts, time.monotonic() - since)
+            reply({"accepted": True})
+        if self._settling and self._process is None:
+            for reply in self._settling:
+                reply({"written": self.was_written})
+            self._settling = []
+
+    def write_now(self, limit_seconds: float) -> bool:
+        """Write the present commit before returning, in so many seconds; return whether it was written."""
+        facts = Snapshot(self._memory).facts()
+        if int(facts["step"]) != self.step:
+            self.kill()
+            self._begin(facts, 0.0)
+        self.finish(limit_seconds)
+        return self.was_written
+
+    def finish(self, limit_seconds: float) -> None:
+        """Wait for the end of what is being written; give it up after so long."""
+        if self._process is not None:
+            self._process.join(limit_seconds)
+            self.kill()
+
+    def kill(self) -> None:
+        """End what is being written: what it had begun is not seen, and is cleared away by the next one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._conclude()
+
+    def _begin(self, facts: Mapping[str, Any], waited_seconds: float) -> None:
         self.step = int(facts["step"])
         self._began, self._waited_seconds = time.monotonic(), waited_seconds
         self._error.unlink(missing_ok=True)
@@ -62,49 +106,33 @@ class Writing:
         self._process = fork.Process(target=self._write, args=(facts, os.getpid()), name="checkpoint")
         self._process.start()
 
-    def look(self) -> CheckpointWritten | Notice | None:
-        """What has become of it, once it has ended."""
+    def _conclude(self) -> None:
         if self._process is None or self._process.exitcode is None:
-            return None
+            return
         code, seconds, self._process = self._process.exitcode, time.monotonic() - self._began, None
-        self.last_written = code == 0
-        if code == 0:
-            return tell_written(checkpoints.name_checkpoint(self._folder, self.step), seconds, self._waited_seconds)
-        why = self._error.read_text(encoding="utf-8") if self._error.exists() else f"the writer ended with {code}"
-        self.step = -1
-        return warn_unwritten(why)
-
-    def finish(self, seconds: float) -> CheckpointWritten | Notice | None:
-        """Wait for the end, at most so long; end it then."""
-        if self._process is None:
-            return None
-        self._process.join(max(seconds, 0.0))
-        if self._process.exitcode is None:
-            self.kill()
-        return self.look()
-
-    def kill(self) -> None:
-        """End it; what it had begun is not seen, and is cleared away by the next one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+        self.was_written = code == 0
+        if self.was_written:
+            path = checkpoints.name_checkpoint(self._folder, self.step)
+            self._tell(tell_written(path, seconds, self._waited_seconds))
+        else:
+            how = f"the writer was killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            self._tell(warn_unwritten(self._error.read_text(encoding="utf-8") if self._error.exists() else how))
+            self.step = -1
 
     def _write(self, facts: Mapping[str, Any], parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for signum in (*STOPPING, signal.SIGUSR1):
+        for signum in ASKING:
             signal.signal(signum, signal.SIG_IGN)
         if os.getppid() != parent:
             os._exit(1)
         os.nice(NICENESS)
-        code = 0
         try:
             content = Snapshot(self._memory).content(facts)
             checkpoints.write(content, self._folder, keep=self._keep)
-        except (RunFolderError, OSError) as error:
+        except RunFolderError as error:
             self._error.write_text(str(error), encoding="utf-8")
-            code = 1
+            os._exit(1)
         except BaseException as error:  # noqa: BLE001 - a process of its own: whatever ends it is told
             self._error.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-            code = 1
-        sys.stderr.flush()
-        os._exit(code)
+            os._exit(1)
+        os._exit(0)
