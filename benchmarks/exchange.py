@@ -2,9 +2,9 @@
 
     python benchmarks/exchange.py
 
-unisono: nodes to their owners, the tree's last additions, the gradient's norm, AdamW on the own shard, new weights
-to everybody. The peer: an all-reduce of DistributedDataParallel's buckets of 25 MiB, all at once and without copies
-into them, then fused AdamW on all weights, no norm. Neither hides anything behind a backward pass.
+unisono: nodes to their owners, the tree's last additions, the gradient's norm, AdamW on the own shard, the commit to the
+snapshot that outlives workers, new weights to everybody. The peer: an all-reduce of DistributedDataParallel's buckets of 25 MiB, all at once and without copies
+into them, then fused AdamW on all weights, no norm and nothing kept. Neither hides anything behind a backward pass.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from world import WORKERS, in_plain, in_unisono
 
 from unisono.data.order import Step
 from unisono.engine.contribution import Contribution
-from unisono.engine.optimizer import Optimizer
+from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.reduction import Reduction
 from unisono.engine.replica import Replica
+from unisono.engine.snapshot import SnapshotArrays
+from unisono.engine.state import TrainState
 from unisono.exchange.protocol import Exchange
 from unisono.recipe import Train
 
@@ -34,10 +36,14 @@ ROUNDS = 12
 REPEATS = 5
 
 
-def unisono_round(exchange: Exchange) -> float:
+def unisono_round(exchange: Exchange, memory: int) -> float:
     """Median seconds of one worker's rounds through unisono's engine."""
+    train = Train()
     replica = Replica(_module(), rank=exchange.rank, workers=exchange.workers)
-    optimizer, reduction = Optimizer(replica, exchange, Train()), Reduction(replica, exchange)
+    arrays = SnapshotArrays(memory, array_names(train), replica, exchange, most_workers=WORKERS, extra={}, direct=True)
+    optimizer, reduction = Optimizer(replica, exchange, train, arrays), Reduction(replica, exchange)
+    state = TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange)
+    state.begin()
     one = np.zeros(1, np.int64)
     step = Step(number=0, epoch=0, microbatches=tuple(one for _ in range(exchange.workers)))
     contribution = Contribution(
@@ -54,7 +60,8 @@ def unisono_round(exchange: Exchange) -> float:
 
     def act() -> None:
         gradient, totals = reduction.finish()
-        optimizer.update(gradient, totals, step=0, rate=1e-3)
+        norm = optimizer.update(gradient, totals, step=state.step, rate=1e-3)
+        state.commit(state.step + 1, totals, {"loss": totals.loss, "norm": norm, "rate": 1e-3})
 
     return _time(prepare, act)
 

@@ -3,7 +3,7 @@
     python benchmarks/step.py               all rows
     python benchmarks/step.py minilm bag    the rows of these workloads
 
-The same model, precision, samples and workers. Runs alternate, A B A B, so that what else the machine does falls on
+The same model, precision, samples and workers; unisono commits every step to its snapshot. Runs alternate, A B A B, so that what else the machine does falls on
 both; the ratio is the median of the ratios of neighbours.
 """
 
@@ -22,9 +22,11 @@ from record import Cell, Spread, record
 from workloads import WORKLOADS, Workload
 from world import WORKERS, in_plain, in_unisono
 
+from unisono.board import RUNNING
 from unisono.data.feed import Feed
 from unisono.exchange.protocol import Exchange
-from unisono.joining import Job, join
+from unisono.joining import Job, join, make_ready
+from unisono.link import Alone
 from unisono.loop import steps
 from unisono.material import open_own
 
@@ -42,15 +44,25 @@ ROWS = (
 """Workload, precision, unisono's microbatches a step. DDP takes one pass per worker and step, as 2 microbatches do."""
 
 
-def train(workload: Workload, exchange: Exchange) -> float:
+class Supervised(Alone):
+    """The link of a worker that leaves its state in a snapshot, though nobody watches over it."""
+
+    def __init__(self, memory: int) -> None:
+        super().__init__((), lambda: RUNNING)
+        self.memory = memory
+
+
+def train(workload: Workload, exchange: Exchange, memory: int) -> float:
     """Train the workload's steps on one worker of unisono; return the seconds that they took."""
     train = workload.recipe.train
     number = workload.warm_up + workload.steps
     recipe = workload.recipe.model_copy(update={"train": train.model_copy(update={"epochs": 10_000.0})})
     with tempfile.TemporaryDirectory() as folder:
         material = open_own(recipe, workload.task, workload.samples)
-        run = join(Job(recipe=recipe, folder=Path(folder)), material, exchange, torch.device("cpu"))
-        feed = Feed(material.train, run.order, run.device)
+        job = Job(recipe=recipe, folder=Path(folder))
+        ready = make_ready(job, material, torch.device("cpu"))
+        run = join(job, ready, exchange, Supervised(memory))
+        feed = Feed(material.train, run.order, ready.device)
         done = steps(run.state, run.order, feed, run.contributor, train)
         for _ in islice(done, workload.warm_up):
             pass
@@ -70,7 +82,7 @@ def compare(workload: Workload) -> dict[str, Cell]:
     ours: list[float] = []
     theirs: list[float] = []
     for _ in range(REPEATS):
-        ours.append(samples / in_unisono(lambda exchange: train(workload, exchange)))
+        ours.append(samples / in_unisono(lambda exchange, memory: train(workload, exchange, memory)))
         theirs.append(samples / in_plain(lambda rank, workers: peer.train(workload, rank, workers)))
     return {
         "workload": workload.name,

@@ -1,7 +1,7 @@
 """Two kinds of worlds that a measurement alternates between: unisono's workers, and a plain gloo group for the peer.
 
-Owns their start and how rank 0 hands back its seconds. Both fork their workers on this host, give each one thread and
-flush denormals.
+Owns their start, the memory of unisono's snapshot, and how rank 0 hands back its seconds. Both fork their workers on this
+host, give each one thread and flush denormals.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from unisono.engine.snapshot import new_file
 from unisono.exchange.protocol import Exchange
 from unisono.launch.local import launch
 from unisono.launch.seat import Seat
@@ -25,13 +26,13 @@ WORKERS = 2
 TIMEOUT = timedelta(seconds=600)
 
 
-def in_unisono(act: Callable[[Exchange], float]) -> float:
-    """Run `act` in each of unisono's workers; return worker 0's result."""
-    with tempfile.TemporaryDirectory() as scratch:
+def in_unisono(act: Callable[[Exchange, int], float]) -> float:
+    """Run `act(exchange, file for the snapshot)` in each of unisono's workers; return worker 0's result."""
+    with tempfile.TemporaryDirectory() as scratch, open(new_file(), "rb") as memory:
         result = Path(scratch) / "result"
 
         def work(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-            found = act(exchange)
+            found = act(exchange, memory.fileno())
             if seat.rank == 0:
                 result.write_text(repr(found))
 

@@ -112,7 +112,7 @@ class Launched:
         return (self.folder / "err.txt").read_text(encoding="utf-8")
 
     def workers(self) -> list[int]:
-        """Process ids of the workers, in order of rank."""
+        """Process ids of the workers, in order of rank; after them that of who writes a checkpoint just now."""
         return [
             int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii").split()
         ]

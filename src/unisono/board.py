@@ -155,6 +155,11 @@ class Board:
             waiting=waiting,
         )
 
+    def clear(self, slot: int) -> None:
+        """A worker is about to be started in `slot`."""
+        self._words[_HEADER + slot * _ROW :][:_ROW] = 0
+        self._words[_HEADER + slot * _ROW + _SINCE] = time.monotonic_ns()
+
     def pen(self, slot: int, faults: tuple[Fault, ...] = ()) -> Pen:
         """With which the worker in `slot` writes."""
         return Pen(self, self._words[_HEADER + slot * _ROW :][:_ROW], faults)

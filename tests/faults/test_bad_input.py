@@ -180,13 +180,50 @@ RESUME = ("train", "toy.toml", "-w", 1, "--run-folder", "run", "--resume", "--qu
 
 @pytest.mark.parametrize("part", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["truncated", "altered", "missing"])
-def test_damaged_checkpoint(command: Command, unfinished: Path, part: str, harm: str) -> None:
+def test_damaged_only_checkpoint(command: Command, unfinished: Path, part: str, harm: str) -> None:
     spoil_file(unfinished / part, harm)
+    run = unfinished.parents[1]
+    before = read_all(run)
     code, _, err = command(*RESUME)
     assert code == 2, err
     assert part in err
     assert "Traceback" not in err
-    assert not (unfinished.parents[1] / "summary.json").exists()
+    assert read_all(run) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "harm"),
+    [("parameters.safetensors", "truncated"), ("optimizer.safetensors", "altered"), ("state.json", "missing")],
+)
+def test_damaged_newest_checkpoint(
+    command: Command, unfinished: Path, trained: dict[int, Path], part: str, harm: str
+) -> None:
+    """It is set aside with a warning, the one before is used, and the run ends as if nothing had happened."""
+    run, often = unfinished.parents[1], ("--set", "checkpoint.every_steps=10", "--set", "checkpoint.keep=2")
+    shutil.rmtree(run)
+    assert command("train", "toy.toml", "-w", 2, "--run-folder", "run", *often)[0] == 0
+    shutil.rmtree(run / "model")
+    (run / "summary.json").unlink()
+    older, newest = sorted((run / "checkpoints").iterdir())
+    assert newest.name == unfinished.name
+    spoil_file(newest / part, harm)
+    damaged = read_all(newest)
+    code, out, err = command(*RESUME, *often)
+    assert (code, out) == (0, ""), err
+    (warning,) = err.splitlines()
+    assert warning.startswith("warning: ") and part in warning and f"going on from {older.name}" in warning
+    aside = newest.with_name(f"{newest.name}.damaged")
+    assert read_all(aside) == damaged
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {older.name, newest.name, aside.name}
+    for file in ("parameters.safetensors", "optimizer.safetensors"):
+        assert (newest / file).read_bytes() == (trained[1] / "checkpoints" / newest.name / file).read_bytes()
+    mine, expected = (json.loads((path / "summary.json").read_text()) for path in (run, trained[1]))
+    for name in ("weights_sha256", "optimizer_sha256", "test"):
+        assert mine[name] == expected[name], name
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def rewrite_facts(checkpoint: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
@@ -286,13 +323,37 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk(command: Command, tmp_path: Path, small_disk: Path) -> None:
+    """Checkpoints and the picture do not fit, the model does: training goes on to the same bits."""
     make_toy(tmp_path)
-    options = ("--run-folder", small_disk / "run", "--set", "checkpoint.every_steps=5", "--set", "encode.buckets=1024")
+    options = ("-w", 2, "--quiet", "--set", "checkpoint.every_steps=5", "--set", "encode.buckets=1024")
+    assert command("train", "toy.toml", "--run-folder", "run", *options) == (0, "", "")
+    code, out, err = command("train", "toy.toml", "--run-folder", small_disk / "run", *options)
+    assert (code, out) == (0, ""), err
+    warnings = err.splitlines()
+    assert all(line.startswith("warning: ") and "the disk is full" in line for line in warnings)
+    for step in (5, 10, 15, 18):
+        (warning,) = (line for line in warnings if f"step-{step:08d}" in line)
+        assert "no checkpoint, and training goes on" in warning
+    assert len(warnings) == 4 + (not (small_disk / "run" / "curves.svg").exists())
+    assert list((small_disk / "run" / "checkpoints").iterdir()) == []
+    assert read_all(small_disk / "run" / "model") == read_all(tmp_path / "run" / "model")
+    mine, expected = (json.loads((path / "run" / "summary.json").read_text()) for path in (small_disk, tmp_path))
+    for name in ("weights_sha256", "optimizer_sha256", "test", "steps"):
+        assert mine[name] == expected[name], name
+    lines = [json.loads(line) for line in (small_disk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "StepDone"] == list(range(1, 19))
+
+
+def test_full_disk_for_the_model(command: Command, tmp_path: Path, small_disk: Path) -> None:
+    make_toy(tmp_path)
+    options = ("--run-folder", small_disk / "run", "--set", "checkpoint.every_steps=5", "--set", "encode.buckets=4096")
     code, _, err = command("train", "toy.toml", "-w", 2, *options)
     assert code == 2, err
-    assert "the disk is full" in err
+    assert "/run/model' cannot be written: the disk is full" in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == []
+    assert list((small_disk / "run" / "checkpoints").iterdir()) == []
+    left = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in (small_disk / "run").iterdir()} == left
 
 
 def test_full_disk_while_preparing(command: Command, tmp_path: Path, small_disk: Path) -> None:
@@ -304,18 +365,26 @@ def test_full_disk_while_preparing(command: Command, tmp_path: Path, small_disk:
     assert [path for path in small_disk.iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_file_too_large(tmp_path: Path, warm: None) -> None:
-    """Where nobody may mount: a limit on the size of files stops the checkpoint half-way."""
+def test_file_too_large(tmp_path: Path, warm: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where nobody may mount: a limit on the size of files stops the checkpoint half-way, and then the model."""
     make_toy(tmp_path)
     unisono.prepare(tmp_path / "toy.toml", workers=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
     try:
-        with pytest.raises(unisono.UserError, match="cannot be written"):
-            unisono.train(tmp_path / "toy.toml", workers=2, run=tmp_path / "run", quiet=True)
+        with pytest.raises(unisono.UserError, match="/run/model' cannot be written"):
+            unisono.train(
+                tmp_path / "toy.toml", workers=2, run=tmp_path / "run", quiet=True, checkpoint={"every_steps": 5}
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    warnings = capfd.readouterr().err.splitlines()  # of the last one only if it has failed before the model
+    for step, warning in zip((5, 10, 15), warnings, strict=False):
+        assert warning.startswith("warning: no checkpoint, and training goes on: ")
+        assert f"step-{step:08d}' cannot be written" in warning
+    assert 3 <= len(warnings) <= 4
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_port_in_use(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

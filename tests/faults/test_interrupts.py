@@ -1,12 +1,14 @@
-"""Ctrl-C, kill -9 and exceptions: one message, no process left behind, and the run goes on to the same bits."""
+"""Ctrl-C, SIGTERM, kill -9 and exceptions: one message, no process left behind, and the run goes on to the same bits."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 
 import unisono
 from toy import Launched, is_alive, launch_command, make_toy, wait_until_gone
+from unisono.checkpoint import checkpoints
+from unisono.errors import RunFolderError
 from unisono.models.text.classification import TextClassification
 
 LONG = ("--set", "train.epochs=40", "--set", "checkpoint.every_steps=20")
@@ -31,9 +35,13 @@ def begin(folder: Path, *options: object, workers: int = 2) -> Launched:
     return launched
 
 
-def read_steps(run: Path) -> list[int]:
+def read_ledger(run: Path, event: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["event"] == "StepDone"]
+    return [line for line in lines if line["event"] == event]
+
+
+def read_steps(run: Path) -> list[int]:
+    return [line["step"] for line in read_ledger(run, "StepDone")]
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +56,33 @@ def assert_resumes_to_the_same_bits(folder: Path, uninterrupted: Path, workers: 
         ("train", "toy.toml", "-w", workers, "--run-folder", "run", "--resume", "--quiet", *LONG), folder
     )
     assert resumed.end() == 0, resumed.err
+    assert_same_bits(folder, uninterrupted)
+
+
+def assert_same_bits(folder: Path, uninterrupted: Path) -> None:
+    """The run in `folder` is as if nothing had happened to it."""
     mine, expected = (json.loads((run / "summary.json").read_text()) for run in (folder / "run", uninterrupted))
     assert [mine[name] for name in HASHES] == [expected[name] for name in HASHES]
     assert mine["test"] == expected["test"]
     assert read_steps(folder / "run") == list(range(1, expected["steps"] + 1))
+    for name in ("loss", "gradient_norm", "learning_rate", "samples", "tokens"):
+        curves = [[line[name] for line in read_ledger(run, "StepDone")] for run in (folder / "run", uninterrupted)]
+        assert curves[0] == curves[1], name
+    last = Path("checkpoints") / f"step-{expected['steps']:08d}"
+    for part in ("parameters.safetensors", "optimizer.safetensors"):
+        assert (folder / "run" / last / part).read_bytes() == (uninterrupted / last / part).read_bytes(), part
 
 
-@pytest.mark.parametrize(("stop", "workers"), [(signal.SIGINT, 3), (signal.SIGTERM, 1)])
-def test_interrupt_saves_and_resumes(tmp_path: Path, uninterrupted: Path, stop: signal.Signals, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("stop", "code", "workers"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 75, 1), (signal.SIGUSR1, 75, 4)]
+)
+def test_interrupt_saves_and_resumes(
+    tmp_path: Path, uninterrupted: Path, stop: signal.Signals, code: int, workers: int
+) -> None:
     launched = begin(tmp_path)
     children = launched.workers()
     os.kill(launched.pid, stop)
-    assert launched.end() == 130, launched.err
+    assert launched.end() == code, launched.err
     assert wait_until_gone(children) == []
     assert "stopping after this step" in launched.err
     assert "--resume" in launched.err
@@ -71,16 +94,52 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, uninterrupted: Path, stop: 
     assert_resumes_to_the_same_bits(tmp_path, uninterrupted, workers)
 
 
-def test_terminal_interrupts_the_whole_group(tmp_path: Path) -> None:
-    """Ctrl-C in a terminal reaches the workers too; they leave it to the launcher."""
+@pytest.mark.parametrize("full", [False, True], ids=["slow disk", "full disk"])
+def test_interrupt_while_a_checkpoint_is_being_written(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """What is told to be saved is saved, and what could not be saved is not told to be."""
+
+    def write(*arguments: Any, **options: Any) -> Path:
+        time.sleep(1)
+        if full and (tmp_path / "run" / "checkpoints" / "step-00000020").exists():
+            raise RunFolderError("made for the test: the disk is full")
+        return honest(*arguments, **options)
+
+    honest = checkpoints.write
+    monkeypatch.setattr(checkpoints, "write", write)
     launched = begin(tmp_path)
-    os.killpg(launched.pid, signal.SIGINT)
+    os.kill(launched.pid, signal.SIGINT)
     assert launched.end() == 130, launched.err
+    last = read_steps(tmp_path / "run")[-1]
+    assert last > 20
+    assert launched.err.count(f"stopped after step {last} of 240") == 1
+    assert ("could not be saved" in launched.err, "is saved" in launched.err) == (full, not full)
+    assert "made for the test" in launched.out or not full
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"step-00000020"} if full else f"step-{last:08d}" in kept
+    monkeypatch.undo()
+    assert_resumes_to_the_same_bits(tmp_path, uninterrupted, workers=3)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_terminal_interrupts_the_whole_group(tmp_path: Path, stop: signal.Signals, code: int) -> None:
+    """Ctrl-C in a terminal, and a scheduler's signal, reach the workers too; they leave it to the supervisor."""
+    launched = begin(tmp_path)
+    os.killpg(launched.pid, stop)
+    assert launched.end() == code, launched.err
     assert launched.err.count("stopped after step") == 1
+    last = read_steps(tmp_path / "run")[-1]
+    assert f"stopped after step {last} of " in launched.err
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last:08d}" / "state.json").is_file()
+    assert read_ledger(tmp_path / "run", "Recovered") == []
     assert "Traceback" not in launched.err
 
 
-def test_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("first", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_second_interrupt_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: signal.Signals, code: int
+) -> None:
     def loss(self: TextClassification, module: nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
         if (Path.cwd() / "hang").exists():
             time.sleep(60)
@@ -92,12 +151,12 @@ def test_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     children = launched.workers()
     (tmp_path / "hang").touch()
     time.sleep(0.3)
-    os.kill(launched.pid, signal.SIGINT)
+    os.kill(launched.pid, first)
     time.sleep(0.5)
     assert is_alive(launched.pid)  # the workers' step does not end
     began = time.monotonic()
     os.kill(launched.pid, signal.SIGINT)
-    assert launched.end() == 130, launched.err
+    assert launched.end() == code, launched.err
     assert time.monotonic() - began < 2
     assert wait_until_gone(children) == []
     assert "stopped at once" in launched.err
@@ -137,21 +196,60 @@ def test_interrupt_within_the_first_step_saves_it(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_worker_is_named_once(tmp_path: Path, uninterrupted: Path, rank: int) -> None:
+def test_killed_worker_is_named_once_and_replaced(tmp_path: Path, uninterrupted: Path, rank: int) -> None:
     launched = begin(tmp_path)
+    children = launched.workers()
+    os.kill(children[rank], signal.SIGKILL)
+    assert launched.end() == 0, launched.err
+    assert wait_until_gone(children) == []
+    (recovered,) = read_ledger(tmp_path / "run", "Recovered")
+    assert recovered["what"].count(f"worker {rank} was killed by SIGKILL") == 1
+    assert recovered["what"].count("worker ") == 1
+    assert recovered["workers"] == 2
+    assert 24 <= recovered["step"] < 240
+    assert launched.out.count('"Recovered"') == 1
+    assert (launched.out + launched.err).count("was killed by SIGKILL") == 1
+    assert launched.err == ""
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["recoveries"] == 1
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("every_steps", [20, 0])
+def test_killed_worker_is_replaced_without_a_snapshot(tmp_path: Path, uninterrupted: Path, every_steps: int) -> None:
+    """Where the size of files is limited no memory file is used: the run goes on from its last checkpoint, or anew."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, before[1]))
+    try:
+        launched = begin(tmp_path, "--set", f"checkpoint.every_steps={every_steps}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    os.kill(launched.workers()[1], signal.SIGKILL)
+    assert launched.end() == 0, launched.err
+    (recovered,) = read_ledger(tmp_path / "run", "Recovered")
+    assert "worker 1 was killed by SIGKILL" in recovered["what"]
+    assert recovered["step"] % 20 == 0 and (recovered["step"] > 0) == (every_steps > 0)
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_worker_ends_a_run_that_may_not_recover(tmp_path: Path, uninterrupted: Path, rank: int) -> None:
+    launched = begin(tmp_path, "--set", "recovery.restarts=0")
     children = launched.workers()
     os.kill(children[rank], signal.SIGKILL)
     assert launched.end() == 1, launched.err
     assert wait_until_gone(children) == []
     assert launched.err.count(f"worker {rank} was killed by SIGKILL") == 1
     assert launched.err.count("worker ") == 1
+    assert "recovery.restarts = 0" in launched.err
+    assert "--resume" in launched.err
     assert "Traceback" not in launched.err
+    assert not (tmp_path / "run" / "summary.json").exists()
     if rank == 0:
         assert_resumes_to_the_same_bits(tmp_path, uninterrupted, workers=1)
 
 
 def test_killed_launcher_takes_its_workers_along(tmp_path: Path) -> None:
-    launched = begin(tmp_path, workers=3)
+    launched = begin(tmp_path, "--set", "checkpoint.every_steps=0", workers=3)  # nobody writes one just now
     children = launched.workers()
     assert len(children) == 3
     os.kill(launched.pid, signal.SIGKILL)
@@ -172,8 +270,34 @@ def test_exception_in_a_worker_is_told_once(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "fail").touch()
     assert launched.end() == 1, launched.err
     assert wait_until_gone(children) == []
+    assert launched.err.count("worker 1 failed twice with the same error") == 1
     assert launched.err.count("worker 1 failed") == 1
     assert launched.err.count("Traceback") == 1
     assert launched.err.count("ZeroDivisionError: made for the test") == 1
     assert "worker 0" not in launched.err
     assert "worker 2" not in launched.err
+    (recovered,) = read_ledger(tmp_path / "run", "Recovered")  # it was tried again once
+    assert recovered["what"] == "worker 1 failed"
+    assert recovered["step"] == read_steps(tmp_path / "run")[-1]
+    assert f"at step {recovered['step'] + 1}" in launched.err
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_exception_that_comes_once_costs_one_step(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    def loss(self: TextClassification, module: nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
+        if torch.distributed.get_rank() == rank and (Path.cwd() / "fail").exists():
+            (Path.cwd() / "fail").unlink()
+            raise ZeroDivisionError("made for the test")
+        return honest(self, module, microbatch)  # type: ignore[arg-type]
+
+    honest = TextClassification.loss
+    monkeypatch.setattr(TextClassification, "loss", loss)
+    launched = begin(tmp_path, workers=3)
+    (tmp_path / "fail").touch()
+    assert launched.end() == 0, launched.err
+    assert launched.err == ""
+    (recovered,) = read_ledger(tmp_path / "run", "Recovered")
+    assert recovered["what"] == f"worker {rank} failed"
+    assert_same_bits(tmp_path, uninterrupted)

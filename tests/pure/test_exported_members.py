@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -66,15 +67,24 @@ def test_errors_are_one_tree() -> None:
 
 
 def test_drawn_tree_is_the_real_one() -> None:
+    """Who is whose subclass, and which exit code is whose."""
     from unisono import errors
 
-    drawn = {
-        line.strip("│├└─ ").split()[0]
-        for line in (errors.__doc__ or "").splitlines()
-        if "Error" in line or "Interr" in line
-    }
-    real = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert real <= drawn
+    above = ["UnisonoError"]  # the way from the root to the line before
+    drawn: dict[str, str] = {}  # name → parent
+    codes = {"UnisonoError": 1}
+    for line in (errors.__doc__ or "").splitlines():
+        branch = line.lstrip("│├└─ ")
+        if "─ " not in line:
+            continue
+        name, depth = branch.split()[0], (len(line) - len(branch)) // 4
+        above = [*above[:depth], name]
+        drawn[name] = above[-2]
+        told = re.search(r"\(exit code (\d+)", line)
+        codes[name] = int(told[1]) if told else codes[above[-2]]
+    real = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    assert drawn | {"UnisonoError": "Exception"} == {name: value.__base__.__name__ for name, value in real.items()}
+    assert codes == {name: value.exit_code for name, value in real.items()}
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

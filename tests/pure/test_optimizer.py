@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unisono.board import RUNNING
 from unisono.engine.optimizer import Optimizer
 from unisono.engine.reduction import Totals
 from unisono.engine.replica import Replica, tensors_sha256
@@ -72,7 +73,14 @@ def gradient(replica: Replica, step: int) -> Tensor:
 
 def totals(replica: Replica, step: int, weight: int = 1) -> Totals:
     used = [index not in UNUSED.get(step, ()) for index in range(len(replica.parameters))]
-    return Totals(loss=1.0, weight=weight, used=used, integers=replica.integer_values(), stop=False)
+    return Totals(loss=1.0, weight=weight, used=used, integers=replica.integer_values(), request=RUNNING)
+
+
+def advance(optimizer: Optimizer, slope: Tensor, known: Totals, *, step: int, rate: float) -> float:
+    """Work a step out and publish it; `slope` is my shard of the sum."""
+    norm = optimizer.update(slope, known, step=step, rate=rate)
+    optimizer.publish(known.integers)
+    return norm
 
 
 def run(
@@ -83,7 +91,7 @@ def run(
     norms = []
     for step, rate in enumerate(RATES):
         mine = replica.shard.of(gradient(replica, step)).clone()
-        norms.append(optimizer.update(mine, totals(replica, step), step=step, rate=rate))
+        norms.append(advance(optimizer, mine, totals(replica, step), step=step, rate=rate))
     return replica, optimizer, norms
 
 
@@ -171,7 +179,7 @@ def test_the_norm_of_many_blocks_is_the_same_bits_on_any_number_of_workers() -> 
             flat = torch.zeros_like(replica.flat)
             replica.space.parameters[0].view(flat).copy_(slope)
             mine = replica.shard.of(flat).clone()
-            norms.append(optimizer.update(mine, totals(replica, 0), step=0, rate=0.0))
+            norms.append(advance(optimizer, mine, totals(replica, 0), step=0, rate=0.0))
         return tuple(norms)
 
     found = {norms for workers in (1, 2, 3, 5, 7) for norms in play(workers, act)}
@@ -186,7 +194,7 @@ def test_biases_and_norms_do_not_decay() -> None:
     replica = Replica(net(), rank=0, workers=1)
     before = {segment.name: segment.view(replica.flat).clone() for segment in replica.space.parameters}
     optimizer = Optimizer(replica, Solo(), train(optimizer="adamw", weight_decay=0.5))
-    optimizer.update(still(replica), totals(replica, 0), step=0, rate=0.1)
+    advance(optimizer, still(replica), totals(replica, 0), step=0, rate=0.1)
     for name, value in replica.module.named_parameters():
         expected = before[name] * (1 - 0.1 * 0.5) if name in ("encoder.weight", "head.weight") else before[name]
         torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
@@ -199,7 +207,7 @@ def test_the_pretrained_part_learns_at_its_own_rate(factor: float) -> None:
     before = replica.flat.clone()
     slope = gradient(replica, 0)
     optimizer = Optimizer(replica, Solo(), settings)
-    optimizer.update(slope.clone(), totals(replica, 0), step=0, rate=0.1)
+    advance(optimizer, slope.clone(), totals(replica, 0), step=0, rate=0.1)
     for segment in replica.space.parameters:
         rate = 0.1 if segment.name.startswith("head.") else 0.1 * factor
         expected = segment.view(before) - rate * segment.view(slope)
@@ -217,7 +225,7 @@ def test_clipping_is_that_of_torch(limit: float) -> None:
     expected = torch.nn.utils.clip_grad_norm_(whole, limit)
     torch.optim.SGD(whole, lr=0.1).step()
     mean = dict(replica.module.named_buffers())["mean"].clone()
-    found = Optimizer(replica, Solo(), settings).update(slope, totals(replica, 0, weight=4), step=0, rate=0.1)
+    found = advance(Optimizer(replica, Solo(), settings), slope, totals(replica, 0, weight=4), step=0, rate=0.1)
     assert found == pytest.approx(float(expected), rel=1e-6)
     for weight, segment in zip(whole, replica.space.parameters, strict=True):
         torch.testing.assert_close(segment.view(replica.flat), weight.detach(), rtol=1e-5, atol=1e-6)
@@ -231,7 +239,7 @@ def test_average_of_the_weights() -> None:
     optimizer = Optimizer(replica, Solo(), settings)
     expected = replica.flat.double()
     for step, rate in enumerate(RATES):
-        optimizer.update(gradient(replica, step), totals(replica, step), step=step, rate=rate)
+        advance(optimizer, gradient(replica, step), totals(replica, step), step=step, rate=rate)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * replica.flat.double()
     assert optimizer.average is not None
@@ -275,5 +283,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(workers: int, bad: float)
             optimizer.update(replica.shard.of(flat), totals(replica, 0), step=0, rate=0.1)
         assert torch.equal(replica.flat, before[0]) and torch.equal(optimizer.weights, before[1])
         assert not any(slot.any() for slot in optimizer.slots.values()) and not optimizer.counts.any()
+        assert optimizer.average is not None and torch.equal(optimizer.average, before[1])
 
     play(workers, act)

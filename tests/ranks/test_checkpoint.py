@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import Forked
+from worlds import CPU, Forked, Heard, train_alone
 
 import zoo
 from unisono import files
 from unisono import recipe as recipes
+from unisono.board import RUNNING, STOP
 from unisono.checkpoint import checkpoints
 from unisono.errors import DamagedError, Interrupted, RunFolderError, WorkerError
 from unisono.exchange.played import play
@@ -24,9 +26,7 @@ from unisono.joining import Job
 from unisono.material import open_own
 from unisono.models.task import Microbatch
 from unisono.recipe import Recipe
-from unisono.run import execute
 
-CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
     "train": {"samples_per_step": 20, "microbatches": 8, "epochs": 3.0, "learning_rate": 0.05, "ema_decay": 0.8},
     "evaluate": {"every_steps": 1, "keep_best": True, "samples_per_microbatch": 4, "metric": "halfway"},
@@ -42,9 +42,9 @@ class StopAfter:
             steps + 1 if exchange.rank == exchange.workers - 1 else -1
         )  # the run asks once before its first step
 
-    def __call__(self) -> bool:
+    def __call__(self) -> int:
         self._left -= 1
-        return self._left == 0
+        return STOP if self._left == 0 else RUNNING
 
 
 class Halfway(zoo.Classified):
@@ -60,13 +60,20 @@ def recipe() -> Recipe:
     return recipes.check(SETTINGS)
 
 
-def train(exchange: Exchange, folder: Path, *, steps: int = -1, resume: bool = False, **options: Any) -> None:
+def train(
+    exchange: Exchange,
+    folder: Path,
+    *,
+    steps: int = -1,
+    resume: Literal["no", "yes", "auto"] = "no",
+    heard: Heard | None = None,
+) -> None:
     """Train a convolution to the end, or for so many steps."""
     material = open_own(
         recipe(), Halfway(zoo.convolution), zoo.images(), validation=zoo.images(11, 8), test=zoo.images(9, 9)
     )
-    job = Job(recipe=recipe(), folder=folder, resume=resume, **options)
-    execute(job, material, exchange, CPU, (), StopAfter(exchange, steps))
+    job = Job(recipe=recipe(), folder=folder, resume=resume)
+    train_alone(job, material, exchange, [heard or Heard(folder)], StopAfter(exchange, steps))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -78,8 +85,11 @@ def results(folder: Path) -> dict[str, Any]:
     return {name: summary[name] for name in ("weights_sha256", "optimizer_sha256", "test", "best_step", "steps")}
 
 
-def play_train(workers: int, folder: Path, **options: Any) -> None:
-    play(workers, lambda exchange: train(exchange, folder, **options))
+def play_train(workers: int, folder: Path, **options: Any) -> list[str]:
+    """Train with played workers; return the warnings."""
+    heard = Heard(folder)
+    play(workers, lambda exchange: train(exchange, folder, heard=heard, **options))
+    return heard.warnings
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +117,11 @@ def test_resumed_on_other_numbers_of_workers_equals_uninterrupted(
     stops: tuple[int, int], whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    for workers, steps, resume in ((7, stops[0], False), (2, stops[1], True)):
+    for workers, steps, resume in ((7, stops[0], "no"), (2, stops[1], "yes")):
         with pytest.raises(Interrupted, match="--resume"):
             play_train(workers, folder, steps=steps, resume=resume)
     assert not (folder / "model").exists()
-    play_train(5, folder, resume=True)
+    play_train(5, folder, resume="yes")
     assert results(folder) == results(whole)
     assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
     assert (folder / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
@@ -121,7 +131,7 @@ def test_real_workers_resume_what_others_began(whole: Path, tmp_path: Path, fork
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         forked(3, lambda exchange: train(exchange, folder, steps=4))
-    forked(2, lambda exchange: train(exchange, folder, resume=True))
+    forked(2, lambda exchange: train(exchange, folder, resume="yes"))
     assert results(folder) == results(whole)
     assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
 
@@ -129,7 +139,7 @@ def test_real_workers_resume_what_others_began(whole: Path, tmp_path: Path, fork
 def test_a_finished_run_can_be_resumed_without_effect(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     play_train(2, folder)
-    play_train(3, folder, resume=True)
+    play_train(3, folder, resume="yes")
     assert results(folder) == results(whole)
 
 
@@ -147,10 +157,54 @@ def test_keep_best_chooses_among_all_evaluations(whole: Path) -> None:
 
 @pytest.mark.parametrize("file", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_a_damaged_file_is_named(file: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    file: str, damage: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        play_train(1, folder, steps=3)
+    path = folder / "checkpoints" / "step-00000003" / file
+    spoil(path, damage)
+    left = contents(path.parent)
+    (warning,) = play_train(2, folder, resume="yes")
+    assert str(path) in warning and "going on from step-00000002" in warning
+    aside = folder / "checkpoints" / "step-00000003.damaged"
+    assert contents(aside) == left, "it is set aside as it was"
+    shutil.rmtree(aside)
+    assert results(folder) == results(whole)
+    assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
+
+
+@pytest.mark.parametrize("file", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_with_no_whole_checkpoint_the_newest_damaged_file_is_named(file: str, damage: str, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         play_train(1, tmp_path, steps=2)
-    path = tmp_path / "checkpoints" / "step-00000002" / file
+    for step in (1, 2):
+        spoil(tmp_path / "checkpoints" / f"step-{step:08d}" / file, damage)
+    before = contents(tmp_path)
+    with pytest.raises(DamagedError, match=str(tmp_path / "checkpoints" / "step-00000002" / file)):
+        play_train(2, tmp_path, resume="yes")
+    assert contents(tmp_path) == before
+
+
+def test_auto_begins_anew_where_no_checkpoint_is_whole(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        play_train(1, folder, steps=2)
+    spoiled = [folder / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors" for step in (1, 2)]
+    for path in spoiled:
+        spoil(path, "altered")
+    warnings = play_train(2, folder, resume="auto")
+    assert len(warnings) == 2 and all("beginning anew" in warning for warning in warnings)
+    assert all(any(str(path) in warning for warning in warnings) for path in spoiled)
+    for path in spoiled:
+        shutil.rmtree(path.parent.with_name(path.parent.name + ".damaged"))
+    assert results(folder) == results(whole)
+    assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
+
+
+def spoil(path: Path, damage: str) -> None:
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -158,29 +212,58 @@ def test_a_damaged_file_is_named(file: str, damage: str, tmp_path: Path) -> None
         middle = len(content) // 2
         cut = content[:middle]
         path.write_bytes(cut if damage == "truncated" else cut + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    with pytest.raises(DamagedError, match=str(path)):
-        play_train(2, tmp_path, resume=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fill_up(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Let the disk be full in the middle of the checkpoints of these steps."""
     save = files.save_file
 
-    def fill_up(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+    def save_file(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
         save(tensors, path, **options)
-        if "step-00000003" in str(path) and "optimizer" in str(path):
+        if "optimizer" in path.name and first <= int(path.parent.name[len(".step-") :].removesuffix(".part")) <= last:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", fill_up)
-    with pytest.raises(RunFolderError, match="the disk is full"):
-        play_train(2, tmp_path)
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
-    monkeypatch.undo()
-    play_train(3, tmp_path, resume=True)
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 9
+    monkeypatch.setattr(files, "save_file", save_file)
+
+
+@pytest.mark.parametrize("last", [3, 9])
+def test_a_full_disk_costs_its_checkpoints_only(
+    last: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on to the same bits; what is written later is as if nothing had happened."""
+    folder = tmp_path / "run"
+    fill_up(monkeypatch, 3, last)
+    warnings = play_train(2, folder)
+    assert len(warnings) == last - 3 + 1
+    for step, warning in zip(range(3, last + 1), warnings, strict=True):
+        assert f"step-{step:08d}" in warning and "the disk is full" in warning and "training goes on" in warning
+    assert results(folder) == results(whole)
+    assert (folder / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    expected = contents(whole / "checkpoints")
+    gone = tuple(f"step-{step:08d}/" for step in range(3, last + 1))
+    assert contents(folder / "checkpoints") == {n: v for n, v in expected.items() if not n.startswith(gone)}
+    assert all(path.name.startswith("step-") for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only one is kept; the interrupted run says what it could not do, and goes on from there."""
+    folder = tmp_path / "run"
+    monkeypatch.setitem(SETTINGS, "checkpoint", {"every_steps": 1, "keep": 1})
+    with monkeypatch.context() as full:
+        fill_up(full, 3, 9)
+        with pytest.raises(Interrupted, match="stopped after step 5 of 9, which could not be saved"):
+            play_train(2, folder, steps=5)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (folder / "model").exists()
+    monkeypatch.setitem(SETTINGS, "checkpoint", {"every_steps": 1, "keep": 99})
+    assert play_train(3, folder, resume="yes") == []
+    assert results(folder) == results(whole)
+    expected = contents(whole / "checkpoints")
+    assert contents(folder / "checkpoints") == {n: v for n, v in expected.items() if not n.startswith("step-00000001")}
 
 
 @pytest.mark.parametrize("moment", ["rename", "fsync"])
-def test_a_kill_at_any_instant_leaves_a_checkpoint(moment: str, tmp_path: Path, forked: Forked) -> None:
+def test_a_kill_at_any_instant_leaves_a_checkpoint(moment: str, whole: Path, tmp_path: Path, forked: Forked) -> None:
     folder = tmp_path / "run"
 
     def act(exchange: Exchange) -> None:
@@ -203,8 +286,10 @@ def test_a_kill_at_any_instant_leaves_a_checkpoint(moment: str, tmp_path: Path, 
         "step-00000001",
         "step-00000002",
     ]
-    play_train(3, folder, resume=True)
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 9
+    assert play_train(3, folder, resume="yes") == []
+    assert results(folder) == results(whole)
+    assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
+    assert all(path.name.startswith("step-") for path in (folder / "checkpoints").iterdir())
 
 
 def test_only_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,4 +303,4 @@ def test_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         play_train(1, tmp_path, steps=1)
     monkeypatch.setitem(SETTINGS, "train", {**SETTINGS["train"], "learning_rate": 0.1})
     with pytest.raises(RunFolderError, match=r"train.learning_rate = 0.1 \(was 0.05\)"):
-        play_train(1, tmp_path, resume=True)
+        play_train(1, tmp_path, resume="yes")

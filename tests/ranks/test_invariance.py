@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from worlds import Forked
+from worlds import Forked, Heard, train_alone
 
 import zoo
 from unisono import keys
 from unisono import recipe as recipes
 from unisono.data.samples import EncodedSamples
-from unisono.events import Event, StepDone
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.files import load_tensors
@@ -31,9 +30,7 @@ from unisono.material import Material, open_own
 from unisono.models.task import Task
 from unisono.models.text.classification import TextClassification
 from unisono.recipe import Bag, Recipe, Transformer
-from unisono.run import execute
 
-CPU = torch.device("cpu")
 MATRIX = (1, 2, 3, 5, 8)
 SHORT_LAST_STEP = {"samples_per_step": 20, "microbatches": 8, "epochs": 2.0}  # 45 samples: steps of 20, 20 and 5
 
@@ -113,20 +110,6 @@ CASES: dict[str, Case] = {
 }
 
 
-class Losses:
-    """Writes down every loss and norm, to the bit."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def observe(self, event: Event) -> None:
-        if isinstance(event, StepDone):
-            self.found.append(f"{event.loss.hex()} {event.gradient_norm.hex()}")
-
-    def close(self) -> None:
-        pass
-
-
 def recipe_of(case: Case) -> Recipe:
     train = {"learning_rate": 0.02, **SHORT_LAST_STEP, **case.train}
     evaluate = {"every_steps": 2, "samples_per_microbatch": 4, "keep_best": True}
@@ -140,8 +123,8 @@ def material_of(case: Case, recipe: Recipe) -> Material:
 def perform(case: Case, exchange: Exchange, folder: Path) -> dict[str, Any]:
     """Train, evaluate, test and save; return everything that must not depend on the number of workers."""
     recipe = recipe_of(case)
-    losses = Losses()
-    execute(Job(recipe=recipe, folder=folder), material_of(case, recipe), exchange, CPU, [losses], lambda: False)
+    heard = Heard(folder)
+    train_alone(Job(recipe=recipe, folder=folder), material_of(case, recipe), exchange, [heard])
     exchange.wait_for_all()
     summary = json.loads((folder / "summary.json").read_text())
     kept = {
@@ -152,7 +135,7 @@ def perform(case: Case, exchange: Exchange, folder: Path) -> dict[str, Any]:
         for path in sorted((folder / "checkpoints").rglob("*"))
         if path.is_file()
     }
-    return kept | {"checkpoints": checkpoints} | ({"losses": losses.found} if exchange.rank == 0 else {})
+    return kept | {"checkpoints": checkpoints} | ({"losses": heard.losses} if exchange.rank == 0 else {})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Real workers for a test: forked processes that exchange over gloo."""
+"""Real workers for a test, forked processes that exchange over gloo; and a run as a worker without supervisor has it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import faulthandler
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,13 +14,55 @@ from typing import Any
 
 import torch
 
+from unisono.board import RUNNING
+from unisono.events import Event, Notice, Observer, RunEnded, StepDone
 from unisono.exchange.protocol import Exchange
+from unisono.joining import Job, make_ready
 from unisono.launch.local import launch
 from unisono.launch.seat import Seat
 from unisono.launch.worker import Stop
+from unisono.link import Alone
+from unisono.material import Material
+from unisono.run import execute
 
+CPU = torch.device("cpu")
 Forked = Callable[[int, Callable[[Exchange], Any]], list[Any]]
 DEADLINE_SECONDS = 60
+
+
+class Heard:
+    """Hears a run: every loss and norm to the bit, and the warnings; leaves summary.json as the ledger does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.losses: list[str] = []
+        self.warnings: list[str] = []
+        self._folder = folder
+
+    def observe(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self.losses.append(f"{event.loss.hex()} {event.gradient_norm.hex()}")
+        elif isinstance(event, Notice) and event.warning:
+            self.warnings.append(event.message)
+        elif isinstance(event, RunEnded):
+            (self._folder / "summary.json").write_text(json.dumps(dict(event.summary)), encoding="utf-8")
+
+    def close(self) -> None:
+        pass
+
+
+def train_alone(
+    job: Job,
+    material: Material,
+    exchange: Exchange,
+    observers: Sequence[Observer],
+    request: Callable[[], int] = lambda: RUNNING,
+) -> None:
+    """One worker's part in a run that nobody watches over."""
+    link = Alone(observers, request)
+    try:
+        assert execute(job, make_ready(job, material, CPU), exchange, link)
+    finally:
+        link.close()
 
 
 def fork(workers: int, function: Callable[[Exchange], Any], folder: Path) -> list[Any]:

@@ -29,8 +29,10 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Message, descriptor: int = -1) -> None:
-        """Send a message, and a file descriptor with it. Where the other end is gone, nothing happens: whoever watches
-        over it knows."""
+        """Send a message, and a file descriptor with it. Where the other end is gone, or this one closed, nothing
+        happens: whoever watches over it knows."""
+        if self._socket.fileno() < 0:
+            return
         line = json.dumps(message).encode() + b"\n"
         try:
             if descriptor < 0:

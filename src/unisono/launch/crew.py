@@ -31,7 +31,8 @@ DUMP_SECONDS = 1.0  # to write stacks down
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Member:
-    """A worker's process. rank, generation: of the seat that it has, or had last; −1: none yet. waiting: for a seat."""
+    """A worker's process. rank, generation: of the seat that it has, or had last; −1: none yet. waiting: for a seat.
+    asking: it waits for an answer."""
 
     slot: int
     process: BaseProcess
@@ -40,6 +41,17 @@ class Member:
     generation: int = -1
     waiting: bool = False
     leaving: bool = False
+    asking: bool = False
+
+    def answer(self, message: Message) -> None:
+        """Answer what it has asked."""
+        self.asking = False
+        self.channel.send(message)
+
+    @property
+    def number(self) -> int:
+        """What it is called: its rank, or before it has one the rank that it will probably have."""
+        return self.rank if self.rank >= 0 else self.slot
 
     @property
     def pid(self) -> int:
@@ -81,6 +93,7 @@ class Crew:
         """Fork workers until `count` are staying, in the lowest slots that are free."""
         for _ in range(count - len(self.staying())):
             slot = next(slot for slot in range(len(self.members) + 1) if slot not in self.members)
+            self._board.clear(slot)
             mine, theirs = pair()
             post = Post(
                 slot=slot,
@@ -156,8 +169,7 @@ class Crew:
             report = json.loads(written.read_text(encoding="utf-8")) if written.exists() else None
             written.unlink(missing_ok=True)
             stacks = "" if code == -signal.SIGKILL else self._stacks(member)
-            worker = member.rank if member.rank >= 0 else member.slot
-            ends.append((member, End(worker=worker, code=code, report=report, stacks=stacks)))
+            ends.append((member, End(worker=member.number, code=code, report=report, stacks=stacks)))
         return words, ends
 
     def dismiss(self, members: Iterable[Member]) -> tuple[list[tuple[Member, Message]], list[tuple[Member, End]]]:
@@ -204,8 +216,8 @@ class Crew:
         folder.mkdir(parents=True, exist_ok=True)
         for slot, member in self.members.items():
             stacks = self._stacks(member)[sizes[slot] :] or "it wrote no stacks down\n"
-            text = f"{told}\nworker {member.rank}, process {member.pid}, was at {rows[slot]}\n\n{stacks}"
-            (folder / f"worker-{member.rank}.txt").write_text(text, encoding="utf-8")
+            text = f"{told}\nworker {member.number}, process {member.pid}, was at {rows[slot]}\n\n{stacks}"
+            (folder / f"worker-{member.number}.txt").write_text(text, encoding="utf-8")
 
     def _stacks(self, member: Member) -> str:
         path = self._scratch / f"stacks-{member.slot}.txt"

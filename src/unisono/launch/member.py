@@ -102,16 +102,16 @@ class Supervised:
             self._writer.save(state, facts, folder, keep)
             return
         if state.exchange.rank == 0:
-            self._ask({"save": state.step})
+            self._ask("save")
         state.optimizer.arrays.pin()
 
     def settle(self) -> bool:
         if self._writer is not None:
             return self._writer.settle()
-        return bool(self._ask({"settle": True})["written"]) if self.progress.rank == 0 else True
+        return bool(self._ask("settle")["written"]) if self.progress.rank == 0 else True
 
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        self._channel.send(message)
+    def _ask(self, what: str) -> dict[str, Any]:
+        self._channel.send({"ask": what})
         return self._channel.receive()[0]
 
 

@@ -130,10 +130,9 @@ class Supervisor:
                 self._tell(getattr(events, message["event"])(**message["fields"]))
             elif "waiting" in message:
                 self._welcome(member, message["waiting"])
-            elif "save" in message:
-                self._writing.ask(member.channel.send)
-            elif "settle" in message:
-                self._writing.settle(member.channel.send)
+            elif "ask" in message:
+                member.asking = True
+                (self._writing.ask if message["ask"] == "save" else self._writing.settle)(member.answer)
 
     def _welcome(self, member: Member, why: str) -> None:
         """A member waits for a seat. If its group was not dissolved, something has come between its workers."""

@@ -6,49 +6,55 @@ not those who wait. Owns the rule, the deadline, and the folder with everybody's
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from unisono.board import Board, Row
 from unisono.launch.crew import Crew, Member
 
-PATIENCE = {"start": 10.0, "join": 10.0, "finish": 10.0, "wait": float("inf"), "prepare": float("inf"),
-            "save": float("inf")}  # fmt: skip
-"""Factors on the deadline, for phases that are not a step's. In some the supervisor itself is waited for."""
+PATIENCE = {"start": 10.0, "join": 10.0, "finish": 10.0, "save": 10.0, "wait": math.inf, "prepare": math.inf}
+"""Factors on the deadline, for phases that are not a step's. Preparing data has none: it may take hours."""
 FIRST_STEP_PATIENCE = 30.0
 """Factor before any step has been measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stuck:
-    """A worker without progress: its rank, for how long, and at what it was."""
+    """A worker without progress: who it is, for how long, and at what it was."""
 
-    rank: int
+    worker: int
     seconds: float
     row: Row
     stopped: bool
 
     def __str__(self) -> str:
         stopped = ", stopped by a signal" if self.stopped else ""
-        return f"worker {self.rank} made no progress for {self.seconds:.0f} s (at {self.row}{stopped})"
+        return f"worker {self.worker} made no progress for {self.seconds:.0f} s (at {self.row}{stopped})"
 
 
 def find_stuck(
-    rows: Mapping[int, Row], stopped: Mapping[int, bool], *, now: float, limit_seconds: float
+    rows: Mapping[int, Row],
+    *,
+    stopped: Collection[int],
+    answered: Collection[int] = (),
+    now: float,
+    limit_seconds: float,
 ) -> list[Stuck]:
     """The workers that have made no progress for longer than their deadline, and wait for nobody.
 
-    rows, stopped: by rank; `stopped` tells whether the process is stopped by a signal. now: seconds of the monotonic
-    clock.
+    rows: of one group of workers. stopped: who is stopped by a signal, in which no phase is an excuse. answered: who
+    waits for the supervisor. now: seconds of the monotonic clock.
     """
     fewest = min((row.entered for row in rows.values()), default=0)
-    late = [
-        Stuck(rank=rank, seconds=now - row.since, row=row, stopped=stopped[rank])
-        for rank, row in rows.items()
-        if now - row.since > limit_seconds * PATIENCE.get(row.phase, 1.0) and not (row.waiting and fewest < row.entered)
-    ]
+    late = []
+    for worker, row in rows.items():
+        excused = worker in answered or (row.waiting and fewest < row.entered)
+        patience = 1.0 if worker in stopped else math.inf if excused else PATIENCE.get(row.phase, 1.0)
+        if now - row.since > limit_seconds * patience:
+            late.append(Stuck(worker=worker, seconds=now - row.since, row=row, stopped=worker in stopped))
     return [stuck for stuck in late if stuck.stopped] or late  # where all are in one exchange, it may be clear who is
 
 
@@ -76,12 +82,20 @@ class Watch:
         """Who hangs now."""
         if not self.limit_seconds:
             return []
-        at_work = {member.rank: member for member in self._crew.members.values() if not member.waiting}
-        rows = {rank: self._board.row(member.slot) for rank, member in at_work.items()}
-        stopped = {rank: self._crew.is_stopped(member) for rank, member in at_work.items()}
-        now = time.monotonic()
-        found = find_stuck(rows, stopped, now=now, limit_seconds=self.limit_seconds)
-        return [(at_work[stuck.rank], stuck) for stuck in found]
+        found: list[tuple[Member, Stuck]] = []
+        at_work = [member for member in self._crew.staying() if not member.waiting]
+        for generation in {member.generation for member in at_work}:
+            group = {member.number: member for member in at_work if member.generation == generation}
+            rows = {number: self._board.row(member.slot) for number, member in group.items()}
+            stuck = find_stuck(
+                rows,
+                stopped=[number for number, member in group.items() if self._crew.is_stopped(member)],
+                answered=[number for number, member in group.items() if member.asking],
+                now=time.monotonic(),
+                limit_seconds=self.limit_seconds,
+            )
+            found += [(group[one.worker], one) for one in stuck]
+        return found
 
     def describe(self, found: list[tuple[Member, Stuck]], step: int) -> str:
         """Who hangs, in words, after everybody's stacks have been written to a folder of the run."""
