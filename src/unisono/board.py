@@ -27,6 +27,7 @@ PHASES = (
     "begin",
     "load",
     "contribute",
+    "audit",
     "reduce",
     "update",
     "commit",

@@ -73,8 +73,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="[auto]",
-            help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…; auto: if there is one, "
-            "else begin, so that the same command serves for both",
+            help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…; auto: if there is "
+            "one, else begin, so that the same command serves for both",
         ),
     ] = "no",
     on_loss: Annotated[

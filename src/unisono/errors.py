@@ -12,6 +12,7 @@ UnisonoError
 │       └── NumericsError      workers, or a checkpoint, compute with other numerics
 ├── DivergedError (exit code 3)   the loss or the gradient is no longer finite
 ├── WorkerError (exit code 1)     a worker failed; carries its rank and traceback
+├── CorruptionError               a worker computed wrong bits: the worker is lost, not the run
 ├── LostPeerError                 another worker vanished during an exchange: a symptom, never the cause
 └── Interrupted (exit code 130)   the user stopped the run; a checkpoint was written
     └── Preempted (exit code 75)  the machine is wanted back (SIGTERM, SIGUSR1); a checkpoint was written
@@ -74,6 +75,10 @@ class DivergedError(UnisonoError):
 
 class WorkerError(UnisonoError):
     """A worker failed. The message carries its rank and its traceback."""
+
+
+class CorruptionError(UnisonoError):
+    """An audit found that this worker's bits were wrong. A supervisor replaces the worker."""
 
 
 class LostPeerError(UnisonoError):

@@ -101,8 +101,8 @@ def parse(text: str, phases: Sequence[str]) -> Fault:
     fits = found and found[1] in KINDS and given.get("phase") in phases and given.keys() <= set(names)
     if not found or not fits or not all(re.fullmatch(r"-?\d+", value) for value in numbers.values()):
         raise RecipeError(
-            f"--fault {text!r}: allowed is KIND(worker=N, step=N, phase=PHASE[, microbatch=N][, times=N]), where KIND is "
-            f"{', '.join(KINDS)}, and PHASE {', '.join(phases)}."
+            f"--fault {text!r}: allowed is KIND(worker=N, step=N, phase=PHASE[, microbatch=N][, times=N]), where KIND "
+            f"is {', '.join(KINDS)}, and PHASE {', '.join(phases)}."
         )
     whole = {name: int(value) for name, value in numbers.items()}
     return Fault(kind=found[1], phase=given["phase"], **{"worker": 0, "step": 1, **whole})

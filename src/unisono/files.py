@@ -21,7 +21,6 @@ from torch import Tensor
 
 from unisono.errors import DamagedError, RunFolderError
 
-
 PART, OLD = ".part", ".old"
 """Endings of what is being written, and of what is being replaced. Both names begin with a dot."""
 

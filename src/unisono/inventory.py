@@ -25,7 +25,7 @@ def list_checkpoints(run: str | Path, *, verify: bool = False, as_json: bool = F
     rows = [_describe(path, verify=verify) for path in sorted(folder.glob("step-*")) if path.is_dir()]
     if not rows:
         raise RunFolderError(
-            f"{str(run)!r} has no checkpoints. Name the folder of a run that has; recipe key checkpoint.every_steps says "
+            f"{str(run)!r} has no checkpoints. Name the folder of a run that has; the key checkpoint.every_steps says "
             "how often they are written."
         )
     if as_json:

@@ -5,7 +5,7 @@ Owns the order of the verbs. Evaluation, checkpoints and reports belong to who i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +22,7 @@ from unisono.recipe import Train
 
 
 class Contributes(Protocol):
-    """Computes contributions; `engine/contribution.py` has the real one, `verification.py` one that writes them
-    down."""
+    """Computes contributions; `engine/contribution.py` has the real one, others write down or audit what it does."""
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
@@ -45,10 +44,12 @@ def steps(
     contributor: Contributes,
     train: Train,
     request: Callable[[], int] = lambda: RUNNING,
+    check: Callable[[Step, Sequence[range]], None] = lambda step, shares: None,
     at: Callable[[str, int, int], None] = UNWATCHED.at,
 ) -> Iterator[Done]:
     """Train from `state.step` to the order's end, or until any worker's `request` is more than RUNNING; yield after
-    each committed step. `at` hears of every verb before it happens."""
+    each committed step. `check` audits contributions before they are added up; `at` hears of every verb before it
+    happens."""
     reduction = Reduction(state.replica, state.exchange)
     for step in order.steps(start=state.step):
         at("begin", step.number, -1)
@@ -56,6 +57,8 @@ def steps(
         for number, microbatch in feed.load(step, mine):
             at("contribute", step.number, number)
             reduction.add(number, contributor.contribute(step.number, number, microbatch))
+        at("audit", step.number, -1)
+        check(step, reduction.shares)
         at("reduce", step.number, -1)
         gradient, totals = reduction.finish(request())  # the same bits for any number of workers
         at("update", step.number, -1)

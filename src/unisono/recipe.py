@@ -187,7 +187,7 @@ class Recovery(Section):
     attempts: int = Field(
         3,
         ge=1,
-        description="losses in a row with no step finished in between, at which the run ends: the fault repeats",
+        description="losses in a row, no step finished in between, at which the run ends: the fault repeats",
     )
     backoff_seconds: float = Field(
         1.0, ge=0, description="wait before the second attempt at a step; doubled for each further one, up to a minute"

@@ -21,6 +21,7 @@ from unisono.board import REGROUP, RUNNING, STOP
 from unisono.data.feed import Feed
 from unisono.engine import numerics
 from unisono.engine.assignment import shares
+from unisono.engine.audit import Audit
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
 from unisono.errors import ContractError, Interrupted, RecipeError
@@ -109,8 +110,8 @@ def _tell_stop(run: Run, saved: bool) -> str:
     if saved:
         return tell_saved(run.state.step, run.order.total_steps, run.job.folder)
     return (
-        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said above "
-        "tells why. Go on from the last checkpoint, if there is one, with --resume."
+        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said "
+        "above tells why. Go on from the last checkpoint, if there is one, with --resume."
     )
 
 
@@ -160,9 +161,18 @@ def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
         _evaluate_if_due(run)
     if _has_settled(run):
         return RUNNING
-    contributor = traced or run.contributor
+    audit = Audit(
+        traced or run.contributor,
+        run.contributor,
+        run.exchange,
+        run.order,
+        take=feed.take,
+        tell=run.link.tell,
+        every=run.recipe.train.audit_every,
+    )
     last, waited = time.perf_counter(), 0.0
-    for done in steps(state, run.order, feed, contributor, run.recipe.train, run.link.request, run.link.progress.at):
+    train, request, at = run.recipe.train, run.link.request, run.link.progress.at
+    for done in steps(state, run.order, feed, audit, train, request, audit.check, at):
         run.samples += done.step.samples
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)

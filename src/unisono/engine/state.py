@@ -1,6 +1,7 @@
 """All that a step reads and leaves behind.
 
-Owns the list of what makes up a run's state, and the commit of a step; each part is owned by the object that it lies in.
+Owns the list of what makes up a run's state, and the commit of a step; each part is owned by the object that it lies
+in.
 """
 
 from __future__ import annotations

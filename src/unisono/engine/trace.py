@@ -29,7 +29,7 @@ class Traced:
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
         """Compute and write down a contribution."""
         found = self._contributor.contribute(step, number, microbatch)
-        parts = {name: _digest(part) for name, part in zip(self._names, found.parts, strict=True)}
+        parts = {name: digest(part) for name, part in zip(self._names, found.parts, strict=True)}
         self._write({"step": step + 1, "microbatch": number, "loss": float(found.loss).hex(), "parts": parts})
         return found
 
@@ -38,7 +38,7 @@ class Traced:
         self._write(
             {
                 "step": step,
-                "weights": {segment.name: _digest(segment.view(replica.flat)) for segment in replica.space.segments},
+                "weights": {segment.name: digest(segment.view(replica.flat)) for segment in replica.space.segments},
             }
         )
 
@@ -50,7 +50,8 @@ class Traced:
         self._file.write(json.dumps(line) + "\n")
 
 
-def _digest(value: Tensor | None) -> str:
+def digest(value: Tensor | None) -> str:
+    """Short hash of a tensor's bits; sparse ones count as dense."""
     if value is None:
         return "none"
     value = value.to_dense() if value.is_sparse else value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisono import errors, events
-from unisono.errors import UnisonoError, WorkerError
+from unisono.errors import CorruptionError, LostPeerError, UnisonoError, WorkerError
 from unisono.recipe import Recovery
 
 MOST_BACKOFF_SECONDS = 60.0
@@ -45,7 +45,9 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
     told, trace, cause = [], "", ""
     for end in ends:
         who = f"worker {end.worker}"
-        if end.report:
+        if end.report and end.report["kind"] == CorruptionError.__name__:
+            told.append(f"{who}: {end.report['message']}")
+        elif end.report:
             told.append(f"{who} failed")
             cause = f"{end.report['kind']}: {end.report['message']}"
             trace = trace or str(end.report["traceback"])
@@ -60,7 +62,8 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
 
 def find_verdict(ends: Sequence[End]) -> Exception | None:
     """The error that a worker raised on purpose, if one did: the earliest. It ends the run, whoever else was lost."""
-    reports = [end.report for end in ends if end.report and end.report["known"] and not end.report["symptom"]]
+    spared = (CorruptionError.__name__, LostPeerError.__name__)  # they cost a worker, not the run
+    reports = [end.report for end in ends if end.report and end.report["known"] and end.report["kind"] not in spared]
     for report in sorted(reports, key=lambda report: float(report["when"])):
         kind = getattr(errors, report["kind"], None)
         if isinstance(kind, type) and issubclass(kind, UnisonoError):

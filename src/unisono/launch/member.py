@@ -31,8 +31,8 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
 from unisono.faults import Fault
 from unisono.launch.channel import Channel
-from unisono.launch.seat import Seat
 from unisono.launch.interrupts import ASKING
+from unisono.launch.seat import Seat
 from unisono.launch.worker import guarded, keep_memory
 from unisono.link import Link
 

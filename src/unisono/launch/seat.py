@@ -22,8 +22,9 @@ TIMEOUT_SECONDS = 1800.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at `port`
-    (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of workers."""
+    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
+    `port` (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of
+    workers."""
 
     rank: int
     workers: int

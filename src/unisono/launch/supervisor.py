@@ -1,10 +1,11 @@
-"""The supervisor of a run on this host: it owns the workers, the snapshot and the ledger, and brings a run through losses.
+"""The supervisor of a run on this host: it owns workers, snapshot and ledger, and brings the run through losses.
 
     a worker ends, hangs, or another number of them is wanted → the group is dissolved: everybody drops the unfinished
     step → who is missing is replaced → all who wait get seats in a new group → it goes on from the last commit
 
-Owns what is decided, and when. The processes are `crew.py`'s, checkpoints `writing.py`'s, hangs `watch.py`'s, the budget
-`losses.py`'s. It computes nothing, holds no lock that a worker needs, and starts no thread, so it can fork at any time.
+Owns what is decided, and when. The processes are `crew.py`'s, checkpoints `writing.py`'s, hangs `watch.py`'s, the
+budget `losses.py`'s. It computes nothing, holds no lock that a worker needs, and starts no thread, so it can fork at
+any time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from unisono import events
 from unisono.board import REGROUP, RUNNING, STOP, Board
@@ -37,6 +40,7 @@ from unisono.run import tell_saved
 MOST_WORKERS = 4096
 LOOK_SECONDS = 0.2
 MEETING_SECONDS = 2.0  # for workers that wait for one that was lost on the way to their meeting
+ORPHAN_SECONDS = 1.0  # for a worker to end whom others have missed already
 WRITING_SHARE = 0.5  # of the grace period, kept for writing the checkpoint
 LAST_WRITING_SECONDS = 600.0
 LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --resume."
@@ -61,6 +65,7 @@ class Supervisor:
         self._observer = observer
         self._faults = faults
         self._wanted = workers
+        self._on_gpus = recipe.train.device != "cpu" and torch.cuda.device_count() > 0
         self._board = Board(min(recipe.train.microbatches, MOST_WORKERS))
         self._memory = new_file()
         self._budget = Budget(recipe.recovery)
@@ -71,6 +76,7 @@ class Supervisor:
         self._change: Change | None = None  # that has not been overcome yet
         self._hire_at = 0.0
         self._dissolved_at: float | None = None
+        self._orphan: tuple[Member, str, float] | None = None  # who lost others that have not ended, why and when
         self._stop_at: float | None = None
         self._last_event = time.monotonic()
 
@@ -79,7 +85,8 @@ class Supervisor:
 
         Raises:
             UserError, DivergedError: as a worker raised it.
-            WorkerError: a fault repeats, or the budget is spent; with the worker's rank and, of an exception, its traceback.
+            WorkerError: a fault repeats, or the budget is spent; with the worker's rank and, of an exception, its
+                traceback.
             Interrupted, Preempted: a signal stopped the run.
         """
         sys.stdout.flush()
@@ -135,24 +142,24 @@ class Supervisor:
                 (self._writing.ask if message["ask"] == "save" else self._writing.settle)(member.answer)
 
     def _welcome(self, member: Member, why: str) -> None:
-        """A member waits for a seat. If its group was not dissolved, something has come between its workers."""
+        """A member waits for a seat. If its group was not dissolved, another worker is about to end, or something has
+        come between them."""
         member.waiting = True
-        if why and member.generation == self._board.generation and self._bury():
-            self._lose(Loss(step=self._step, what=f"worker {member.rank} lost the others ({why})"))
+        if why and self._orphan is None and member.generation == self._board.generation:
+            self._orphan = member, why, time.monotonic()
 
-    def _bury(self) -> bool:
-        """See to the members that have ended; return whether there were none."""
+    def _bury(self) -> None:
+        """See to the members that have ended."""
         words, ends = self._crew.reap()
         self._hear(words)
         missed = [(member, end) for member, end in ends if not (member.leaving or (self._has_ended and not end.code))]
         if not missed or self._has_ended:
-            return not ends
+            return
         if verdict := find_verdict([end for _, end in missed]):
             self._fail(self._named(str(verdict)) if isinstance(verdict, Interrupted) else verdict)
-            return False
+            return
         fresh = any(member.generation < 0 for member, _ in missed)
         self._lose(name_loss([end for _, end in missed], self._step), fresh=fresh)
-        return False
 
     def _lose(self, loss: Loss, *, fresh: bool = False) -> None:
         """Workers have been lost: end the run, or dissolve the group and go on. `fresh`: some had no seat yet."""
@@ -172,7 +179,9 @@ class Supervisor:
         self._last_event = now
         self._hire_at = now + self._budget.backoff_seconds
         self._board.generation += 1  # everybody leaves the present group, at the next mark on the board
-        self._dissolved_at = now
+        self._dissolved_at, self._orphan = now, None
+        if self._on_gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
+            self._crew.dismiss(member for member in self._crew.staying() if member.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:
             self._wanted = max(1, min(self._wanted, len(self._crew.members)))
 
@@ -192,6 +201,9 @@ class Supervisor:
                 member for member in self._crew.members.values()
                 if not member.waiting and self._board.row(member.slot).waiting == "join"
             )  # fmt: skip
+        if self._orphan is not None and time.monotonic() > self._orphan[2] + ORPHAN_SECONDS:
+            member, why, _ = self._orphan
+            self._lose(Loss(step=self._step, what=f"worker {member.number} lost the others ({why})"))
         if self._error is None and (found := self._watch.find()):
             told = self._watch.describe(found, self._step)
             words, _ = self._crew.dismiss(member for member, _ in found)
@@ -243,16 +255,16 @@ class Supervisor:
 
     def _form(self) -> None:
         """Hire who is missing; when everybody waits, give out seats."""
-        if self._error is not None or self._has_ended:
+        if self._error is not None or self._has_ended or self._orphan is not None:
             return
         if time.monotonic() >= self._hire_at:
             self._crew.hire(self._wanted)
         staying = self._crew.staying()
         change = self._change
-        if change is not None and not change.lost and not change.seated and self._board.request == RUNNING:
-            if all(member.waiting for member in staying if member.generation < 0):  # newcomers are warm
-                change.since = time.monotonic()
-                self._board.request = REGROUP
+        resizing = change is not None and not change.lost and not change.seated and self._board.request == RUNNING
+        if change is not None and resizing and all(one.waiting for one in staying if one.generation < 0):
+            change.since = time.monotonic()  # newcomers are warm
+            self._board.request = REGROUP
         if len(staying) < self._wanted or not all(member.waiting for member in staying):
             return
         self._crew.let_go(staying[self._wanted :])

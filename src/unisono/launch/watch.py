@@ -68,6 +68,8 @@ class Watch:
         self._factor = factor
         self._longest_step = 0.0
         self._found = 0
+        self._looked = time.monotonic()
+        self._not_before = 0.0
 
     def learn(self, step_seconds: float) -> None:
         """A step has taken so long."""
@@ -80,7 +82,11 @@ class Watch:
 
     def find(self) -> list[tuple[Member, Stuck]]:
         """Who hangs now."""
-        if not self.limit_seconds:
+        now = time.monotonic()
+        if now - self._looked > self.limit_seconds / 2:  # the whole run was stopped (Ctrl-Z), and goes on
+            self._not_before = now + self.limit_seconds
+        self._looked = now
+        if not self.limit_seconds or now < self._not_before:
             return []
         found: list[tuple[Member, Stuck]] = []
         at_work = [member for member in self._crew.staying() if not member.waiting]
@@ -91,7 +97,7 @@ class Watch:
                 rows,
                 stopped=[number for number, member in group.items() if self._crew.is_stopped(member)],
                 answered=[number for number, member in group.items() if member.asking],
-                now=time.monotonic(),
+                now=now,
                 limit_seconds=self.limit_seconds,
             )
             found += [(group[one.worker], one) for one in stuck]

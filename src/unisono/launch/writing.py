@@ -57,8 +57,8 @@ class Writing:
         self._settling.append(reply)
 
     def look(self, limit_seconds: float) -> None:
-        """See what has become of what is being written, and begin what is asked for. With a limit above 0, a writer that
-        takes longer while another is asked for is given up: a disk may hang, training goes on."""
+        """See what has become of what is being written, and begin what is asked for. With a limit above 0, a writer
+        that takes longer while another is asked for is given up: a disk may hang, training goes on."""
         self._conclude()
         if self._asking and self._process is not None and 0 < limit_seconds < time.monotonic() - self._began:
             self.kill()

@@ -1,0 +1,134 @@
+"""Looking for silent corruption: every n-th step, another worker computes a microbatch again, and bits are compared.
+
+A contribution is a pure function, so two workers that differ prove that a processor, its memory or a library has
+failed; who it was, a third computation tells. Only a deterministic trainer can do this. A single worker computes the
+microbatch twice.
+
+Owns the choice of the microbatch, the comparison and the verdict. The step is not committed where bits differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from unisono import keys
+from unisono.data.order import Order, Step
+from unisono.engine.contribution import Contribution, Contributor
+from unisono.engine.trace import digest
+from unisono.errors import CorruptionError, LostPeerError
+from unisono.events import Corrupted
+from unisono.exchange.protocol import Exchange
+
+Digests = Mapping[str, str]
+"""Parameter (or "loss") → digest of its bits."""
+
+
+class Contributes(Protocol):
+    """Computes contributions."""
+
+    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
+
+
+class Audit:
+    """A contributor that remembers what will be audited, and the audit itself.
+
+    inner: who computes for training. judge: who computes again. take: loads a microbatch. tell: hears of a difference.
+    """
+
+    def __init__(
+        self,
+        inner: Contributes,
+        judge: Contributor,
+        exchange: Exchange,
+        order: Order,
+        *,
+        take: Callable[[Step, int], dict[str, Tensor]],
+        tell: Callable[[Corrupted], None],
+        every: int,
+    ) -> None:
+        self._inner = inner
+        self._judge = judge
+        self._exchange = exchange
+        self._order = order
+        self._take = take
+        self._tell = tell
+        self._every = every
+        self._digests: Digests = {}
+
+    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
+        """Compute a contribution, and remember its digests if it is going to be looked at."""
+        found = self._inner.contribute(step, number, microbatch)
+        if self._is_due(step) and number == self._choose(step):
+            self._digests = self._digest(found)
+        return found
+
+    def _is_due(self, step: int) -> bool:
+        return bool(self._every) and (step + 1) % self._every == 0
+
+    def _choose(self, step: int) -> int:
+        return keys.key(self._judge.seed, "audit", step) % len(self._order.step(step).microbatches)
+
+    def check(self, step: Step, shares: Sequence[range]) -> None:
+        """Compare, if this step is audited; every worker calls this.
+
+        Raises:
+            CorruptionError: on a worker whose bits were wrong.
+            LostPeerError: on the others: the step is not to be committed.
+        """
+        if not self._is_due(step.number):
+            return
+        rank, workers, number = self._exchange.rank, self._exchange.workers, self._choose(step.number)
+        owner = next(rank for rank, share in enumerate(shares) if number in share)
+        auditor = owner if workers == 1 else (owner + 1 + step.number // self._every % (workers - 1)) % workers
+        first = self._digests if rank == owner else {}
+        again = self._compute_again(step, number) if rank == auditor else {}
+        said = self._share([first, again])
+        if said[owner][0] == said[auditor][1]:
+            return
+        votes = [vote[0] for vote in self._share([self._compute_again(step, number)])]
+        suspects, names = find_wrong(
+            first=said[owner][0], owner=owner, again=said[auditor][1], auditor=auditor, votes=votes
+        )
+        if rank == 0:
+            self._tell(Corrupted(step=step.number + 1, microbatch=number, workers=suspects, parameters=names))
+        told = f"step {step.number + 1}, microbatch {number}: {', '.join(names[:5])}"
+        if rank in suspects:
+            raise CorruptionError(f"an audit found wrong bits ({told})")
+        raise LostPeerError(f"an audit found wrong bits on another worker ({told})")
+
+    def _compute_again(self, step: Step, number: int) -> Digests:
+        return self._digest(self._judge.contribute(step.number, number, self._take(step, number)))
+
+    def _digest(self, found: Contribution) -> Digests:
+        names = [segment.name for segment in self._judge.replica.space.segments]
+        return {"loss": float(found.loss).hex(), **{
+            name: digest(part) for name, part in zip(names, found.parts, strict=True)
+        }}  # fmt: skip
+
+    def _share(self, mine: list[Digests]) -> list[list[Digests]]:
+        return [json.loads(content) for content in self._exchange.gather_bytes(json.dumps(mine).encode())]
+
+
+def find_wrong(
+    *, first: Digests, owner: int, again: Digests, auditor: int, votes: Sequence[Digests]
+) -> tuple[list[int], list[str]]:
+    """Who was wrong, and the names of what differed.
+
+    first: what the owner had computed. again: what the auditor made of it. votes: what every worker, by rank, computed
+    after they differed. What most of the votes say is right; where there is no majority, both are suspected.
+    """
+    names = [name for name in {**first, **again} if first.get(name) != again.get(name)]
+    counted = Counter(json.dumps(vote, sort_keys=True) for vote in votes)
+    text, most = counted.most_common(1)[0]
+    if 2 * most <= len(votes):
+        return sorted({owner, auditor}), names
+    truth = json.loads(text)
+    wrong = {rank for rank, vote in enumerate(votes) if vote != truth}
+    wrong |= {owner} if first != truth else set()
+    wrong |= {auditor} if again != truth else set()
+    return sorted(wrong), names
