@@ -3,8 +3,8 @@
     python benchmarks/step.py               all rows
     python benchmarks/step.py minilm bag    the rows of these workloads
 
-The same model, precision, samples and workers; unisono commits every step to its snapshot. Runs alternate, A B A B, so that what else the machine does falls on
-both; the ratio is the median of the ratios of neighbours.
+The same model, precision, samples and workers; unisono commits every step to its snapshot. Runs alternate, A B A B, so
+that what else the machine does falls on both; the ratio is the median of the ratios of neighbours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Two kinds of worlds that a measurement alternates between: unisono's workers, and a plain gloo group for the peer.
 
-Owns their start, the memory of unisono's snapshot, and how rank 0 hands back its seconds. Both fork their workers on this
-host, give each one thread and flush denormals.
+Owns their start, the memory of unisono's snapshot, and how rank 0 hands back its seconds. Both fork their workers on
+this host, give each one thread and flush denormals.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ TIMEOUT = timedelta(seconds=600)
 
 def in_unisono(act: Callable[[Exchange, int], float]) -> float:
     """Run `act(exchange, file for the snapshot)` in each of unisono's workers; return worker 0's result."""
-    with tempfile.TemporaryDirectory() as scratch, open(new_file(), "rb") as memory:
+    memory = new_file()
+    with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result"
 
         def work(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-            found = act(exchange, memory.fileno())
+            found = act(exchange, memory)
             if seat.rank == 0:
                 result.write_text(repr(found))
 
-        launch(WORKERS, work, threads=1, device="cpu")
+        try:
+            launch(WORKERS, work, threads=1, device="cpu")
+        finally:
+            os.close(memory)
         return float(result.read_text())
 
 

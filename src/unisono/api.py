@@ -15,7 +15,7 @@ import torch
 
 from unisono import recipe as recipes
 from unisono.board import PHASES
-from unisono.errors import RecipeError
+from unisono.errors import Interrupted, Preempted, RecipeError
 from unisono.faults import Fault, parse
 from unisono.folder import choose_folder
 from unisono.joining import Job, check_workers
@@ -180,7 +180,10 @@ def _run_alone(job: Job, trainee: Trainee, seat: Seat, *, quiet: bool, as_json: 
         observers = [Reporter(job.folder, quiet=quiet, as_json=as_json)] if seat.rank == 0 else []
         link = Alone(observers, stop)
         try:
-            trainee.train(exchange, device, link, local_rank=seat.local_rank, local_workers=seat.local_workers)
+            rank, workers = seat.local_rank, seat.local_workers
+            trainee.train(exchange, device, link, local_rank=rank, local_workers=workers, again=False)
+        except Interrupted as error:  # torchrun passes on only what wants the machine back
+            raise Preempted(str(error)) from None
         finally:
             link.close()
 

@@ -195,7 +195,5 @@ def sync(path: Path) -> None:
 
 def _unwritable(path: Path, error: Exception) -> RunFolderError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-    remedy = "the disk is full. Free space" if full else f"{error}. Make the place writable"
-    return RunFolderError(
-        f"{str(path)!r} cannot be written: {remedy} and go on with --resume; nothing half-written was left."
-    )
+    remedy = "the disk is full" if full else str(error)
+    return RunFolderError(f"{str(path)!r} cannot be written: {remedy}; nothing half-written was left.")

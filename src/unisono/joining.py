@@ -78,7 +78,6 @@ class Run:
     begun: int = 0
     recovered: bool = False
     saved_step: int = -1
-    evaluated_step: int = -1
     started: float = field(default_factory=time.perf_counter)
     samples: int = 0
 

@@ -6,6 +6,7 @@ comes before is `joining.py`, the loop itself `loop.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -53,10 +54,14 @@ class Trainee:
             self._make_ready(device, workers)
 
     def train(
-        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int
+        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int, again: bool
     ) -> bool:
-        """Take part in a group; as `execute`. The first worker of each host prepares the data, the others open it."""
+        """Take part in a group; as `execute`. The first worker of each host prepares the data, the others open it.
+        `again`: there has been a group before."""
         link.progress.at("prepare")
+        if again and link.memory < 0:  # no snapshot: like a run that is resumed, with a module as it was built
+            link.settle()
+            self._ready, self._job = None, dataclasses.replace(self._job, resume="auto")
         if local_rank == 0 and self._material is None:
             tell = link.tell if exchange.rank == 0 else lambda event: None
             self._material = self._open_material(local_workers, lambda line: tell(events.Notice(message=line)))
@@ -100,8 +105,9 @@ def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
         return False
     if run.saved_step != run.state.step:
         _save(run)
-    if request == STOP:
-        raise Interrupted(_tell_stop(run, link.settle()))
+    if request == STOP:  # worker 0 may be lost before the rest have left: nobody does before all know
+        unwritten = exchange.add_integers(torch.tensor([int(not link.settle())]).to(ready.device))
+        raise Interrupted(_tell_stop(run, not unwritten.item()))
     _finish(run)
     return True
 

@@ -18,6 +18,7 @@ PUBLIC = {
     "DataError",
     "DivergedError",
     "Interrupted",
+    "Preempted",
     "Recipe",
     "RecipeError",
     "Task",
@@ -58,11 +59,11 @@ def test_functions_are_typed_and_name_their_errors(name: str) -> None:
 
 
 def test_errors_are_one_tree() -> None:
-    errors = [getattr(unisono, name) for name in PUBLIC if name.endswith("Error") or name == "Interrupted"]
+    errors = [getattr(unisono, name) for name in PUBLIC if name.endswith("Error") or name in ("Interrupted", "Preempted")]
     assert all(issubclass(error, unisono.UnisonoError) for error in errors)
     codes = {error.__name__: error.exit_code for error in errors}
     expected = dict.fromkeys(("UserError", "RecipeError", "DataError", "ContractError"), 2)
-    expected |= {"UnisonoError": 1, "WorkerError": 1, "DivergedError": 3, "Interrupted": 130}
+    expected |= {"UnisonoError": 1, "WorkerError": 1, "DivergedError": 3, "Interrupted": 130, "Preempted": 75}
     assert codes == expected
 
 

@@ -49,9 +49,10 @@ class Part(Protocol):
         ...
 
     def train(
-        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int
+        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int, again: bool
     ) -> bool:
-        """Take part in a group of workers; return whether all is done, or another group is to go on."""
+        """Take part in a group of workers, the first one or `again`; return whether all is done, or another group is
+        to go on."""
         ...
 
 
@@ -110,6 +111,11 @@ class Supervised:
             return self._writer.settle()
         return bool(self._ask("settle")["written"]) if self.progress.rank == 0 else True
 
+    def close(self) -> None:
+        """Finish what this worker writes itself."""
+        if self._writer is not None:
+            self._writer.close()
+
     def _ask(self, what: str) -> dict[str, Any]:
         self._channel.send({"ask": what})
         return self._channel.receive()[0]
@@ -151,11 +157,15 @@ def _serve(post: Post, part: Part) -> None:
             return
         try:
             if _sit(Seat(**seat, listener=listener), pen, part, device, link):
-                return
+                break
             why = ""
         except LostPeerError as error:
             why = str(error)
+        except BaseException:
+            link.close()
+            raise
         gc.collect()  # the last group's memory, before the next one's is made
+    link.close()
 
 
 def _sit(seat: Seat, pen: Pen, part: Part, device: torch.device, link: Link) -> bool:
@@ -169,7 +179,14 @@ def _sit(seat: Seat, pen: Pen, part: Part, device: torch.device, link: Link) -> 
         raise LostPeerError(f"the workers could not meet: {error}") from error
     pen.leave()
     try:
-        return part.train(exchange, device, link, local_rank=seat.local_rank, local_workers=seat.local_workers)
+        return part.train(
+            exchange,
+            device,
+            link,
+            local_rank=seat.local_rank,
+            local_workers=seat.local_workers,
+            again=seat.generation > 1,
+        )
     finally:
         with suppress(RuntimeError):  # what a backend says of a broken connection; the group is over all the same
             exchange.close()

@@ -79,7 +79,8 @@ class Seat:
                 f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun "
                 "another --master-port."
             ) from error
-        return store
+        # the agent's store outlives its workers: what those before a restart have left there must not be found again
+        return dist.PrefixStore(f"unisono-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def seat_from_torchrun() -> Seat | None:
