@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,18 +113,13 @@ def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
 
 def _tell_stop(run: Run, saved: bool) -> str:
     if saved:
-        return tell_saved(run.state.step, run.order.total_steps, run.job.folder)
+        return (
+            f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
+            f"command and `--run-folder {run.job.folder} --resume`, on any number of workers."
+        )
     return (
         f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said "
         "above tells why. Go on from the last checkpoint, if there is one, with --resume."
-    )
-
-
-def tell_saved(step: int, total_steps: int, folder: Path) -> str:
-    """What an interrupt ends with."""
-    return (
-        f"stopped after step {step} of {total_steps}, which is saved. Go on with the same command and "
-        f"`--run-folder {folder} --resume`, on any number of workers."
     )
 
 

@@ -11,13 +11,14 @@ import os
 import select
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from unisono.board import Board
 from unisono.faults import Fault
@@ -37,6 +38,8 @@ class Member:
     slot: int
     process: BaseProcess
     channel: Channel
+    report: TextIO
+    stacks: TextIO
     rank: int = -1
     generation: int = -1
     waiting: bool = False
@@ -70,7 +73,6 @@ class Crew:
         memory: int,
         threads: int,
         device: str,
-        scratch: Path,
         faults: Sequence[Fault],
         wake: int,
     ) -> None:
@@ -80,7 +82,6 @@ class Crew:
         self._memory = memory
         self._threads = threads
         self._device = device
-        self._scratch = scratch
         self._faults = tuple(faults)
         self._wake = wake
         self._fork = multiprocessing.get_context("fork")
@@ -95,6 +96,7 @@ class Crew:
             slot = next(slot for slot in range(len(self.members) + 1) if slot not in self.members)
             self._board.clear(slot)
             mine, theirs = pair()
+            report, stacks = _new_file(), _new_file()
             post = Post(
                 slot=slot,
                 channel=theirs,
@@ -103,7 +105,8 @@ class Crew:
                 threads=self._threads,
                 device=self._device,
                 workers=count,
-                scratch=self._scratch,
+                report=report,
+                stacks=stacks,
                 parent=os.getpid(),
                 faults=self._faults,
             )
@@ -113,7 +116,7 @@ class Crew:
             process.start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-            self.members[slot] = Member(slot=slot, process=process, channel=mine)
+            self.members[slot] = Member(slot=slot, process=process, channel=mine, report=report, stacks=stacks)
 
     def seat(self, generation: int, chosen: Sequence[Member]) -> None:
         """Give the chosen members seats in a new group."""
@@ -165,10 +168,11 @@ class Crew:
             words += [(member, message) for message in member.channel.drain()]
             member.channel.close()
             del self.members[member.slot]
-            written = self._scratch / f"{member.slot}.json"
-            report = json.loads(written.read_text(encoding="utf-8")) if written.exists() else None
-            written.unlink(missing_ok=True)
-            stacks = "" if code == -signal.SIGKILL else self._stacks(member)
+            written = _read(member.report)
+            report = json.loads(written) if written else None
+            stacks = "" if code == -signal.SIGKILL else _read(member.stacks)
+            member.report.close()
+            member.stacks.close()
             ends.append((member, End(worker=member.number, code=code, report=report, stacks=stacks)))
         return words, ends
 
@@ -200,7 +204,7 @@ class Crew:
 
         A stopped one has to be continued for that; who is lost anyhow may be.
         """
-        sizes = {slot: len(self._stacks(member)) for slot, member in self.members.items()}
+        sizes = {slot: len(_read(member.stacks)) for slot, member in self.members.items()}
         rows = {slot: str(self._board.row(slot)) for slot in self.members}
         for member in self.members.values():
             with suppress(ProcessLookupError):
@@ -209,16 +213,22 @@ class Crew:
                     os.kill(member.pid, signal.SIGCONT)
         deadline = time.monotonic() + DUMP_SECONDS
         while time.monotonic() < deadline and any(
-            len(self._stacks(member)) <= sizes[slot] for slot, member in self.members.items()
+            len(_read(member.stacks)) <= sizes[slot] for slot, member in self.members.items()
         ):
             time.sleep(0.01)
         time.sleep(0.05)  # the rest of what has begun
         folder.mkdir(parents=True, exist_ok=True)
         for slot, member in self.members.items():
-            stacks = self._stacks(member)[sizes[slot] :] or "it wrote no stacks down\n"
+            stacks = _read(member.stacks)[sizes[slot] :] or "it wrote no stacks down\n"
             text = f"{told}\nworker {member.number}, process {member.pid}, was at {rows[slot]}\n\n{stacks}"
             (folder / f"worker-{member.number}.txt").write_text(text, encoding="utf-8")
 
-    def _stacks(self, member: Member) -> str:
-        path = self._scratch / f"stacks-{member.slot}.txt"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+def _new_file() -> TextIO:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _read(file: TextIO) -> str:
+    """All of a file that another process writes."""
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), size, 0).decode(errors="replace")

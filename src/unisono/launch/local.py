@@ -103,7 +103,9 @@ def _child(seat: Seat, act: Act, threads: int, device: str, scratch: Path, paren
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before the line above
     code = guarded(
-        lambda: work(seat, act, threads=threads, wanted_device=device), scratch / f"{seat.rank}.json", seat.rank
+        lambda: work(seat, act, threads=threads, wanted_device=device),
+        (scratch / f"{seat.rank}.json").write_text,
+        seat.rank,
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 
@@ -59,7 +59,7 @@ class Part(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Post:
     """What a worker's process is given when it is forked. memory: file of the run's snapshot. workers: how many there
-    are to be."""
+    are to be. report, stacks: files without a name, for what it raises, and for what it is at."""
 
     slot: int
     channel: Channel
@@ -68,7 +68,8 @@ class Post:
     threads: int
     device: str
     workers: int
-    scratch: Path
+    report: TextIO
+    stacks: TextIO
     parent: int
     faults: tuple[Fault, ...] = ()
 
@@ -126,13 +127,13 @@ def serve(post: Post, part: Part) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != post.parent:
         os._exit(1)  # the parent ended before the line above
-    stacks = (post.scratch / f"stacks-{post.slot}.txt").open("w")
-    faulthandler.enable(stacks)
-    faulthandler.register(DUMP, stacks, all_threads=True)
+    faulthandler.enable(post.stacks)
+    faulthandler.register(DUMP, post.stacks, all_threads=True)
     for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-    code = guarded(lambda: _serve(post, part), post.scratch / f"{post.slot}.json", post.slot)
+    code = guarded(lambda: _serve(post, part), post.report.write, post.slot)
+    post.report.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no clean-up of what was inherited from the parent

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ from unisono.launch.member import Part
 from unisono.launch.watch import Watch
 from unisono.launch.writing import Writing
 from unisono.recipe import Recipe
-from unisono.run import tell_saved
 
 MOST_WORKERS = 4096
 LOOK_SECONDS = 0.2
@@ -94,16 +92,15 @@ class Supervisor:
         forget_kernel_buffers()
         if self._folder.exists():
             self._claim = Claim(self._folder)
-        with tempfile.TemporaryDirectory(prefix="unisono-") as place, Interrupts() as self._interrupts:
-            train, keep, scratch = self._recipe.train, self._recipe.checkpoint.keep, Path(place)
-            self._writing = Writing(self._folder / "checkpoints", keep, self._memory, scratch, self._tell)
+        with Interrupts() as self._interrupts:
+            train, keep = self._recipe.train, self._recipe.checkpoint.keep
+            self._writing = Writing(self._folder / "checkpoints", keep, self._memory, self._tell)
             self._crew = Crew(
                 self._part,
                 self._board,
                 memory=self._memory,
                 threads=train.threads,
                 device=train.device,
-                scratch=scratch,
                 faults=self._faults,
                 wake=self._interrupts.descriptor,
             )
@@ -168,8 +165,9 @@ class Supervisor:
             change.lost += f"; {loss.what}"  # the same loss, noticed bit by bit
             return
         if end := self._budget.spend(loss):
+            self._crew.end()
             trace = f"\n{loss.trace}" if loss.trace else ""
-            self._fail(WorkerError(f"{end}. {LAST_CHECKPOINT}{trace}"))
+            self._fail(WorkerError(f"{end}. {self._rescue()}{trace}"))
             return
         if change is None:
             change = self._change = Change(since=now)
@@ -222,16 +220,19 @@ class Supervisor:
             self._stop_at = time.monotonic() + self._recipe.recovery.grace_seconds * (1 - WRITING_SHARE)
         elif self._change is not None or time.monotonic() > self._stop_at:
             self._crew.end()  # the step does not end in time
-            self._fail(self._named(self._save_in_haste()))
+            self._fail(self._named(f"stopped in the middle of a step. {self._rescue()}"))
 
-    def _save_in_haste(self) -> str:
-        """Write the last commit from the snapshot, without the workers."""
-        if self._step < 0:
-            return f"stopped in the middle of a step. {LAST_CHECKPOINT}"
-        if not self._writing.write_now(self._recipe.recovery.grace_seconds * WRITING_SHARE):
-            return f"stopped; the last step could not be saved. {LAST_CHECKPOINT}"
-        total = Snapshot(self._memory).description.extra["total_steps"]
-        return tell_saved(self._step, total, self._folder)
+    def _rescue(self) -> str:
+        """Write the last commit from the snapshot, without the workers. Return how to go on."""
+        step, seconds = self._step, self._recipe.recovery.grace_seconds * WRITING_SHARE
+        if step < 1:
+            return "Nothing had been committed." if self._memory >= 0 else LAST_CHECKPOINT
+        if not self._writing.write_now(seconds):
+            return f"Step {step} could not be saved. {LAST_CHECKPOINT}"
+        return (
+            f"Everything up to step {step} is saved. Go on with the same command and `--run-folder {self._folder} "
+            "--resume`, on any number of workers."
+        )
 
     def _named(self, message: str) -> Interrupted:
         """The end that the first signal asked for."""

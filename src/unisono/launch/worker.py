@@ -13,7 +13,6 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -82,8 +81,8 @@ def keep_memory() -> None:
         libc.mallopt(M_TOP_PAD, 64 * 2**20)
 
 
-def guarded(main: Callable[[], None], error_file: Path, rank: int) -> int:
-    """Run a worker's main; write what it raises to `error_file` as JSON; return the process's exit code."""
+def guarded(main: Callable[[], None], write: Callable[[str], object], rank: int) -> int:
+    """Run a worker's main; `write` what it raises, as JSON; return the process's exit code."""
     try:
         main()
         return 0
@@ -98,5 +97,5 @@ def guarded(main: Callable[[], None], error_file: Path, rank: int) -> int:
             "traceback": traceback.format_exc(),
             "when": time.time(),
         }
-        error_file.write_text(json.dumps(report), encoding="utf-8")
+        write(json.dumps(report))
         return int(os.EX_SOFTWARE)

@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
@@ -33,14 +34,14 @@ class Writing:
     """Writes the run's checkpoints, one at a time. `tell` hears what came of each."""
 
     def __init__(
-        self, folder: Path, keep: int, memory: int, scratch: Path, tell: Callable[[CheckpointWritten | Notice], None]
+        self, folder: Path, keep: int, memory: int, tell: Callable[[CheckpointWritten | Notice], None]
     ) -> None:
         self.step = -1  # that is being written, or was last
         self.was_written = True
         self._folder = folder
         self._keep = keep
         self._memory = memory
-        self._error = scratch / "writing.txt"
+        self._error = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - for as long as the run lives
         self._tell = tell
         self._process: BaseProcess | None = None
         self._began = 0.0
@@ -101,7 +102,7 @@ class Writing:
     def _begin(self, facts: Mapping[str, Any], waited_seconds: float) -> None:
         self.step = int(facts["step"])
         self._began, self._waited_seconds = time.monotonic(), waited_seconds
-        self._error.unlink(missing_ok=True)
+        os.ftruncate(self._error.fileno(), 0)
         fork = multiprocessing.get_context("fork")
         self._process = fork.Process(target=self._write, args=(facts, os.getpid()), name="checkpoint")
         self._process.start()
@@ -116,7 +117,8 @@ class Writing:
             self._tell(tell_written(path, seconds, self._waited_seconds))
         else:
             how = f"the writer was killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            self._tell(warn_unwritten(self._error.read_text(encoding="utf-8") if self._error.exists() else how))
+            why = os.pread(self._error.fileno(), 65_536, 0).decode()
+            self._tell(warn_unwritten(why or how))
             self.step = -1
 
     def _write(self, facts: Mapping[str, Any], parent: int) -> None:
@@ -126,13 +128,13 @@ class Writing:
         if os.getppid() != parent:
             os._exit(1)
         os.nice(NICENESS)
+        why = ""
         try:
             content = Snapshot(self._memory).content(facts)
             checkpoints.write(content, self._folder, keep=self._keep)
         except RunFolderError as error:
-            self._error.write_text(str(error), encoding="utf-8")
-            os._exit(1)
+            why = str(error)
         except BaseException as error:  # noqa: BLE001 - a process of its own: whatever ends it is told
-            self._error.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-            os._exit(1)
-        os._exit(0)
+            why = f"{type(error).__name__}: {error}"
+        os.pwrite(self._error.fileno(), why.encode(), 0)
+        os._exit(int(bool(why)))
