@@ -18,7 +18,7 @@ from unisono.board import PHASES
 from unisono.errors import Interrupted, Preempted, RecipeError
 from unisono.faults import Fault, parse
 from unisono.folder import choose_folder
-from unisono.joining import Job, check_workers
+from unisono.joining import Job, Resume, check_workers
 from unisono.launch import count_workers, join_torchrun, restarted_by_torchrun, seat_from_torchrun
 from unisono.launch.seat import Seat
 from unisono.launch.supervisor import Supervisor
@@ -108,24 +108,31 @@ def train(
     """
     recipe = resolve(what, name, overrides, settings)
     open_material = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
-    again = resume or ("auto" if restarted_by_torchrun() else False)
-    job_folder = choose_folder(recipe.name, run, resume=again)
-    written = job_folder / "summary.json"  # by worker 0; another host sees it on shared storage only
-    if again == "auto" and written.exists():
-        print(f"{job_folder} has been trained to its end: nothing is left to do.", flush=True)
-    else:
+    place, mode = _choose_start(recipe, run, resume)
+    if mode is not None:
         job = Job(
             recipe=recipe,
-            folder=job_folder,
-            resume="auto" if again == "auto" else "yes" if again else "no",
+            folder=place,
+            resume=mode,
             accept_new_numerics=accept_new_numerics,
             allow_impure=allow_impure,
             trace=trace,
         )
         told = [parse(fault, PHASES) for fault in faults]
         run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=told)
+    written = place / "summary.json"  # by worker 0; another host sees it on shared storage only
     summary = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    return Trained(folder=job_folder, summary=summary, task=what if isinstance(what, Task) else None)
+    return Trained(folder=place, summary=summary, task=what if isinstance(what, Task) else None)
+
+
+def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Resume | None]:
+    """The run folder, and whether to resume what is in it; None where it has been trained to its end."""
+    resume = resume or ("auto" if restarted_by_torchrun() else False)
+    place = choose_folder(recipe.name, run, resume=resume)
+    if resume == "auto" and (place / "summary.json").exists():
+        print(f"{place} has been trained to its end: nothing is left to do.", flush=True)
+        return place, None
+    return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
 
 def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str, Any]) -> OpenMaterial:

@@ -32,6 +32,8 @@ from unisono.link import Link
 from unisono.material import Material
 from unisono.recipe import Recipe
 
+Resume = Literal["no", "yes", "auto"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -43,7 +45,7 @@ class Job:
 
     recipe: Recipe
     folder: Path
-    resume: Literal["no", "yes", "auto"] = "no"
+    resume: Resume = "no"
     accept_new_numerics: bool = False
     allow_impure: bool = False
     trace: Path | None = None
