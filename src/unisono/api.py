@@ -16,7 +16,7 @@ import torch
 from unisono import recipe as recipes
 from unisono.board import PHASES
 from unisono.errors import Interrupted, Preempted, RecipeError
-from unisono.faults import Fault, parse
+from unisono.faults import parse
 from unisono.folder import choose_folder
 from unisono.joining import Job, Resume, check_workers
 from unisono.launch import count_workers, join_torchrun, restarted_by_torchrun, seat_from_torchrun
@@ -118,8 +118,7 @@ def train(
             allow_impure=allow_impure,
             trace=trace,
         )
-        told = [parse(fault, PHASES) for fault in faults]
-        run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=told)
+        run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
     written = place / "summary.json"  # by worker 0; another host sees it on shared storage only
     summary = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
     return Trained(folder=place, summary=summary, task=what if isinstance(what, Task) else None)
@@ -155,7 +154,7 @@ def run_job(
     workers: str | int,
     quiet: bool,
     as_json: bool,
-    faults: Sequence[Fault] = (),
+    faults: Sequence[str] = (),
 ) -> None:
     """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
     train = job.recipe.train
@@ -174,7 +173,7 @@ def run_job(
             folder=job.folder,
             observer=reporter,
             workers=count_workers(workers, train.microbatches, train.device),
-            faults=faults,
+            faults=[parse(fault, PHASES) for fault in faults],
         ).run()
     finally:
         reporter.close()
