@@ -96,8 +96,7 @@ def train(
         quiet, as_json: print warnings only; print one JSON object per event.
         trace: a folder for the digests of every contribution, which `verify` compares.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
-        settings: keys of the recipe's [train] table, such as epochs=3; "evaluate", "checkpoint" and "recovery" take
-            tables.
+        settings: keys of [train], such as epochs=3; "evaluate", "checkpoint" and "recovery" take tables.
 
     Returns:
         The finished run. Under torchrun every process returns one.
@@ -119,9 +118,14 @@ def train(
             trace=trace,
         )
         run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
-    written = place / "summary.json"  # by worker 0; another host sees it on shared storage only
-    summary = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    return Trained(folder=place, summary=summary, task=what if isinstance(what, Task) else None)
+    return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
+
+
+def _read_summary(place: Path) -> dict[str, Any]:
+    """What worker 0 has written; another host sees it on shared storage only."""
+    written = place / "summary.json"
+    found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    return found
 
 
 def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Resume | None]:
