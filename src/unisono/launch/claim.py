@@ -29,7 +29,8 @@ ANSWER_SECONDS = 600.0
 
 
 class Claim:
-    """The hold of this process on a run folder, which must exist.
+    """The hold of this process on a run folder, which must exist. Where it cannot be written, there is none, and nobody
+    can ask for anything.
 
     Raises:
         RunFolderError: another process has it.
@@ -37,7 +38,11 @@ class Claim:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = os.open(folder / RUNNING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._file = os.open(folder / RUNNING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            self._file = -1
+            return
         deadline = time.monotonic() + DYING_SECONDS
         while not _lock(self._file):
             if time.monotonic() > deadline:
@@ -49,7 +54,8 @@ class Claim:
                 )
             time.sleep(POLL_SECONDS)
         for name in (WANTED, ANSWER):
-            (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
 
     def tell(self, **facts: Any) -> None:
         """Say who holds the folder, and what can be asked."""
@@ -64,7 +70,8 @@ class Claim:
         if not path.exists():
             return None
         found = _read(path).get("workers")
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return found if isinstance(found, int) and found > 0 else None
 
     def answer(self, text: str, *, done: bool) -> None:
@@ -74,10 +81,13 @@ class Claim:
 
     def release(self) -> None:
         """Let go of the folder."""
+        if self._file < 0:
+            return
         for name in (WANTED, RUNNING):
             with suppress(OSError):
                 (self._folder / name).unlink(missing_ok=True)
         os.close(self._file)
+        self._file = -1
 
 
 def ask_for_workers(folder: Path, workers: int) -> str:
@@ -131,6 +141,8 @@ def _lock(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        return True  # a file system without locks keeps nobody out
     return True
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; the machine is wanted back (kill, a scheduler, an instance that is taken away); the same from Slurm."""
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C; the machine is wanted back (kill, a scheduler, an instance that is taken away); the same from Slurm; the
+terminal is closed."""
 
 
 class Interrupts:
@@ -27,7 +29,8 @@ class Interrupts:
         for end in (self.descriptor, self._writing):
             os.set_blocking(end, False)
         for signum in ASKING:
-            self._before[signum] = signal.signal(signum, self._note)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                self._before[signum] = signal.signal(signum, self._note)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         return self
 
@@ -41,4 +44,5 @@ class Interrupts:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.asked.append(signal.Signals(signum))
         if len(self.asked) == 1:
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal may be what has gone
+                print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
