@@ -295,6 +295,7 @@ def _finish(run: Run) -> None:
     if run.recipe.evaluate.keep_best:
         state.take_best()
     test = _score(run, run.material.test) if run.material.test is not None else None
+    run.link.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
     with state.averaged_weights():
         if run.exchange.rank == 0:
             tensors = state.replica.tensors()
