@@ -3,9 +3,10 @@
 
 PYTHON  ?= python3
 WORKERS ?= 2
+MINUTES ?= 3
 BIN     := .venv/bin
 
-.PHONY: demo data test check bench clean
+.PHONY: demo data test check bench soak clean
 
 demo: .venv/ready data/newsgroups  ## train a text classifier on 20 Newsgroups: make demo WORKERS=3 gives the same bits
 	$(BIN)/unisono train examples/text/newsgroups.toml --workers $(WORKERS)
@@ -25,6 +26,9 @@ check: .venv/ready  ## style and types
 
 bench: .venv/ready data  ## measurements against peers, side by side
 	$(BIN)/python benchmarks/run.py
+
+soak: .venv/ready  ## all kinds of faults mixed, on one run after another: make soak MINUTES=60
+	$(BIN)/python benchmarks/faults/soak.py --minutes $(MINUTES)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -1,7 +1,7 @@
 """All measurements, one after another, each in a process of its own: `make bench`.
 
-python benchmarks/run.py              all
-python benchmarks/run.py step demo    these
+python benchmarks/run.py                     all
+python benchmarks/run.py step faults/kills   these
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-MEASUREMENTS = ("startup", "exchange", "step", "demo")
+FAULTS = ("kills", "recover", "costs", "straggler", "resize")
+MEASUREMENTS = ("startup", "exchange", "step", "demo", *(f"faults/{name}" for name in FAULTS))
 
 
 def main(names: list[str]) -> None:

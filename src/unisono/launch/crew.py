@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import select
 import signal
 import socket
 import tempfile
@@ -16,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TextIO
@@ -143,13 +143,13 @@ class Crew:
                 member.waiting, member.leaving = False, True
                 member.channel.send({"leave": True})
 
-    def wait(self, seconds: float) -> None:
-        """Return when something may have happened, at the latest after `seconds`."""
-        watched: list[Any] = [self._wake]
+    def wait(self, seconds: float, others: Iterable[int]) -> None:
+        """Return when something may have happened to a member, or to `others` (descriptors), at the latest after
+        `seconds`."""
+        watched: list[Any] = [self._wake, *others]
         for member in self.members.values():
             watched += [member.process.sentinel, member.channel]
-        ready, _, _ = select.select(watched, [], [], seconds)
-        if self._wake in ready:
+        if self._wake in wait(watched, seconds):
             with suppress(BlockingIOError):
                 os.read(self._wake, 4096)
 

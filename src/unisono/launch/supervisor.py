@@ -107,11 +107,11 @@ class Supervisor:
             self._watch = Watch(self._crew, self._board, self._folder, self._recipe.recovery.hang_factor)
             try:
                 while self._error is None and (self._crew.members or not self._has_ended):
-                    self._crew.wait(LOOK_SECONDS if self._crew.members else 0.0)
                     self._hear(self._crew.listen())
                     self._bury()
                     self._look()
                     self._form()
+                    self._crew.wait(LOOK_SECONDS, self._writing.sentinels)
             finally:
                 self._leave()
         if self._error is not None:

@@ -49,6 +49,11 @@ class Writing:
         self._asking: tuple[Reply, float] | None = None
         self._settling: list[Reply] = []
 
+    @property
+    def sentinels(self) -> list[int]:
+        """What becomes readable when something is written: a descriptor, or none."""
+        return [self._process.sentinel] if self._process is not None else []
+
     def ask(self, reply: Reply) -> None:
         """The present commit is to be written; `reply` hears when that has begun."""
         self._asking = reply, time.monotonic()
