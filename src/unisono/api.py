@@ -24,7 +24,7 @@ from unisono.launch.seat import Seat
 from unisono.launch.supervisor import Supervisor
 from unisono.launch.worker import Stop
 from unisono.link import Alone
-from unisono.material import open_own, open_text
+from unisono.material import import_for_text, open_own, open_text
 from unisono.models.task import Task
 from unisono.recipe import Recipe
 from unisono.report.reporter import Reporter
@@ -142,6 +142,7 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
     """How each worker comes to what it trains on."""
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
+        import_for_text()
         return lambda workers, notify: open_text(recipe, workers, notify, frames)
     if "train" not in frames:
         raise RecipeError(

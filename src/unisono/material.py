@@ -57,6 +57,21 @@ class Material:
                 )
 
 
+def import_for_text() -> None:
+    """Import what every worker of a text recipe needs. Before workers are forked, once is enough for all, and for those
+    that replace lost ones."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute
+    import tokenizers
+
+    import unisono.data.prepare
+    import unisono.models.text.classification
+
+    assert tokenizers and pyarrow.compute and unisono.data.prepare
+    pa.array(np.zeros(1))  # makes pyarrow look for pandas, which takes longer than all the rest
+
+
 def open_text(
     recipe: Recipe, workers: int, notify: Callable[[str], None], frames: Mapping[str, object] | None = None
 ) -> Material:

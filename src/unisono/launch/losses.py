@@ -115,8 +115,9 @@ class Budget:
 class Change:
     """A loss or a resize that is being overcome.
 
-    since: seconds of the monotonic clock. wasted: work on a step that was dropped. lost: what was, in words; "" for
-    nothing. before: the number of workers, where another was asked for. seated: all have been given seats since.
+    since: seconds of the monotonic clock, from when on nobody has trained. wasted: work on a step that was dropped.
+    lost: what was, in words; "" for nothing. before: the number of workers, where another was asked for. seated: all
+    have been given seats since. stands_still: `since` is exact.
     """
 
     since: float
@@ -124,6 +125,12 @@ class Change:
     lost: str = ""
     before: int | None = None
     seated: bool = False
+    stands_still: bool = False
+
+    def stand_still(self, now: float) -> None:
+        """The first worker has left the group that is to be resized: until then, training went on."""
+        if not self.stands_still and not self.lost:
+            self.since, self.stands_still = now, True
 
     def conclude(self, started: events.RunStarted, now: float) -> list[events.Event]:
         """What is told of it when a new group of workers has begun."""

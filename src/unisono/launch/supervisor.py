@@ -142,6 +142,8 @@ class Supervisor:
         """A member waits for a seat. If its group was not dissolved, another worker is about to end, or something has
         come between them."""
         member.waiting = True
+        if self._board.request == REGROUP and self._change is not None and member.generation >= 0:
+            self._change.stand_still(time.monotonic())
         if why and self._orphan is None and member.generation == self._board.generation:
             self._orphan = member, why, time.monotonic()
 
@@ -264,8 +266,7 @@ class Supervisor:
         change = self._change
         resizing = change is not None and not change.lost and not change.seated and self._board.request == RUNNING
         if change is not None and resizing and all(one.waiting for one in staying if one.generation < 0):
-            change.since = time.monotonic()  # newcomers are warm
-            self._board.request = REGROUP
+            self._board.request = REGROUP  # newcomers are warm
         if len(staying) < self._wanted or not all(member.waiting for member in staying):
             return
         self._crew.let_go(staying[self._wanted :])

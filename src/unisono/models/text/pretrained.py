@@ -81,9 +81,9 @@ class Bert(nn.Module):
         self.recompute = recompute
         self.embeddings = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(config.vocab_size, width),
-                "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
-                "token_type_embeddings": nn.Embedding(config.type_vocab_size, width),
+                "word_embeddings": _embedding(config.vocab_size, width),
+                "position_embeddings": _embedding(config.max_position_embeddings, width),
+                "token_type_embeddings": _embedding(config.type_vocab_size, width),
                 "LayerNorm": nn.LayerNorm(width, config.layer_norm_eps),
             }
         )
@@ -144,6 +144,11 @@ def read_classifier(model: Pretrained, classes: int, *, recompute: bool) -> Pret
     bert.load_state_dict(_read_weights(weights, bert.state_dict()), assign=True)
     bert.requires_grad_(not model.freeze)
     return PretrainedClassifier(config, bert, model, classes)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding to be filled: the random start of a new one would import torch's compiler for the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def read_config(folder: Path) -> BertConfig:
