@@ -155,10 +155,8 @@ def _announce(run: Run) -> None:
 def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
     """Train, and attend to each committed step. Return what ended it: a request, or board.RUNNING at the end."""
     state = run.state
-    if run.recovered and state.step:
+    if state.step and state.last is not None:
         _attend(run, 0.0, 0.0)  # who attended to this step may have been lost before it was done
-    elif not state.evaluated and state.step:
-        _evaluate_if_due(run)
     if _has_settled(run):
         return RUNNING
     audit = Audit(
@@ -212,7 +210,7 @@ def _attend(run: Run, seconds: float, data_seconds: float) -> None:
         return
     _evaluate_if_due(run)
     every = run.recipe.checkpoint.every_steps
-    if every and state.step % every == 0:
+    if every and state.step % every == 0 and state.step != run.saved_step:
         _save(run)
 
 

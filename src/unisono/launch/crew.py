@@ -178,17 +178,17 @@ class Crew:
 
     def dismiss(self, members: Iterable[Member]) -> tuple[list[tuple[Member, Message]], list[tuple[Member, End]]]:
         """End members at once; return the last words of who has ended, and how."""
-        for member in members:
+        chosen = list(members)
+        for member in chosen:
             member.leaving = True
             member.process.kill()
+        for member in chosen:
             member.process.join()
         return self.reap()
 
     def end(self) -> None:
         """Make sure that no child is left."""
-        for member in self.members.values():
-            member.process.kill()
-        self.dismiss(list(self.members.values()))
+        self.dismiss(self.members.values())
 
     @staticmethod
     def is_stopped(member: Member) -> bool:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -77,6 +77,7 @@ class Supervisor:
         self._orphan: tuple[Member, str, float] | None = None  # who lost others that have not ended, why and when
         self._stop_at: float | None = None
         self._last_event = time.monotonic()
+        self._look_at = 0.0
 
     def run(self) -> None:
         """Train to the end.
@@ -112,6 +113,7 @@ class Supervisor:
                     self._look()
                     self._form()
                     self._crew.wait(LOOK_SECONDS, self._writing.sentinels)
+                self._dismiss(self._crew.staying())
             finally:
                 self._leave()
         if self._error is not None:
@@ -137,6 +139,11 @@ class Supervisor:
             elif "ask" in message:
                 member.asking = True
                 (self._writing.ask if message["ask"] == "save" else self._writing.settle)(member.answer)
+
+    def _dismiss(self, members: Iterable[Member]) -> None:
+        """End members at once; what they had said before is heard."""
+        words, _ = self._crew.dismiss(members)
+        self._hear(words)
 
     def _welcome(self, member: Member, why: str) -> None:
         """A member waits for a seat. If its group was not dissolved, another worker is about to end, or something has
@@ -167,7 +174,7 @@ class Supervisor:
             change.lost += f"; {loss.what}"  # the same loss, noticed bit by bit
             return
         if end := self._budget.spend(loss):
-            self._crew.end()
+            self._dismiss(self._crew.staying())
             trace = f"\n{loss.trace}" if loss.trace else ""
             self._fail(WorkerError(f"{end}. {self._rescue()}{trace}"))
             return
@@ -181,9 +188,9 @@ class Supervisor:
         self._board.generation += 1  # everybody leaves the present group, at the next mark on the board
         self._dissolved_at, self._orphan = now, None
         if self._on_gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
-            self._crew.dismiss(member for member in self._crew.staying() if member.generation >= 0)
+            self._dismiss(member for member in self._crew.staying() if member.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:
-            self._wanted = max(1, min(self._wanted, len(self._crew.members)))
+            self._wanted = max(1, min(self._wanted, len(self._crew.staying())))
 
     # What is to be done by now
 
@@ -194,20 +201,21 @@ class Supervisor:
             return
         if self._interrupts.asked:
             self._heed()
+        now = time.monotonic()
+        if self._error is not None or now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
         if self._claim is not None and (wanted := self._claim.wanted_workers()):
             self._resize(self._claim, wanted)
-        if self._dissolved_at is not None and time.monotonic() > self._dissolved_at + MEETING_SECONDS:
-            self._crew.dismiss(
-                member for member in self._crew.members.values()
-                if not member.waiting and self._board.row(member.slot).waiting == "join"
-            )  # fmt: skip
-        if self._orphan is not None and time.monotonic() > self._orphan[2] + ORPHAN_SECONDS:
+        if self._dissolved_at is not None and now > self._dissolved_at + MEETING_SECONDS:
+            at_work = [member for member in self._crew.staying() if not member.waiting]
+            self._dismiss(member for member in at_work if self._board.row(member.slot).waiting == "join")
+        if self._orphan is not None and now > self._orphan[2] + ORPHAN_SECONDS:
             member, why, _ = self._orphan
             self._lose(Loss(step=self._step, what=f"worker {member.number} lost the others ({why})"))
         if self._error is None and (found := self._watch.find()):
             told = self._watch.describe(found, self._step)
-            words, _ = self._crew.dismiss(member for member, _ in found)
-            self._hear(words)  # one that was continued to write its stacks down may have gone on
+            self._dismiss(member for member, _ in found)
             self._lose(Loss(step=self._step, what=told))
 
     def _heed(self) -> None:
@@ -221,7 +229,7 @@ class Supervisor:
             self._board.request = STOP
             self._stop_at = time.monotonic() + self._recipe.recovery.grace_seconds * (1 - WRITING_SHARE)
         elif self._change is not None or time.monotonic() > self._stop_at:
-            self._crew.end()  # the step does not end in time
+            self._dismiss(self._crew.staying())  # the step does not end in time
             self._fail(self._named(f"stopped in the middle of a step. {self._rescue()}"))
 
     def _rescue(self) -> str:
@@ -280,12 +288,13 @@ class Supervisor:
     def _tell(self, event: events.Event) -> None:
         """Tell the observer; a group that has begun anew ends what had changed."""
         if isinstance(event, events.RunStarted):
-            again, change = self._training, self._change
+            change, goes_on = self._change, self._training and self._memory >= 0
             self._begin_training()
-            for told in change.conclude(event, time.monotonic()) if change and again else []:
+            if not goes_on:  # or is resumed from disk, like another run
+                self._observe(event)
+            for told in change.conclude(event, time.monotonic()) if change else []:
                 self._observe(told)
-            if again and self._memory >= 0:  # else it is resumed from disk, like another run
-                return
+            return
         if isinstance(event, events.StepDone):
             self._watch.learn(event.seconds)
         self._has_ended |= isinstance(event, events.RunEnded)
