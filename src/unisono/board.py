@@ -42,6 +42,7 @@ RUNNING, STOP, REGROUP = 0, 1, 2
 """What the supervisor asks of all workers, at the end of a step."""
 
 _GENERATION, _REQUEST, _PREPARED, _STRUCK, _HEADER = 0, 1, 2, 8, 64
+MOST_FAULTS = _HEADER - _STRUCK
 _PHASE, _STEP, _MICROBATCH, _SINCE, _ENTERED, _LEFT, _CALL, _ROW = 0, 1, 2, 3, 4, 5, 6, 8
 CALLS = ("", "add_integers", "to_owners", "gather_shards", "gather_bytes", "wait_for_all", "join")
 """Ways to wait for other workers."""

@@ -59,7 +59,9 @@ def test_functions_are_typed_and_name_their_errors(name: str) -> None:
 
 
 def test_errors_are_one_tree() -> None:
-    errors = [getattr(unisono, name) for name in PUBLIC if name.endswith("Error") or name in ("Interrupted", "Preempted")]
+    errors = [
+        getattr(unisono, name) for name in PUBLIC if name.endswith("Error") or name in ("Interrupted", "Preempted")
+    ]
     assert all(issubclass(error, unisono.UnisonoError) for error in errors)
     codes = {error.__name__: error.exit_code for error in errors}
     expected = dict.fromkeys(("UserError", "RecipeError", "DataError", "ContractError"), 2)

@@ -41,8 +41,7 @@ class Distributed:
                 device_id=device if device.type == "cuda" else None,
             )
         except RuntimeError:
-            if dist.is_initialized():  # half made; in its way, another group could not be
-                dist.destroy_process_group()
+            _forget_half_made()
             raise
         self._outbox = torch.empty(0, device=device)
         self._inbox = torch.empty(0, device=device)
@@ -100,6 +99,14 @@ class Distributed:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _forget_half_made() -> None:
+    """Make torch forget a group that could not be made: it counts them, and takes the count for the next one's name, by
+    which workers that were not in this one would wait for each other in vain. Ending a group sets the count back."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
 
 
 def _broadcast_each(parts: Sequence[Tensor]) -> None:

@@ -29,7 +29,11 @@ class Shared(Distributed):
 
     def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
         super().__init__(store, rank=rank, workers=workers, device=torch.device("cpu"), timeout_seconds=timeout_seconds)
-        self._pids = [int(pid) for pid in self.gather_bytes(str(os.getpid()).encode())]
+        try:
+            self._pids = [int(pid) for pid in self.gather_bytes(str(os.getpid()).encode())]
+        except LostPeerError:
+            super().close()  # nobody else could
+            raise
         self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
         self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written

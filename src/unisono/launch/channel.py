@@ -14,6 +14,7 @@ from unisono.errors import LostPeerError
 
 Message = dict[str, Any]
 CHUNK_BYTES = 1 << 16
+_WITH = "with a descriptor"
 
 
 class Channel:
@@ -33,7 +34,7 @@ class Channel:
         happens: whoever watches over it knows."""
         if self._socket.fileno() < 0:
             return
-        line = json.dumps(message).encode() + b"\n"
+        line = json.dumps(message | {_WITH: True} if descriptor >= 0 else message).encode() + b"\n"
         try:
             if descriptor < 0:
                 self._socket.sendall(line)
@@ -56,7 +57,8 @@ class Channel:
             self._rest += content
             self._descriptors += descriptors
         line, _, self._rest = self._rest.partition(b"\n")
-        return json.loads(line), self._descriptors.pop(0) if self._descriptors else -1
+        message: Message = json.loads(line)
+        return message, self._descriptors.pop(0) if message.pop(_WITH, False) else -1
 
     def drain(self) -> list[Message]:
         """Return what has arrived, without waiting."""

@@ -38,24 +38,31 @@ class Claim:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            self._file = os.open(folder / RUNNING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError:
-            self._file = -1
-            return
+        self._file = -1
         deadline = time.monotonic() + DYING_SECONDS
-        while not _lock(self._file):
-            if time.monotonic() > deadline:
-                os.close(self._file)
-                holder = _read(folder / RUNNING)
-                raise RunFolderError(
-                    f"{str(folder)!r} is being trained by process {holder.get('pid', '?')} on "
-                    f"{holder.get('host', '?')}. Wait for it, stop it (kill -TERM), or use another --run-folder."
-                )
-            time.sleep(POLL_SECONDS)
+        with suppress(OSError):
+            while not self._take():
+                if time.monotonic() > deadline:
+                    holder = _read(folder / RUNNING)
+                    raise RunFolderError(
+                        f"{str(folder)!r} is being trained by process {holder.get('pid', '?')} on "
+                        f"{holder.get('host', '?')}. Wait for it, stop it (kill -TERM), or use another --run-folder."
+                    )
+                time.sleep(POLL_SECONDS)
         for name in (WANTED, ANSWER):
             with suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
+
+    def _take(self) -> bool:
+        """Try to get the lock, on the file that is there."""
+        path = self._folder / RUNNING
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = _lock(file)
+        if held and path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            self._file = file
+            return True
+        os.close(file)  # somebody has it, or has removed it just now, letting go
+        return False
 
     def tell(self, **facts: Any) -> None:
         """Say who holds the folder, and what can be asked."""

@@ -5,6 +5,7 @@ Owns the children and their channels. Decides nothing; `supervisor.py` does.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -113,7 +114,9 @@ class Crew:
             # until the child ignores them, it must not take a signal for the parent's
             before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
             process = self._fork.Process(target=serve, args=(post, self._part), name=f"worker {slot}")
+            gc.freeze()  # a collection in the child must not touch, and so copy, what it has inherited
             process.start()
+            gc.unfreeze()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             self.members[slot] = Member(slot=slot, process=process, channel=mine, report=report, stacks=stacks)

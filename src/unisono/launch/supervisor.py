@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from unisono import events
-from unisono.board import REGROUP, RUNNING, STOP, Board
+from unisono.board import MOST_FAULTS, REGROUP, RUNNING, STOP, Board
 from unisono.engine.snapshot import Snapshot, new_file
-from unisono.errors import Interrupted, Preempted, WorkerError
+from unisono.errors import Interrupted, Preempted, RecipeError, WorkerError
 from unisono.faults import Fault
 from unisono.launch.channel import Message
 from unisono.launch.claim import Claim
@@ -63,6 +63,8 @@ class Supervisor:
         self._observer = observer
         self._faults = faults
         self._wanted = workers
+        if len(faults) > MOST_FAULTS:
+            raise RecipeError(f"--fault: {len(faults)} faults are given; allowed are {MOST_FAULTS}. Inject fewer.")
         self._on_gpus = recipe.train.device != "cpu" and torch.cuda.device_count() > 0
         self._board = Board(min(recipe.train.microbatches, MOST_WORKERS))
         self._memory = new_file()
@@ -187,6 +189,7 @@ class Supervisor:
         self._hire_at = now + self._budget.backoff_seconds
         self._board.generation += 1  # everybody leaves the present group, at the next mark on the board
         self._dissolved_at, self._orphan = now, None
+        self._watch.spare()
         if self._on_gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
             self._dismiss(member for member in self._crew.staying() if member.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:

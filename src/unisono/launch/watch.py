@@ -75,6 +75,10 @@ class Watch:
         """A step has taken so long."""
         self._longest_step = max(self._longest_step, step_seconds)
 
+    def spare(self) -> None:
+        """A group has been dissolved: whoever waited for the lost needs time to come back."""
+        self._not_before = time.monotonic() + self.limit_seconds
+
     @property
     def limit_seconds(self) -> float:
         """How long a worker may be without progress; 0: for ever."""

@@ -1,0 +1,213 @@
+"""The claim on a run folder: one process at a time, for as long as it lives; and what others may ask of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unisono.errors import RecipeError, RunFolderError
+from unisono.launch import claim as claims
+from unisono.launch.claim import ANSWER, RUNNING, WANTED, Claim, ask_for_workers
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "DYING_SECONDS", 0.1)
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.005)
+
+
+def begin_elsewhere(act: Callable[[], Any]) -> int:
+    """Do something in another process, which then lives on; return its id when it has done it."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with suppress(BaseException):
+            kept = act()
+            os.write(writing, b"!")
+            signal.pause()
+            assert kept
+        os._exit(1)
+    os.close(writing)
+    assert os.read(reading, 1) == b"!"
+    os.close(reading)
+    return pid
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_exclusive_while_it_is_held(tmp_path: Path) -> None:
+    first = Claim(tmp_path)
+    first.tell(workers=2, most_workers=4)
+    with pytest.raises(RunFolderError, match=f"is being trained by process {os.getpid()} on ") as refused:
+        Claim(tmp_path)
+    assert str(tmp_path) in str(refused.value) and "--run-folder" in str(refused.value)
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+    Claim(tmp_path).release()
+
+
+def test_another_process_is_named_and_its_death_ends_its_claim(tmp_path: Path) -> None:
+    def act() -> Claim:
+        claim = Claim(tmp_path)
+        claim.tell(workers=2)
+        return claim
+
+    pid = begin_elsewhere(act)
+    try:
+        with pytest.raises(RunFolderError, match=f"by process {pid} "):
+            Claim(tmp_path)
+    finally:
+        end(pid)
+    claim = Claim(tmp_path)  # at once, though .running is still there
+    assert json.loads((tmp_path / RUNNING).read_text())["pid"] == pid
+    claim.tell(workers=1)
+    assert json.loads((tmp_path / RUNNING).read_text())["pid"] == os.getpid()
+    claim.release()
+
+
+def test_workers_of_a_killed_supervisor_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have inherited the lock, and die a moment after it."""
+    monkeypatch.setattr(claims, "DYING_SECONDS", 30.0)
+    pid = begin_elsewhere(lambda: Claim(tmp_path))
+    killer = threading.Timer(0.1, end, (pid,))
+    killer.start()
+    Claim(tmp_path).release()
+    killer.join()
+
+
+def test_a_folder_that_cannot_be_written_is_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no claim then; nobody can ask for anything."""
+
+    def refuse(*given: Any, **more: Any) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "open", refuse)
+        claim = Claim(tmp_path)
+    claim.tell(workers=2)
+    assert claim.wanted_workers() is None
+    claim.answer("no", done=False)
+    claim.release()
+    claim.release()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = Claim(tmp_path), Claim(tmp_path)
+    first.release()
+    second.release()
+
+
+def test_files_left_by_a_killed_run_are_not_taken_for_wishes(tmp_path: Path) -> None:
+    (tmp_path / WANTED).write_text('{"workers": 7}')
+    (tmp_path / ANSWER).write_text('{"done": true, "text": "old"}')
+    claim = Claim(tmp_path)
+    assert claim.wanted_workers() is None
+    assert not (tmp_path / ANSWER).exists()
+    claim.release()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"workers": 0}', '{"workers": "3"}', '{"workers": -1}', "{}"])
+def test_a_wish_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
+    claim = Claim(tmp_path)
+    (tmp_path / WANTED).write_text(text)
+    assert claim.wanted_workers() is None
+    assert not (tmp_path / WANTED).exists()
+    claim.release()
+
+
+def test_a_wish_is_heard_once(tmp_path: Path) -> None:
+    claim = Claim(tmp_path)
+    (tmp_path / WANTED).write_text('{"workers": 3}')
+    assert [claim.wanted_workers(), claim.wanted_workers()] == [3, None]
+    claim.release()
+
+
+def converse(folder: Path, workers: int, answer: Callable[[Claim, int], None]) -> str | Exception:
+    """Ask a run that answers like this; return what came of it."""
+    claim = Claim(folder)
+    claim.tell(workers=2, most_workers=4)
+    found: list[str | Exception] = []
+
+    def ask() -> None:
+        try:
+            found.append(ask_for_workers(folder, workers))
+        except Exception as error:  # noqa: BLE001 - looked at below
+            found.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 10
+    while asking.is_alive() and time.monotonic() < deadline:
+        if (wanted := claim.wanted_workers()) is not None:
+            answer(claim, wanted)
+        time.sleep(0.002)
+    asking.join(10)
+    with suppress(OSError):
+        claim.release()
+    return found[0]
+
+
+def test_asked_and_answered(tmp_path: Path) -> None:
+    assert converse(tmp_path, 3, lambda claim, wanted: claim.answer(f"{wanted} it is", done=True)) == "3 it is"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_asked_and_refused(tmp_path: Path) -> None:
+    found = converse(tmp_path, 3, lambda claim, wanted: claim.answer("not now", done=False))
+    assert isinstance(found, RunFolderError) and "not now" in str(found)
+
+
+def test_an_old_answer_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    (tmp_path / ANSWER).write_text('{"done": true, "text": "old"}')
+    assert converse(tmp_path, 3, lambda claim, wanted: claim.answer("new", done=True)) == "new"
+
+
+def test_a_run_that_ends_instead_of_answering(tmp_path: Path) -> None:
+    found = converse(tmp_path, 3, lambda claim, wanted: claim.release())
+    assert isinstance(found, RunFolderError) and "has ended" in str(found)
+
+
+def test_a_run_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "ANSWER_SECONDS", 0.1)
+    found = converse(tmp_path, 3, lambda claim, wanted: None)
+    assert isinstance(found, RunFolderError) and "does not answer" in str(found)
+
+
+@pytest.mark.parametrize("workers", [0, 5])
+def test_what_no_run_can_do_is_refused_before_it_is_asked(workers: int, tmp_path: Path) -> None:
+    asked: list[int] = []
+    found = converse(tmp_path, workers, lambda claim, wanted: asked.append(wanted))
+    assert isinstance(found, RecipeError) and "1 to 4 workers" in str(found)
+    assert asked == []
+
+
+def test_nobody_is_there_to_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="is not being trained now"):
+        ask_for_workers(tmp_path, 2)
+    with pytest.raises(RunFolderError, match="is not being trained now"):
+        ask_for_workers(tmp_path / "nowhere", 2)
+    end(begin_elsewhere(lambda: Claim(tmp_path)))
+    assert (tmp_path / RUNNING).exists()
+    with pytest.raises(RunFolderError, match="is not being trained now"):
+        ask_for_workers(tmp_path, 2)
+    assert not (tmp_path / WANTED).exists()
