@@ -169,3 +169,15 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_message(ends: Ends) -> None:
     assert os.waitstatus_to_exitcode(status) == 9
     assert other.drain() == [{"event": "StepDone", "step": 1}]
     assert other.drain() == []
+
+
+def test_a_descriptor_comes_with_its_own_message() -> None:
+    one, other = pair()
+    reading, writing = os.pipe()
+    one.send({"written": True})
+    one.send({"rank": 0}, reading)
+    assert other.receive() == ({"written": True}, -1)
+    message, descriptor = other.receive()
+    assert message == {"rank": 0} and descriptor >= 0
+    os.write(writing, b"x")
+    assert os.read(descriptor, 1) == b"x"

@@ -211,3 +211,19 @@ def test_nobody_is_there_to_be_asked(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="is not being trained now"):
         ask_for_workers(tmp_path, 2)
     assert not (tmp_path / WANTED).exists()
+
+
+def test_who_waited_for_a_claim_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock must be on the file that is there: the one before was removed when its holder let go."""
+    monkeypatch.setattr(claims, "DYING_SECONDS", 1.0)
+    first = Claim(tmp_path)
+    found: list[Claim] = []
+    waiting = threading.Thread(target=lambda: found.append(Claim(tmp_path)))
+    waiting.start()
+    time.sleep(0.2)
+    first.release()
+    waiting.join()
+    with pytest.raises(RunFolderError, match="is being trained by process"):
+        Claim(tmp_path)
+    found[0].release()
+    Claim(tmp_path).release()

@@ -198,3 +198,11 @@ def test_a_loss_during_a_resize_is_told_once_in_seconds() -> None:
 
 def test_nothing_is_told_of_no_change() -> None:
     assert Change(since=10.0).conclude(started(), 12.0) == []
+
+
+def test_a_resize_stands_still_from_the_first_who_leaves() -> None:
+    change = Change(since=1.0, before=2)
+    change.stand_still(10.0)
+    change.stand_still(11.0)
+    (told,) = change.conclude(started(), 12.0)
+    assert isinstance(told, events.Resized) and told.seconds == 2.0

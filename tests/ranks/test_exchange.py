@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,3 +183,26 @@ def test_a_slow_reader_hears_each_gathering_as_it_was(through: type[Distributed]
         return heard
 
     assert forked(2, act) == [[[10.0 * turn, 10.0 * turn + 1] for turn in range(5)]] * 2
+
+
+def test_a_group_that_could_not_be_made_is_forgotten(tmp_path: Path) -> None:
+    """One worker has waited in vain for another that was lost on its way; then it meets a newcomer."""
+
+    def act(rank: int) -> None:
+        cpu = torch.device("cpu")
+        if rank == 0:
+            alone = torch.distributed.FileStore(str(tmp_path / "lost"), 2)
+            with pytest.raises(RuntimeError):
+                Distributed(alone, rank=0, workers=2, device=cpu, timeout_seconds=0.3)
+        store = torch.distributed.FileStore(str(tmp_path / "met"), 2)
+        exchange = Distributed(store, rank=rank, workers=2, device=cpu, timeout_seconds=20)
+        assert exchange.add_integers(torch.tensor([rank + 1])).tolist() == [3]
+        exchange.close()
+
+    workers = [multiprocessing.get_context("fork").Process(target=act, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(40)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [0, 0]
