@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,14 @@ def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, at once and wholly as far as others can see; what is left of it is a leftover."""
+    hidden = folder.with_name(f".{folder.name}{PART}")
+    with suppress(OSError):  # it stays, whole
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_leftovers(parent: Path) -> None:

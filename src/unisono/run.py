@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,6 +130,12 @@ def _open_folder(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.toml", recipes.to_toml(run.recipe))
     write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
+
+
+def remove_begun(folder: Path) -> None:
+    """Remove a run folder in which nothing has happened yet; one with more in it stays."""
+    if folder.exists() and {path.name for path in folder.iterdir()} <= {"recipe.toml", "fingerprint.json"}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _announce(run: Run) -> None:

@@ -170,7 +170,7 @@ def test_a_folder_that_vanishes_while_training(disturbed: Disturbed, quiet: Quie
         if (step, phase) == (6, "optimizer"):
             shutil.rmtree(folder)
         if (step, phase) == (12, "begin"):
-            shutil.rmtree(folder.parent)
+            shutil.rmtree(folder.parent, ignore_errors=True)  # the ledger may come back into it meanwhile
 
     interfere(act)
     run = disturbed(workers=2)
@@ -286,3 +286,21 @@ def test_with_no_whole_checkpoint_resume_refuses(broken_off: Path, tmp_path: Pat
     with pytest.raises(DamagedError, match=r"step-00000009/state\.json"):
         disturbed(workers=2, resume=True)
     assert names(tmp_path / "run") == before, "nothing is renamed"
+
+
+def test_a_writer_killed_while_it_retires_an_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was about to remove is there wholly, or not at all."""
+    for number in (1, 2):
+        (tmp_path / f"step-{number:08d}").mkdir()
+        (tmp_path / f"step-{number:08d}" / "state.json").touch()
+
+    def rmtree(path: Path, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        files.remove_folder(tmp_path / "step-00000001")
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-00000002"]
+    monkeypatch.undo()
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

@@ -19,7 +19,7 @@ from typing import Any
 
 from unisono.engine.state import Content
 from unisono.errors import DamagedError
-from unisono.files import load_tensors, open_sealed, remove_leftovers, save_tensors, seal, whole_folder
+from unisono.files import load_tensors, open_sealed, remove_folder, remove_leftovers, save_tensors, seal, whole_folder
 
 FORMAT = 1
 ASIDE = ".damaged"
@@ -51,9 +51,9 @@ def write(content: Content, folder: Path, *, keep: int, at: Callable[[str], None
         save_tensors(part / "optimizer.safetensors", content.optimizer)
         at("seal")
         seal(part, "state.json", {"format": FORMAT, **content.facts})
-    at("retire")
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # the new one is there; what is left is removed next time
+        at("retire")
+        remove_folder(old)
     return path
 
 

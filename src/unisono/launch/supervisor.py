@@ -34,6 +34,7 @@ from unisono.launch.member import Part
 from unisono.launch.watch import Watch
 from unisono.launch.writing import Writing
 from unisono.recipe import Recipe
+from unisono.run import remove_begun
 
 MOST_WORKERS = 4096
 LOOK_SECONDS = 0.2
@@ -227,6 +228,10 @@ class Supervisor:
             self._writing.kill()
             self._fail(self._named(f"stopped at once. {LAST_CHECKPOINT}"))
         elif not self._training:
+            self._dismiss(self._crew.staying())
+            if self._training:  # it had just begun
+                return
+            remove_begun(self._folder)
             self._fail(self._named("stopped before the first step; nothing was left behind."))
         elif self._stop_at is None:
             self._board.request = STOP
