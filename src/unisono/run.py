@@ -304,6 +304,7 @@ def _finish(run: Run) -> None:
     run.link.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
     with state.averaged_weights():
         if run.exchange.rank == 0:
+            run.link.settle()  # a checkpoint that fills the disk gives the room back before the model needs it
             tensors = state.replica.tensors()
             with whole_folder(folder / "model") as part:
                 save_tensors(part / "model.safetensors", tensors)
@@ -330,6 +331,5 @@ def _finish(run: Run) -> None:
                         step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False
                     )
                 )
-            run.link.settle()
             run.tell(events.RunEnded(folder=str(folder), summary=summary))
     run.exchange.wait_for_all()
