@@ -99,8 +99,6 @@ def _random_tokens(*, tokens: int, vocabulary: int) -> EncodedSamples:
         starts=np.arange(number, dtype=np.int64) * tokens,
         lengths=np.full(number, tokens, np.int32),
         labels=random.integers(0, CLASSES, number),
-        padded=True,
-        padding=0,
         sha256="",
     )
 

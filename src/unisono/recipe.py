@@ -108,8 +108,11 @@ class Pretrained(Section):
     kind: Literal["pretrained"] = "pretrained"
     folder: str = Field("", description="folder with config.json, model.safetensors and tokenizer.json")
     dropout: Rate = Field(0.1, description="dropout in the encoder and before the head")
-    pooling: Literal["mean", "cls"] = Field(
-        "mean", description="what the head sees: the mean of the tokens, or the first one"
+    attention_dropout: Rate = Field(0.0, description="dropout on attention weights")
+    pooling: Literal["mean", "cls", "pooler"] = Field(
+        "mean",
+        description="what the head sees: the mean of the tokens, the first one, or that through the encoder's own "
+        "pooler, as in transformers",
     )
     freeze: bool = Field(False, description="true: only the head is trained")
 

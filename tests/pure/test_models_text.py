@@ -1,4 +1,4 @@
-"""The text models: losses by their formulas, padding that changes nothing, folders that are usable or not."""
+"""The text models: losses by their formulas, company that changes nothing, folders that are usable or not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unisono.engine.replica import same_bits
 from unisono.errors import ModelError, RecipeError
 from unisono.models.text.classification import TextClassification
+from unisono.models.text.packing import pack
 from unisono.models.text.pretrained import read_classifier, write_config
 from unisono.recipe import Bag, Model, Pretrained, Transformer
 
@@ -55,6 +56,7 @@ def weights() -> dict[str, Tensor]:
         norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
     for name in norms:
         shapes |= {f"{name}.weight": (32,), f"{name}.bias": (32,)}
+    shapes |= {"pooler.dense.weight": (32, 32), "pooler.dense.bias": (32,)}
     made = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: tensor + 1 if name.endswith("LayerNorm.weight") else tensor for name, tensor in made.items()}
 
@@ -78,11 +80,21 @@ def task(model: Model, **settings: object) -> TextClassification:
     return TextClassification(model=model, **given)  # type: ignore[arg-type]
 
 
-def padded(lengths: tuple[int, ...] = (7, 3, 12), width: int = 12) -> dict[str, Tensor]:
+LENGTHS = (7, 3, 12)
+
+
+def tokens(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(1, 50, (len(lengths), width), generator=generator)
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return {"ids": ids.masked_fill(~mask, 0), "mask": mask, "label": torch.arange(len(lengths)) % 3}
+    ids = torch.randint(1, 50, (sum(lengths),), generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    return {"ids": ids, "offsets": offsets, "label": torch.arange(len(lengths)) % 3}
+
+
+def rectangle(microbatch: dict[str, Tensor], lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
+    """Numbers and mask [n, longest], as transformers takes them."""
+    rows = microbatch["ids"].split(list(lengths))
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
 
 
 def ragged() -> dict[str, Tensor]:
@@ -146,8 +158,8 @@ def test_loss_is_float32_under_autocast() -> None:
     one = task(SMALL)
     module = build(one)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = one.loss(module, padded())
-        measured = one.measure(module, padded())
+        loss, _ = one.loss(module, tokens())
+        measured = one.measure(module, tokens())
     assert loss.dtype == measured["loss"].dtype == torch.float32
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
@@ -155,7 +167,7 @@ def test_loss_is_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize("model", [Bag(width=4, hidden=8, dropout=0.2), SMALL])
 def test_same_seed_same_bits(model: Model) -> None:
-    one, microbatch = task(model), ragged() if isinstance(model, Bag) else padded()
+    one, microbatch = task(model), ragged() if isinstance(model, Bag) else tokens()
     first, second = build(one), build(one)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     before, after = gradient(one, first, microbatch), gradient(one, second, microbatch)
@@ -192,43 +204,41 @@ def test_a_bag_has_sparse_gradients_of_the_same_values() -> None:
 # encoders
 
 
-@pytest.fixture(params=["transformer", "mean", "cls"])
+@pytest.fixture(params=["transformer", "mean", "cls", "pooler"])
 def encoder(request: pytest.FixtureRequest, folder: Path) -> Model:
     if request.param == "transformer":
         return SMALL
-    return Pretrained(folder=str(folder), pooling=request.param, dropout=0.2)
+    return Pretrained(folder=str(folder), pooling=request.param, dropout=0.2, attention_dropout=0.3)
 
 
-def test_padding_and_company_change_nothing(encoder: Model) -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, (5, 5, 5), (1, 1), (1, 4)])
+def test_company_changes_nothing(encoder: Model, lengths: tuple[int, ...]) -> None:
     module = build(task(encoder)).eval()
-    microbatch = padded((7, 3, 12), 12)
-    together = module(microbatch["ids"], microbatch["mask"])
-    for number, length in enumerate((7, 3, 12)):
-        alone = microbatch["ids"][number : number + 1, :length]
-        torch.testing.assert_close(together[number], module(alone, torch.ones_like(alone, dtype=torch.bool))[0])
-    junk = torch.where(microbatch["mask"], microbatch["ids"], 49)
-    torch.testing.assert_close(together, module(junk, microbatch["mask"]))
+    microbatch = tokens(lengths)
+    together = module(microbatch["ids"], microbatch["offsets"])
+    for number, alone in enumerate(microbatch["ids"].split(list(lengths))):
+        torch.testing.assert_close(together[number], module(alone, torch.tensor([0]))[0])
 
 
 def test_order_of_tokens_counts(encoder: Model) -> None:
     module = build(task(encoder)).eval()
-    ids, mask = torch.tensor([[1, 5, 9]]), torch.ones(1, 3, dtype=torch.bool)
-    assert not torch.allclose(module(ids, mask), module(ids[:, [0, 2, 1]], mask), atol=1e-4)
+    ids, offsets = torch.tensor([1, 5, 9]), torch.tensor([0])
+    assert not torch.allclose(module(ids, offsets), module(ids[[0, 2, 1]], offsets), atol=1e-4)
 
 
 def test_recomputing_activations_gives_the_same_bits(encoder: Model) -> None:
     kept, recomputed = task(encoder), task(encoder, gradient_checkpointing=True)
-    before = gradient(kept, build(kept), padded())
-    after = gradient(recomputed, build(recomputed), padded())
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    before = gradient(kept, build(kept), tokens())
+    after = gradient(recomputed, build(recomputed), tokens())
+    assert before.keys() == after.keys() and all(same_bits(before[name], after[name]) for name in before)
 
 
 def test_dropout_acts_in_training_alone(encoder: Model) -> None:
     module = build(task(encoder))
-    draws = [module(padded()["ids"], padded()["mask"]) for _ in range(2)]
+    draws = [module(tokens()["ids"], tokens()["offsets"]) for _ in range(2)]
     assert not torch.equal(*draws)
     module.eval()
-    assert torch.equal(*[module(padded()["ids"], padded()["mask"]) for _ in range(2)])
+    assert torch.equal(*[module(tokens()["ids"], tokens()["offsets"]) for _ in range(2)])
 
 
 # pretrained folders
@@ -242,7 +252,7 @@ def test_weights_are_read_and_copied_into_aligned_memory(folder: Path) -> None:
     header += b" " * (1 - len(header) % 2)
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
     assert any(t.data_ptr() % 64 for t in load_file(path).values()) or len(header) % 2
-    module = build(task(Pretrained(folder=str(folder))))
+    module = build(task(Pretrained(folder=str(folder), pooling="pooler")))
     state = module.state_dict()
     for name, tensor in weights().items():
         assert torch.equal(state["bert." + name], tensor)
@@ -264,14 +274,14 @@ def rename(change: Callable[[str], str]) -> dict[str, Tensor]:
 )
 def test_other_spellings_of_the_names_are_read(folder: Path, change: Callable[[str], str]) -> None:
     save_file(rename(change), folder / "model.safetensors")
-    state = build(task(Pretrained(folder=str(folder)))).state_dict()
+    state = build(task(Pretrained(folder=str(folder), pooling="pooler"))).state_dict()
     assert all(torch.equal(state["bert." + name], tensor) for name, tensor in weights().items())
 
 
 def test_freeze_leaves_the_head_to_train(folder: Path) -> None:
     one = task(Pretrained(folder=str(folder), freeze=True))
     assert one.pretrained == ("bert.",)
-    assert gradient(one, build(one), padded()).keys() == {"classifier.weight", "classifier.bias"}
+    assert gradient(one, build(one), tokens()).keys() == {"classifier.weight", "classifier.bias"}
 
 
 def test_half_precision_is_widened(folder: Path) -> None:
@@ -360,9 +370,34 @@ def test_a_written_folder_opens_in_transformers_with_equal_outputs(
     theirs, report = transformers.AutoModel.from_pretrained(written, add_pooling_layer=False, output_loading_info=True)
     assert not report["missing_keys"]
     assert theirs.config.id2label == {0: "no", 1: "yes", 2: "ja"}
-    microbatch = padded()
+    ids, mask = rectangle(tokens())
     with torch.no_grad():
-        ours = module.bert(microbatch["ids"], microbatch["mask"])
-        expected = theirs.eval()(microbatch["ids"], attention_mask=microbatch["mask"].long()).last_hidden_state
-    chosen = microbatch["mask"]
-    torch.testing.assert_close(ours[chosen], expected[chosen], atol=1e-5, rtol=0)
+        ours = module.bert(tokens()["ids"], pack(sum(LENGTHS), tokens()["offsets"]))
+        expected = theirs.eval()(ids, attention_mask=mask.long()).last_hidden_state
+    torch.testing.assert_close(ours, expected[mask], atol=1e-5, rtol=0)
+
+
+def test_logits_and_gradients_are_those_of_transformers(folder: Path) -> None:
+    """Its BertForSequenceClassification with the same weights, no dropout: the whole graph is the same function."""
+    transformers = pytest.importorskip("transformers")
+    one = task(Pretrained(folder=str(folder), pooling="pooler", dropout=0.0))
+    module = build(one)
+    config = transformers.BertConfig(**CONFIG, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    theirs = transformers.BertForSequenceClassification(config)
+    left_over = theirs.load_state_dict(module.state_dict(), strict=False)
+    assert not left_over.unexpected_keys and all("position_ids" in name for name in left_over.missing_keys)
+    ids, mask = rectangle(tokens())
+    logits = theirs.train()(ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(module(tokens()["ids"], tokens()["offsets"]), logits, atol=1e-5, rtol=0)
+    F.cross_entropy(logits, tokens()["label"], reduction="sum").backward()
+    found = gradient(one, module, tokens())
+    for name, parameter in theirs.named_parameters():
+        given = found[name].to_dense() if found[name].is_sparse else found[name]
+        torch.testing.assert_close(given, parameter.grad, atol=2e-5, rtol=1e-4)
+
+
+def test_pooler_that_a_folder_lacks_is_refused(folder: Path) -> None:
+    save_file({k: v for k, v in weights().items() if "pooler" not in k}, folder / "model.safetensors")
+    build(task(Pretrained(folder=str(folder))))
+    with pytest.raises(ModelError, match=r"lacks tensor 'pooler.dense.weight'.*mean"):
+        task(Pretrained(folder=str(folder), pooling="pooler")).build()

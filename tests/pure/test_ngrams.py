@@ -115,7 +115,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     after = NGrams.load(json.loads((tmp_path / "encoder.json").read_text(encoding="utf-8")))
     text = "Some Words and some more Words and more"
     assert after.encode([text])[0].tolist() == before.encode([text])[0].tolist()
-    assert (after.vocabulary_size, after.padded, after.padding) == (321, False, 0)
+    assert (after.vocabulary_size, after.padding) == (321, 0)
 
 
 @pytest.mark.parametrize(

@@ -42,30 +42,22 @@ def write(folder: Path, splits: dict[str, list[Chunk]] | None = None) -> Dataset
     )
 
 
-def naive(rows: list[list[int]], samples: list[int], padded: bool, padding: int) -> dict[str, list]:
+def naive(rows: list[list[int]], samples: list[int]) -> dict[str, list]:
     """Collation as one would write it first."""
     taken = [rows[sample] for sample in samples]
-    if not padded:
-        offsets = [sum(map(len, taken[:number])) for number in range(len(taken))]
-        return {"ids": [number for row in taken for number in row], "offsets": offsets, "label": samples}
-    longest = max(map(len, taken))
-    return {
-        "ids": [row + [padding] * (longest - len(row)) for row in taken],
-        "mask": [[True] * len(row) + [False] * (longest - len(row)) for row in taken],
-        "label": samples,
-    }
+    offsets = [sum(map(len, taken[:number])) for number in range(len(taken))]
+    return {"ids": [number for row in taken for number in row], "offsets": offsets, "label": samples}
 
 
 rows_of_samples = st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=6), min_size=1, max_size=12)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows_of_samples, st.integers(1, 5), st.booleans(), st.data())
+@given(rows_of_samples, st.integers(1, 5), st.data())
 def test_what_is_stored_is_what_is_taken(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[list[int]],
     size: int,
-    padded: bool,
     data: st.DataObject,
 ) -> None:
     labels = list(range(len(rows)))
@@ -75,28 +67,24 @@ def test_what_is_stored_is_what_is_taken(
     assert source is not None
     assert len(source) == len(rows) and source.lengths.tolist() == [len(row) for row in rows]
     assert source.sha256 == hash_content([chunk(rows, labels)]), "chunks make no difference"
-    source.padded = padded
     samples = data.draw(st.lists(st.sampled_from(labels), min_size=1, max_size=20))
     microbatch = source.take(np.array(samples))
-    expected = naive(rows, samples, padded, ENCODER.padding)
+    expected = naive(rows, samples)
     assert {name: tensor.tolist() for name, tensor in microbatch.items()} == expected
-    kinds = {tensor.dtype for name, tensor in microbatch.items() if name != "mask"}
-    assert kinds == {torch.int64} and microbatch.get("mask", torch.ones(1, dtype=torch.bool)).dtype == torch.bool
+    assert {tensor.dtype for tensor in microbatch.values()} == {torch.int64}
 
 
-def test_padding_is_the_encoders() -> None:
+def test_samples_may_lie_apart_and_need_no_label() -> None:
     source = EncodedSamples(
         ids=np.array([9, 1, 2, 9, 3], np.int32),
         starts=np.array([1, 4]),
         lengths=np.array([2, 1], np.int32),
         labels=None,
-        padded=True,
-        padding=7,
         sha256="",
     )
     microbatch = source.take(np.array([1, 0]))
-    assert set(microbatch) == {"ids", "mask"}, "no label where there is none"
-    assert microbatch["ids"].tolist() == [[3, 7], [1, 2]]
+    assert set(microbatch) == {"ids", "offsets"}, "no label where there is none"
+    assert (microbatch["ids"].tolist(), microbatch["offsets"].tolist()) == ([3, 1, 2], [0, 1])
 
 
 def test_texts_in_memory_are_the_same_samples(tmp_path: Path) -> None:

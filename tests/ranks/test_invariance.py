@@ -46,7 +46,7 @@ class Case:
     """Beginnings of the names of tensors that training leaves alone."""
 
 
-def encoded(samples: int = 45, seed: int = 5, *, padded: bool) -> EncodedSamples:
+def encoded(samples: int = 45, seed: int = 5) -> EncodedSamples:
     """Texts of very different lengths."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 24, samples).astype(np.int32)
@@ -55,18 +55,8 @@ def encoded(samples: int = 45, seed: int = 5, *, padded: bool) -> EncodedSamples
         starts=np.cumsum(lengths, dtype=np.int64) - lengths,
         lengths=lengths,
         labels=random.integers(0, zoo.CLASSES, samples),
-        padded=padded,
-        padding=0,
         sha256=f"{samples} {seed}",
     )
-
-
-def padded(samples: int = 45, seed: int = 5) -> EncodedSamples:
-    return encoded(samples, seed, padded=True)
-
-
-def ragged(samples: int = 45, seed: int = 5) -> EncodedSamples:
-    return encoded(samples, seed, padded=False)
 
 
 def preset(model: Bag | Transformer, **options: Any) -> Task:
@@ -102,10 +92,10 @@ CASES: dict[str, Case] = {
     "one sample a step": classified(zoo.bag, samples_per_step=1, epochs=0.2),
     "thirteen microbatches": classified(zoo.bag, microbatches=13, samples_per_step=31),
     "preset transformer": Case(
-        lambda: preset(SMALL, gradient_checkpointing=True, label_smoothing=0.1), padded, {"pretrained_rate": 0.5}
+        lambda: preset(SMALL, gradient_checkpointing=True, label_smoothing=0.1), encoded, {"pretrained_rate": 0.5}
     ),
     "preset bag": Case(
-        lambda: preset(Bag(width=8, hidden=7, dropout=0.3), class_weights=(1.0, 2.0, 3.0, 4.0, 5.0)), ragged
+        lambda: preset(Bag(width=8, hidden=7, dropout=0.3), class_weights=(1.0, 2.0, 3.0, 4.0, 5.0)), encoded
     ),
 }
 

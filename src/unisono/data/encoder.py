@@ -15,14 +15,11 @@ import numpy as np
 class Encoder(Protocol):
     """A pure function from a text to token numbers, that can be kept in a folder and read back."""
 
-    padded: bool
-    """Whether a microbatch of these samples is a padded rectangle (tokens) or ragged rows (a bag)."""
-
     vocabulary_size: int
     """Token numbers are below this."""
 
     padding: int
-    """Token number that fills a padded rectangle; its positions are masked."""
+    """Token number that stands for nothing; a text without a token has this one."""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [tokens] array per text, never empty."""

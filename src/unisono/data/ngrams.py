@@ -48,7 +48,6 @@ class NGrams:
         prefix: first letters of a word that are a feature as well: `vote` and `voted` share one; 0: none.
     """
 
-    padded = False
     padding = _EMPTY
 
     def __init__(self, *, words: int, order: int, buckets: int, lowercase: bool, prefix: int = 0) -> None:

@@ -37,10 +37,10 @@ class EncodedSamples:
         starts: int64 [samples].
         lengths: int32 [samples], each at least 1.
         labels: int64 [samples], or None.
-        padded, padding: as the encoder has them.
         sha256: hash of the content, see `hash_content`.
     """
 
+    padded = False
     prefetchable = True
 
     def __init__(
@@ -50,17 +50,13 @@ class EncodedSamples:
         starts: np.ndarray,
         lengths: np.ndarray,
         labels: np.ndarray | None,
-        padded: bool,
-        padding: int,
         sha256: str,
     ) -> None:
         self.lengths = lengths
         self.labels = labels
-        self.padded = padded
         self.sha256 = sha256
         self._ids = ids
         self._starts = starts
-        self._padding = padding
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -68,9 +64,7 @@ class EncodedSamples:
     def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
         """Return these samples (int64 [n]) as one microbatch.
 
-        Padded: `ids` int64 [n, longest] and `mask` bool [n, longest], true where there is a token. Ragged:
-        `ids` int64 [all tokens] and `offsets` int64 [n], where each sample starts. With classes, `label`
-        int64 [n].
+        `ids` int64 [all tokens] and `offsets` int64 [n], where each sample starts; with classes, `label` int64 [n].
         """
         lengths = self.lengths[samples].astype(np.int64)
         ends = np.cumsum(lengths)
@@ -78,13 +72,7 @@ class EncodedSamples:
         total = int(ends[-1]) if len(ends) else 0
         places = np.arange(total) + np.repeat(self._starts[samples] - offsets, lengths)
         ids = self._ids[places].astype(np.int64)
-        if self.padded:
-            mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-            rectangle = np.full(mask.shape, self._padding, np.int64)
-            rectangle[mask] = ids
-            microbatch = {"ids": torch.from_numpy(rectangle), "mask": torch.from_numpy(mask)}
-        else:
-            microbatch = {"ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
+        microbatch = {"ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
         if self.labels is not None:
             microbatch["label"] = torch.from_numpy(self.labels[samples])
         return microbatch
@@ -100,8 +88,6 @@ def encode_samples(
         starts=np.cumsum(chunk.lengths, dtype=np.int64) - chunk.lengths,
         lengths=chunk.lengths,
         labels=None if chunk.labels is None else chunk.labels.astype(np.int64),
-        padded=encoder.padded,
-        padding=encoder.padding,
         sha256=hash_content([chunk]),
     )
 

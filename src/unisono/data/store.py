@@ -193,8 +193,6 @@ def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
         starts=np.concatenate(starts),
         lengths=np.concatenate(lengths),
         labels=np.concatenate(labels),
-        padded=encoder.padded,
-        padding=encoder.padding,
         sha256=sha256,
     )
 

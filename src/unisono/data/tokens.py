@@ -38,8 +38,6 @@ class Pieces:
         max_tokens: longest result.
     """
 
-    padded = True
-
     def __init__(self, tokenizer: Tokenizer, *, kind: str, max_tokens: int) -> None:
         special = tokenizer.num_special_tokens_to_add(False)
         if max_tokens <= special:
@@ -174,7 +172,7 @@ def _finish(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _find_padding(tokenizer: Tokenizer) -> int:
-    """The number of the padding token; 0 where none is known, since padded positions are masked."""
+    """The number of the padding token; 0 where none is known, since nothing is padded."""
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
     known = (tokenizer.token_to_id(name) for name in (_PADDING, "<pad>"))

@@ -3,8 +3,8 @@
 Owns the loss, what is measured, and the choice among the three models. The models are in modules of their
 own; texts arrive as numbers.
 
-A microbatch of a bag is ragged: {"ids": int64 [features], "offsets": int64 [n], "label": int64 [n]}. One of
-the others is a padded rectangle of t tokens: {"ids": int64 [n, t], "mask": bool [n, t], "label": int64 [n]}.
+A microbatch is ragged, sample after sample: {"ids": int64 [tokens or features of all], "offsets": int64 [n], where each
+sample starts, "label": int64 [n]}.
 """
 
 from __future__ import annotations
@@ -128,5 +128,5 @@ class TextClassification(Task):
 
 def _logits(module: nn.Module, microbatch: Microbatch) -> Tensor:
     """Run the module; float32 at least, because a loss under autocast would else be rounded to bfloat16."""
-    logits = module(microbatch["ids"], microbatch["offsets" if "offsets" in microbatch else "mask"])
+    logits = module(microbatch["ids"], microbatch["offsets"])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -3,10 +3,10 @@
 Owns which folders can be used, the names and shapes of their tensors, and the `config.json` of a folder that
 is written. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
 
-The encoder is that of Devlin et al. (2018), without the pooler. A parameter's name is `bert.` and its name in
-transformers' BertModel, so that a folder with the trained weights opens there as well.
+The encoder is that of Devlin et al. (2018), with its pooler where the recipe wants it. A parameter's name is `bert.`
+and its name in transformers' BertModel, so that a folder with the trained weights opens there as well.
 
-Shapes: n samples, t tokens, w = hidden_size.
+Shapes: n samples, m tokens of all samples, w = hidden_size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from unisono.errors import ModelError
 from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
+from unisono.models.text.dropout import Dropout
+from unisono.models.text.packing import Packing, pack
 from unisono.recipe import Pretrained
 
 PREFIX = "bert."
@@ -54,66 +56,82 @@ class BertConfig:
 
 
 class PretrainedClassifier(nn.Module):
-    """Token numbers to logits; made by `read_classifier`."""
+    """Packed token numbers to logits; made by `read_classifier`."""
 
     def __init__(self, config: BertConfig, bert: Bert, model: Pretrained, classes: int) -> None:
         super().__init__()
         self.pooling = model.pooling
         self.bert = bert
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
         self.classifier = nn.Linear(config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return logits [n, classes] for int64 ids [n, t] and a bool mask [n, t]."""
-        states = self.bert(ids, mask)
-        pooled = states[:, 0] if self.pooling == "cls" else mean_over_tokens(states, mask)
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Return logits [n, classes] for int64 ids [m]; sample i has those from offsets[i] on."""
+        packing = pack(len(ids), offsets)
+        if self.pooling == "mean":
+            pooled = mean_over_tokens(self.bert(ids, packing), packing)
+        else:
+            pooled = self.bert(ids, packing, first_only=True)
         return self.classifier(self.dropout(pooled))
 
 
 class Bert(nn.Module):
-    """BERT's encoder. Dropout falls on the embeddings and the residual branches, not on attention weights."""
+    """BERT's encoder. Dropout falls on the embeddings and the residual branches, and on attention weights where the
+    recipe says so."""
 
-    def __init__(self, config: BertConfig, dropout: float, recompute: bool) -> None:
+    def __init__(self, config: BertConfig, model: Pretrained, recompute: bool) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, dropout = config.hidden_size, 0.0 if model.freeze else model.dropout
         self.recompute = recompute
         self.embeddings = nn.ModuleDict(
             {
-                "word_embeddings": _embedding(config.vocab_size, width),
+                "word_embeddings": _embedding(config.vocab_size, width, sparse=True),
                 "position_embeddings": _embedding(config.max_position_embeddings, width),
                 "token_type_embeddings": _embedding(config.type_vocab_size, width),
                 "LayerNorm": nn.LayerNorm(width, config.layer_norm_eps),
             }
         )
-        layers = [_Layer(config, dropout) for _ in range(config.num_hidden_layers)]
+        layers = [_Layer(config, model, dropout) for _ in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.dropout = nn.Dropout(dropout)
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)} if model.pooling == "pooler" else {})
+        self.dropout = Dropout(dropout)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the last hidden states [n, t, w]; int64 ids [n, t] of one segment each, bool mask [n, t]."""
-        places = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self, ids: Tensor, packing: Packing, *, first_only: bool = False) -> Tensor:
+        """Return the last hidden states [m, w] of int64 ids [m]; with `first_only` those of each sample's first token
+        [n, w], through the pooler where there is one."""
         embed = self.embeddings
-        states = embed["word_embeddings"](ids) + embed["token_type_embeddings"](torch.zeros_like(places))
-        states = self.dropout(embed["LayerNorm"](states + embed["position_embeddings"](places)))
-        return run_blocks(self.encoder["layer"].children(), states, mask, recompute=self.recompute)
+        kind = embed["token_type_embeddings"](torch.zeros(1, dtype=ids.dtype, device=ids.device))
+        states = embed["word_embeddings"](ids) + kind + embed["position_embeddings"](packing.positions)
+        states = self.dropout(embed["LayerNorm"](states))
+        *layers, last = self.encoder["layer"].children()
+        states = run_blocks(layers, states, packing, recompute=self.recompute)
+        states = run_blocks([partial(last, first_only=first_only)], states, packing, recompute=self.recompute)
+        return torch.tanh(self.pooler["dense"](states)) if first_only and self.pooler else states
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: BertConfig, dropout: float) -> None:
+    def __init__(self, config: BertConfig, model: Pretrained, dropout: float) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         projections = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
         self.heads = config.num_attention_heads
+        self.attention_dropout = 0.0 if model.freeze else model.attention_dropout
         self.attention = nn.ModuleDict({"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = _Branch(inner, config, dropout)
         self.activation = _ACTIVATIONS[config.hidden_act]()
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        query, key, value = (project(states) for project in self.attention.get_submodule("self").children())
-        states = self.attention["output"](attend(query, key, value, mask, self.heads), states)
+    def forward(self, states: Tensor, packing: Packing, first_only: bool = False) -> Tensor:
+        """Return the states [m, w]; with `first_only`, what only the first tokens need is computed for them alone."""
+        ask, offer, give = self.attention.get_submodule("self").children()
+        key, value = offer(states), give(states)
+        if first_only:
+            states = states.index_select(0, packing.starts)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = attend(ask(states), key, value, packing, self.heads, dropout=dropout)
+        states = self.attention["output"](mixed, states)
         return self.output(self.activation(self.intermediate["dense"](states)), states)
 
 
@@ -124,10 +142,10 @@ class _Branch(nn.Module):
         super().__init__()
         self.dense = nn.Linear(inputs, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, inner: Tensor, states: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(inner)) + states)
+        return self.LayerNorm(self.dropout.add(self.dense(inner), states))
 
 
 def read_classifier(model: Pretrained, classes: int, *, recompute: bool) -> PretrainedClassifier:
@@ -140,15 +158,15 @@ def read_classifier(model: Pretrained, classes: int, *, recompute: bool) -> Pret
     config = read_config(folder)
     weights = _weights_path(folder)
     with torch.device("meta"):  # shapes alone: every weight is read
-        bert = Bert(config, 0.0 if model.freeze else model.dropout, recompute)
+        bert = Bert(config, model, recompute)
     bert.load_state_dict(_read_weights(weights, bert.state_dict()), assign=True)
     bert.requires_grad_(not model.freeze)
     return PretrainedClassifier(config, bert, model, classes)
 
 
-def _embedding(rows: int, width: int) -> nn.Embedding:
+def _embedding(rows: int, width: int, *, sparse: bool = False) -> nn.Embedding:
     """An embedding to be filled: the random start of a new one would import torch's compiler for the meta device."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, sparse=sparse)
 
 
 def read_config(folder: Path) -> BertConfig:
@@ -245,6 +263,9 @@ def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_tensor(path: Path, name: str, wanted: Tensor, found: Any) -> None:
     remedy = "Take config.json and the weights from one model."
     if found is None:
+        if name.startswith("pooler."):
+            remedy = 'Set model.pooling = "mean" or "cls", which need no pooler.'
+            raise ModelError(f"{path}: lacks tensor {name!r}, which model.pooling = 'pooler' asks for. {remedy}")
         raise ModelError(f"{path}: lacks tensor {name!r}, which config.json asks for. {remedy}")
     given, asked = found.get_shape(), list(wanted.shape)
     if given != asked:

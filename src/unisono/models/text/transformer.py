@@ -3,7 +3,7 @@
 Owns its blocks, its initial weights and its head. Blocks are pre-norm, positions are learned, and the head
 sees the mean of the tokens. Nothing but parameters outlives a call.
 
-Shapes: n samples, t tokens, w = width.
+Shapes: n samples, m tokens of all samples, w = width.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
+from unisono.models.text.dropout import Dropout
+from unisono.models.text.packing import Packing, pack
 from unisono.recipe import Transformer
 
 _INITIAL_STD = 0.02  # as in BERT and GPT-2
 
 
 class TransformerClassifier(nn.Module):
-    """Token numbers to logits.
+    """Packed token numbers to logits.
 
     Args:
         model: layers, width, heads, feedforward and dropout.
@@ -41,9 +43,9 @@ class TransformerClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        self.tokens = nn.Embedding(vocabulary_size, model.width, padding_idx=padding)
+        self.tokens = nn.Embedding(vocabulary_size, model.width, padding_idx=padding, sparse=True)
         self.positions = nn.Embedding(max_tokens, model.width)
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
         blocks = [_Block(model) for _ in range(model.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(model.width)
@@ -53,12 +55,12 @@ class TransformerClassifier(nn.Module):
             for last in (block.mix, block.contract):
                 nn.init.normal_(last.weight, std=_INITIAL_STD / (2 * model.layers) ** 0.5)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return logits [n, classes] for int64 ids [n, t] and a bool mask [n, t]."""
-        places = torch.arange(ids.shape[1], device=ids.device)
-        states = self.dropout(self.tokens(ids) + self.positions(places))
-        states = run_blocks(self.blocks, states, mask, recompute=self.recompute)
-        return self.classifier(self.dropout(mean_over_tokens(self.norm(states), mask)))
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Return logits [n, classes] for int64 ids [m]; sample i has those from offsets[i] on."""
+        packing = pack(len(ids), offsets)
+        states = self.dropout(self.tokens(ids) + self.positions(packing.positions))
+        states = run_blocks(self.blocks, states, packing, recompute=self.recompute)
+        return self.classifier(self.dropout(mean_over_tokens(self.norm(states), packing)))
 
 
 class _Block(nn.Module):
@@ -72,13 +74,13 @@ class _Block(nn.Module):
         self.expand = nn.Linear(model.width, model.feedforward)
         self.contract = nn.Linear(model.feedforward, model.width)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, packing: Packing) -> Tensor:
         query, key, value = self.query_key_value(self.attention_norm(states)).chunk(3, dim=-1)
-        states = states + self.dropout(self.mix(attend(query, key, value, mask, self.heads)))
+        states = self.dropout.add(self.mix(attend(query, key, value, packing, self.heads)), states)
         inner = self.activation(self.expand(self.feedforward_norm(states)))
-        return states + self.dropout(self.contract(inner))
+        return self.dropout.add(self.contract(inner), states)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -1,0 +1,115 @@
+"""Dropout, packing and attention of the text models, against what one would write first."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unisono.models.text import attention
+from unisono.models.text.attention import attend, mean_over_tokens
+from unisono.models.text.dropout import Dropout, draw_mask
+from unisono.models.text.packing import pack
+
+lengths_of_samples = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+def starts_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)[:-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of_samples)
+def test_spreading_and_gathering_undo_each_other_forwards_and_backwards(lengths: list[int]) -> None:
+    packing = pack(sum(lengths), starts_of(lengths))
+    packed = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
+    rows = packed.split(lengths)
+    spread = packing.spread(packed)
+    assert torch.equal(spread, torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
+    assert torch.equal(packing.gather(spread), packed)
+    assert packing.positions.tolist() == [place for length in lengths for place in range(length)]
+    absent = packing.absent()
+    assert absent is None if len(set(lengths)) == 1 else absent.sum() == spread[..., 0].numel() - sum(lengths)
+    weights = torch.randn_like(spread)
+    (gradient,) = torch.autograd.grad((spread * weights).sum(), packed)
+    assert torch.equal(gradient, packing.gather(weights))
+    wide = weights.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((packing.gather(wide) * packed.detach()).sum(), wide)
+    assert torch.equal(gradient, spread)
+    torch.testing.assert_close(mean_over_tokens(packed, packing), torch.stack([row.mean(0) for row in rows]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths_of_samples, st.booleans(), st.sampled_from([0.0, 0.4]))
+def test_attention_is_each_samples_own(lengths: list[int], single: bool, dropout: float) -> None:
+    """Every sample alone, by the formula; with dropout the masks are made to keep everything."""
+    torch.manual_seed(len(lengths))
+    packing = pack(sum(lengths), starts_of(lengths))
+    query, key, value = (torch.randn(sum(lengths), 8, requires_grad=True) for _ in range(3))
+    asked = query[packing.starts] if single else query
+    original, attention.draw_mask = attention.draw_mask, lambda shape, rate, dtype: torch.ones(shape, dtype=dtype)
+    try:
+        mixed = attend(asked, key, value, packing, 2, dropout=dropout)
+    finally:
+        attention.draw_mask = original
+    expected = []
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        heads = [part.unflatten(-1, (2, 4)).transpose(0, 1) for part in (q[:1] if single else q, k, v)]
+        scores = heads[0] @ heads[1].transpose(1, 2) / math.sqrt(4)
+        expected.append((scores.softmax(-1) @ heads[2]).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(mixed, torch.cat(expected))
+    for name, wanted in zip("qkv", (query, key, value), strict=True):
+        found = torch.autograd.grad(mixed.square().sum(), wanted, retain_graph=True)[0]
+        due = torch.autograd.grad(torch.cat(expected).square().sum(), wanted, retain_graph=True)[0]
+        torch.testing.assert_close(found, due, msg=name, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_weights_are_dropped() -> None:
+    """With equal keys and values of one, each output is the sum of what stays, over the number of keys."""
+    torch.manual_seed(0)
+    packing = pack(64, torch.tensor([0]))
+    mixed = attend(torch.zeros(64, 4), torch.zeros(64, 4), torch.ones(64, 4), packing, 4, dropout=0.5)
+    kept = mixed * 64 / 2
+    torch.testing.assert_close(kept, kept.round(), atol=1e-4, rtol=0)
+    assert mixed.std() > 0.05 and abs(mixed.mean() - 1) < 0.1
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 1e-4])
+def test_masks_have_the_rate_and_keep_the_mean(rate: float) -> None:
+    torch.manual_seed(1)
+    mask = draw_mask(torch.Size([1001, 999]), rate)
+    assert mask.dtype == torch.float32 and set(mask.unique().tolist()) == {0.0, mask.max().item()}
+    dropped = (mask == 0).double().mean().item()
+    spread = math.sqrt(rate * (1 - rate) / mask.numel())
+    assert abs(dropped - rate) < 5 * spread + 2**-17
+    assert abs(mask.max().item() * (1 - round(rate * 2**16) / 2**16) - 1) < 1e-6
+    rows, columns = (mask == 0).double().mean(0), (mask == 0).double().mean(1)
+    for shares in (rows, columns):  # no pattern along either side
+        assert abs(shares.std().item() / math.sqrt(rate * (1 - rate) / 1000) - 1) < 0.15
+
+
+def test_masks_follow_the_generator() -> None:
+    torch.manual_seed(5)
+    first, second = draw_mask(torch.Size([999]), 0.3), draw_mask(torch.Size([999]), 0.3)
+    torch.manual_seed(5)
+    assert torch.equal(first, draw_mask(torch.Size([999]), 0.3)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_alone_and_added(dtype: torch.dtype) -> None:
+    layer, x, residual = Dropout(0.25), torch.ones(400, dtype=dtype, requires_grad=True), torch.full((400,), 2.0)
+    torch.manual_seed(3)
+    alone = layer(x)
+    assert alone.dtype == dtype and set(alone.tolist()) == {0.0, float(torch.tensor(4 / 3, dtype=dtype))}
+    torch.manual_seed(3)
+    added = layer.add(x, residual)
+    assert added.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(added == 2, alone == 0)
+    (gradient,) = torch.autograd.grad(added.sum(), x)
+    assert torch.equal(gradient == 0, alone == 0)
+    assert torch.equal(layer.eval()(x), x) and torch.equal(layer.add(x, residual), residual + x)
+    assert torch.equal(Dropout(0.0)(x), x)
