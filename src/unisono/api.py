@@ -75,6 +75,7 @@ def train(
     allow_impure: bool = False,
     quiet: bool = False,
     as_json: bool = False,
+    profile: bool = False,
     trace: Path | None = None,
     faults: Sequence[str] = (),
     **settings: Any,
@@ -94,6 +95,7 @@ def train(
         accept_new_numerics: resume although the numerics fingerprint differs, to other bits.
         allow_impure: train a model that fails the purity probe, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
+        profile: write where the time went: profile.md, profile.json and trace.json in the run folder.
         trace: a folder for the digests of every contribution, which `verify` compares.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint" and "recovery" take tables.
@@ -116,6 +118,7 @@ def train(
             accept_new_numerics=accept_new_numerics,
             allow_impure=allow_impure,
             trace=trace,
+            profile=profile,
         )
         run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)

@@ -85,6 +85,12 @@ def train(
         list[str] | None,
         typer.Option("--fault", metavar="FAULT", help="inject a fault, such as 'kill(worker=1, step=7, phase=update)'"),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="tell where the time went; write profile.md, profile.json, trace.json to the run folder"
+        ),
+    ] = False,
     strict: Strict = False,
     accept_new_numerics: Annotated[
         bool, typer.Option("--accept-new-numerics", help="resume although the numerics fingerprint differs")
@@ -106,6 +112,7 @@ def train(
         run=run,
         resume="auto" if resume == "auto" else resume == "yes",
         faults=tuple(fault or ()),
+        profile=profile,
         accept_new_numerics=accept_new_numerics,
         allow_impure=allow_impure,
         quiet=quiet,

@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from unisono import events, keys
+from unisono.board import Progress
 from unisono.checkpoint import checkpoints
 from unisono.data.order import Order, count_steps
 from unisono.engine import numerics
 from unisono.engine.contribution import Contributor
 from unisono.engine.optimizer import Optimizer, array_names
+from unisono.engine.profile import Profile
 from unisono.engine.purity import probe
 from unisono.engine.replica import Replica, layout_digest
 from unisono.engine.snapshot import SnapshotArrays
@@ -40,7 +42,7 @@ class Job:
     """What to run, the same on every worker.
 
     resume: "no", "yes" (from the newest checkpoint, which must be there) or "auto" (if there is one). trace: a folder
-    for `verify`.
+    for `verify`. profile: whether to write where the time went.
     """
 
     recipe: Recipe
@@ -49,19 +51,22 @@ class Job:
     accept_new_numerics: bool = False
     allow_impure: bool = False
     trace: Path | None = None
+    profile: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class Ready:
     """What a worker makes once and keeps while groups of workers come and go.
 
-    fingerprint: of the module as it was built, so it is the same whenever it is taken.
+    fingerprint: of the module as it was built, so it is the same whenever it is taken. profile: what this worker was
+    at, where it is asked for.
     """
 
     material: Material
     module: nn.Module
     device: torch.device
     fingerprint: Mapping[str, Any]
+    profile: Profile | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +95,11 @@ class Run:
     @property
     def material(self) -> Material:
         return self.ready.material
+
+    @property
+    def progress(self) -> Progress:
+        """Who hears what this worker is about to do."""
+        return self.ready.profile or self.link.progress
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -123,7 +133,8 @@ def make_ready(job: Job, material: Material, device: torch.device) -> Ready:
     keys.seed_all(keys.key(train.seed, "build"))
     module = material.task.build().to(device)
     found = numerics.fingerprint(train, device=device, data=material.data, layout=layout_digest(module))
-    return Ready(material=material, module=module, device=device, fingerprint=found)
+    profile = Profile() if job.profile else None
+    return Ready(material=material, module=module, device=device, fingerprint=found, profile=profile)
 
 
 def join(job: Job, ready: Ready, exchange: Exchange, link: Link) -> Run:

@@ -21,9 +21,10 @@ from unisono import events
 from unisono import recipe as recipes
 from unisono.board import REGROUP, RUNNING, STOP
 from unisono.data.feed import Feed
-from unisono.engine import numerics
+from unisono.engine import footprint, numerics
 from unisono.engine.assignment import shares
 from unisono.engine.audit import Audit
+from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
 from unisono.errors import ContractError, Interrupted, RecipeError
@@ -32,8 +33,9 @@ from unisono.exchange.protocol import Exchange
 from unisono.files import save_tensors, whole_folder, write_text
 from unisono.joining import Job, Ready, Run, join, make_ready, run_facts
 from unisono.link import Link
-from unisono.loop import steps
+from unisono.loop import Contributes, steps
 from unisono.material import Material
+from unisono.report import profile as profiles
 from unisono.scores import summarise
 
 OpenMaterial = Callable[[int, Callable[[str], None]], Material]
@@ -88,16 +90,19 @@ def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
         LostPeerError: another worker has gone.
         UnisonoError: as its subclasses say.
     """
+    if ready.profile:
+        exchange = ready.profile.join(exchange, link.progress, ready.device)
     run = join(job, ready, exchange, link)
     link.request()  # from here on an interrupt waits for the end of its step, on every worker
     exchange.wait_for_all()
     if exchange.rank == 0 and not run.recovered:
         _open_folder(run)
     _announce(run)
-    feed = Feed(run.material.train, run.order, ready.device, link.progress)
-    traced = Traced(run.contributor, job.trace, exchange.rank) if job.trace else None
+    feed = Feed(run.material.train, run.order, ready.device, run.progress)
+    contributor = ready.profile.mark(run.contributor) if ready.profile else run.contributor
+    traced = Traced(contributor, job.trace, exchange.rank) if job.trace else None
     try:
-        request = _follow(run, feed, traced)
+        request = _follow(run, feed, traced or contributor, traced)
     finally:
         feed.close()
         if traced:
@@ -107,9 +112,11 @@ def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
     if run.saved_step != run.state.step:
         _save(run)
     if request == STOP:  # worker 0 may be lost before the rest have left: nobody does before all know
+        if ready.profile:
+            _write_profile(run, ready.profile, None)
         unwritten = exchange.add_integers(torch.tensor([int(not link.settle())]).to(ready.device))
         raise Interrupted(_tell_stop(run, not unwritten.item()))
-    _finish(run)
+    _finish(run, feed)
     return True
 
 
@@ -160,7 +167,7 @@ def _announce(run: Run) -> None:
     )
 
 
-def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
+def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | None) -> int:
     """Train, and attend to each committed step. Return what ended it: a request, or board.RUNNING at the end."""
     state = run.state
     if state.step and state.last is not None:
@@ -168,7 +175,7 @@ def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
     if _has_settled(run):
         return RUNNING
     audit = Audit(
-        traced or run.contributor,
+        contributor,
         run.contributor,
         run.exchange,
         run.order,
@@ -177,8 +184,9 @@ def _follow(run: Run, feed: Feed, traced: Traced | None) -> int:
         every=run.recipe.train.audit_every,
     )
     last, waited = time.perf_counter(), 0.0
-    train, request, at = run.recipe.train, run.link.request, run.link.progress.at
-    for done in steps(state, run.order, feed, audit, train, request, audit.check, at):
+    train, request, at = run.recipe.train, run.link.request, run.progress.at
+    watched = run.ready.profile.watch(audit) if run.ready.profile else audit
+    for done in steps(state, run.order, feed, watched, train, request, audit.check, at):
         run.samples += done.step.samples
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)
@@ -199,7 +207,7 @@ def _attend(run: Run, seconds: float, data_seconds: float) -> None:
     """Do what follows a committed step: report, evaluate, save. Doing it again changes nothing."""
     state, lengths = run.state, run.material.train.lengths
     assert state.last is not None
-    run.link.progress.at("report", state.step - 1)
+    run.progress.at("report", state.step - 1)
     step = run.order.step(state.step - 1)
     run.tell(
         events.StepDone(
@@ -276,7 +284,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
             samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch,
             precision=run.recipe.train.precision,
             seed=run.recipe.train.seed,
-            progress=run.link.progress,
+            progress=run.progress,
         )
     if not results:
         raise ContractError('the task\'s measure returned nothing. Return at least {"loss": one number per sample}.')
@@ -284,24 +292,53 @@ def _score(run: Run, source: Any) -> dict[str, float]:
 
 
 def _save(run: Run) -> None:
-    run.link.progress.at("save", run.state.step - 1)
+    run.progress.at("save", run.state.step - 1)
     facts = run_facts(run.job, run.ready, run.order.total_steps)
     run.link.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
     run.saved_step = run.state.step
 
 
-def _finish(run: Run) -> None:
+def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
+    """Put the workers' profiles together; tell where the time went, and leave it in the run folder. Without a feed,
+    nothing is measured beside."""
+
+    def again(step: int, number: int) -> None:
+        assert feed is not None
+        run.contributor.contribute(step, number, feed.take(run.order.step(step), number))
+
+    measured = footprint.describe(
+        profile,
+        run.state,
+        again if feed else None,
+        precision=run.recipe.train.precision,
+        memory=run.link.memory,
+        wait_for_all=run.exchange.wait_for_all,
+    )
+    contents = run.exchange.gather_bytes(json.dumps(profile.told() | measured).encode())
+    if run.exchange.rank:
+        return
+    facts = {"name": run.recipe.name, "device": str(run.ready.device), "threads": run.recipe.train.threads}
+    try:
+        told = profiles.write(run.job.folder, [json.loads(content) for content in contents], facts)
+        run.tell(events.Notice(message=told))
+    except Exception as error:  # noqa: BLE001 - what is told of a run must not end it
+        run.tell(events.Notice(message=f"the profile was not written: {error}", warning=True))
+
+
+def _finish(run: Run, feed: Feed) -> None:
     """Evaluate and test, write model/, tell the summary."""
     state, folder = run.state, run.job.folder
-    run.link.progress.at("finish", state.step - 1)
+    run.progress.at("finish", state.step - 1)
     if run.material.validation is not None and not state.evaluated:
         _evaluate(run)
     optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
     seconds = time.perf_counter() - run.started
+    if run.ready.profile:
+        _write_profile(run, run.ready.profile, feed)
     if run.recipe.evaluate.keep_best:
         state.take_best()
     test = _score(run, run.material.test) if run.material.test is not None else None
-    run.link.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
+    run.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
     with state.averaged_weights():
         if run.exchange.rank == 0:
             run.link.settle()  # a checkpoint that fills the disk gives the room back before the model needs it

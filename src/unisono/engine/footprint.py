@@ -1,0 +1,242 @@
+"""What a worker's part of a model costs: floating-point operations, what the machine could do of them, and bytes.
+
+Measured beside training, on microbatches that have been trained on: a contribution leaves nothing behind, so computing
+one more changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from unisono.engine.profile import Profile, Shape, storage_bytes
+from unisono.engine.state import TrainState
+
+MOST_SHAPES = 8
+COUNTING_SECONDS = 10.0
+PEAK_SECONDS = 0.5
+PEAK_SIZES = (512, 1024, 2048, 4096, 8192)
+"""Rows and columns of the matrices that are multiplied, while time lasts."""
+
+Again = Callable[[int, int], object]
+"""Computes the contribution of (step, microbatch) once more."""
+
+
+def _count_attention(query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _count_attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+def _count_addmm(_: Any, left: Sequence[int], right: Sequence[int], *rest: Any, **named: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
+    torch.ops.aten.addmm_: _count_addmm,
+    torch.ops.aten.baddbmm_: _count_addmm,
+}
+"""What torch's own counter does not know: attention's kernel on CPUs, and products that are added in place."""
+
+
+def count_flop(again: Again, step: int, microbatch: int) -> int:
+    """Floating-point operations of one contribution's matrix products, convolutions and attention, forward and
+    backward, a multiplication and an addition being two.
+
+    Counted below autograd, so custom functions count as what they call; so does what is computed twice to save memory.
+    Not counted: elementwise operations, and torch's fused recurrent layers.
+    """
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        again(step, microbatch)
+    return int(counter.get_total_flops())
+
+
+def count_all_flop(again: Again, profile: Profile) -> dict[int, int]:
+    """Step → floating-point operations of this worker's microbatches.
+
+    Up to MOST_SHAPES shapes are counted, from the smallest to the largest; another one counts as the nearest of these
+    by number of elements, in proportion to it.
+    """
+    places: dict[Shape, tuple[int, int]] = {}
+    for step, recorded in profile.steps.items():
+        for number, shape in recorded.microbatches:
+            places.setdefault(shape, (step, number))
+    shapes = sorted(places, key=elements)
+    spread = [shapes[round(index)] for index in _evenly(len(shapes), min(MOST_SHAPES, len(shapes)))]
+    counted: dict[Shape, int] = {}
+    began = time.monotonic()
+    for shape in reversed(spread):
+        counted[shape] = count_flop(again, *places[shape])
+        if time.monotonic() - began > COUNTING_SECONDS:
+            break
+    return {
+        step: sum(estimate_flop(shape, counted) for _, shape in recorded.microbatches)
+        for step, recorded in profile.steps.items()
+    }
+
+
+def estimate_flop(shape: Shape, counted: Mapping[Shape, int]) -> int:
+    """Operations of a microbatch of this shape, from those of others."""
+    nearest = min(counted, key=lambda other: abs(elements(other) - elements(shape)))
+    return round(counted[nearest] * elements(shape) / max(elements(nearest), 1))
+
+
+def elements(shape: Shape) -> int:
+    """Numbers in a microbatch."""
+    return sum(math.prod(column) for column in shape)
+
+
+def _evenly(count: int, wanted: int) -> list[float]:
+    """`wanted` places from the first to the last of `count`."""
+    return [index * (count - 1) / max(wanted - 1, 1) for index in range(wanted)]
+
+
+class _Saved:
+    """What autograd saved, until it lets go."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def measure_activations(again: Again, profile: Profile, constants: Sequence[Tensor]) -> int:
+    """Bytes: the most that autograd saved at one time for the backward pass of this worker's largest microbatch, each
+    piece of memory counted once, but that of `constants` (parameters and buffers).
+
+    Not seen is what a recomputed block saves while it is computed again.
+    """
+    places = [
+        (elements(shape), step, number) for step, one in profile.steps.items() for number, shape in one.microbatches
+    ]
+    if not places:
+        return 0
+    known = {tensor.untyped_storage().data_ptr() for tensor in constants}
+    held: Counter[int] = Counter()
+    sizes: dict[int, int] = {}
+    most = 0
+
+    def let_go(address: int) -> None:
+        held[address] -= 1
+        if not held[address]:
+            del held[address], sizes[address]
+
+    def pack(tensor: Tensor) -> _Saved:
+        nonlocal most
+        saved = _Saved(tensor)
+        for part in [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]:
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in known:
+                held[storage.data_ptr()] += 1
+                sizes[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(saved, let_go, storage.data_ptr())
+        most = max(most, sum(sizes.values()))
+        return saved
+
+    _, step, number = max(places)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        again(step, number)
+    return most
+
+
+def measure_peak(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
+    """Name of each dtype → FLOP per second of torch.mm with this worker's threads, the best of some square matrices."""
+    return {str(dtype).removeprefix("torch."): _measure_product(device, dtype) for dtype in dtypes}
+
+
+def _measure_product(device: torch.device, dtype: torch.dtype) -> float:
+    best, deadline, seconds = 0.0, time.perf_counter() + PEAK_SECONDS, 0.0
+    for size in PEAK_SIZES:
+        if time.perf_counter() + 16 * seconds > deadline and best:  # twice, eight times the work
+            break
+        left = torch.ones(size, size, device=device, dtype=dtype)
+        product = torch.mm(left, left)  # what a first call costs is not measured
+        for _ in range(5):
+            _synchronize(device)
+            began = time.perf_counter()
+            torch.mm(left, left, out=product)
+            _synchronize(device)
+            seconds = time.perf_counter() - began
+            best = max(best, 2 * size**3 / seconds)
+            if time.perf_counter() > deadline:
+                break
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def weigh(state: TrainState, profile: Profile) -> dict[str, int]:
+    """Bytes of this worker's memory by kind, but activations. The optimiser's state, and averaged weights, are its
+    shard's; `peak_resident` is what the process held at most, memory that it shares with others included."""
+    replica, optimizer = state.replica, state.optimizer
+    averaged = [] if optimizer.average is None else [optimizer.average]
+    found = {
+        "parameters": storage_bytes(constants(state)),
+        "tree": profile.buffer_bytes,
+        "gradients": profile.gradient_bytes,
+        "optimiser": sum(array.nbytes for array in [*optimizer.slots.values(), *averaged]),
+        "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if replica.flat.device.type == "cuda":
+        found["peak_device"] = torch.cuda.max_memory_allocated(replica.flat.device)
+    return found
+
+
+def constants(state: TrainState) -> list[Tensor]:
+    """The tensors of the module: a microbatch reads them, and they are there before and after it."""
+    return [state.replica.flat, *(tensor.detach() for tensor in state.replica.all_tensors().values())]
+
+
+def describe(
+    profile: Profile,
+    state: TrainState,
+    again: Again | None,
+    *,
+    precision: str,
+    memory: int,
+    wait_for_all: Callable[[], None],
+) -> dict[str, Any]:
+    """Measure all of it on this worker; return plain values: "flop" by step, "peak", "memory", "problems".
+
+    again: None: there is no time for it, and only what is known already is told. memory: file of the run's snapshot, or
+    −1. wait_for_all: so that all workers measure the machine's speed at once, as they train. Every worker calls this.
+    What cannot be measured is a problem, and told.
+    """
+    problems: list[str] = []
+    weights = weigh(state, profile)
+    if memory >= 0:
+        weights["snapshot"] = os.fstat(memory).st_blocks * 512
+    if again is None:
+        return {"flop": {}, "peak": {}, "memory": weights, "problems": ["speed and activations: the run was stopped"]}
+
+    def attempt(what: str, measure: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return measure()
+        except Exception as error:  # noqa: BLE001 - a model may do what no counter foresees; the run goes on
+            problems.append(f"{what}: {type(error).__name__}: {error}")
+            return otherwise
+
+    device, dtype = state.replica.flat.device, state.replica.space.dtype
+    activations = attempt("activations", lambda: measure_activations(again, profile, constants(state)), None)
+    if activations is not None:
+        weights["activations"] = activations
+    flop = attempt("floating-point operations", lambda: count_all_flop(again, profile), {})
+    wait_for_all()
+    dtypes = [dtype, *([torch.bfloat16] if precision == "bf16" else [])]
+    peak = attempt("the speed of torch.mm", lambda: measure_peak(device, dtypes), {})
+    return {"flop": flop, "peak": peak, "memory": weights, "problems": problems}

@@ -1,0 +1,287 @@
+"""What one worker was at, and for how long: marks of the loop's verbs, kept for the newest steps.
+
+The loop marks each verb anyway, for the board; a `Profile` hears the same marks and reads the clock. What lies between
+two marks is a *span*, and belongs to one of the phases:
+
+    data        waiting for a microbatch, and moving it to the device
+    forward     the task's loss · backward from there to the end of the contribution: gradients, buffers' changes
+    tree        adding contributions, this worker's and in the end everybody's nodes (which on one host are read where
+                they lie, so that adding is also the transport), and the tally's making
+    exchange    talking to other workers, and reading everybody's new weights
+    wait        for the last worker to come to an exchange; told apart from it where workers are compared
+    optimiser   the update of this worker's shard
+    other       what remains: planning the step, an audit
+
+Spans touch, so the phases add up to the step. What follows a commit (report, evaluate, save) is kept for the trace, and
+belongs to no step. On a GPU each mark waits for the device, or time would be booked where it is not spent.
+
+Owns the clock and a worker's spans. Compares no workers; `report/profile.py` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unisono.board import Progress
+from unisono.engine.contribution import Contribution, Contributor
+from unisono.exchange.protocol import Exchange
+from unisono.models.task import Microbatch, Task
+
+PHASES = ("data", "forward", "backward", "tree", "exchange", "wait", "optimiser", "other")
+MOST_STEPS = 500
+"""Steps that are kept, the newest: a long run's profile stays small."""
+VERBS = {
+    "begin": "other",
+    "load": "data",
+    "contribute": "forward",
+    "audit": "other",
+    "reduce": "tree",
+    "update": "optimiser",
+    "commit": "exchange",
+}
+"""Verb of the loop → the phase that it begins."""
+
+Span = tuple[str, int, int, int]
+"""Phase, or name of a call of the exchange; microbatch, or −1; start and end, nanoseconds of the monotonic clock."""
+Shape = tuple[tuple[int, ...], ...]
+"""Of a microbatch: that of each column."""
+
+
+class Contributes(Protocol):
+    """Computes contributions."""
+
+    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Recorded:
+    """One worker's part of a step, and what followed it. `first`: the first step of a group of workers, which touches
+    memory for the first time."""
+
+    rank: int
+    workers: int
+    first: bool
+    spans: list[Span] = field(default_factory=list)
+    microbatches: list[tuple[int, Shape]] = field(default_factory=list)
+
+
+class Profile:
+    """A `Progress` that passes marks on to another one, and remembers when they were made.
+
+    Attributes:
+        steps: committed steps by number, the newest MOST_STEPS.
+        buffer_bytes: what the tree's buffers take.
+        gradient_bytes: the most that one contribution of a group's first step took beside them.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[int, Recorded] = {}
+        self.buffer_bytes = self.gradient_bytes = 0
+        self._buffers: set[int] = set()  # addresses
+        self._step = -1
+        self._recorded: Recorded | None = None
+        self._within = False  # a step
+        self._phase, self._microbatch, self._since = "", -1, 0
+        self._settle: Callable[[], None] = _nothing
+
+    def join(self, exchange: Exchange, progress: Progress, device: torch.device) -> Exchange:
+        """A new group of workers begins; return its exchange, with marks around each call."""
+        self._progress, self._rank, self._workers = progress, exchange.rank, exchange.workers
+        self._first, self._within, self._recorded = True, False, None
+        self._buffers, self.buffer_bytes = set(), 0
+        if device.type == "cuda":
+            self._settle = lambda: torch.cuda.synchronize(device)
+        return Timed(exchange, self)
+
+    def told(self) -> dict[str, Any]:
+        """The spans as plain values, and whose clock they are of."""
+        steps = {
+            step: {"rank": one.rank, "workers": one.workers, "first": one.first, "spans": one.spans}
+            for step, one in self.steps.items()
+        }
+        return {"host": _name_host(), "steps": steps}
+
+    def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
+        if phase in VERBS:
+            self.turn(VERBS[phase], microbatch)
+            if phase == "begin":
+                self._begin(step)
+        elif self._within or phase != self._phase:  # what follows a step is one span each
+            self.turn(phase)
+            if self._within:
+                self._keep()
+        self._progress.at(phase, step, microbatch)
+
+    def enter(self, call: str) -> None:
+        """A call of the exchange begins."""
+        self._outer = self._phase, self._microbatch
+        if self._within:
+            self.turn(call)
+
+    def leave(self) -> None:
+        """It is over, and what went on before goes on."""
+        if self._within:
+            self.turn(*self._outer)
+
+    def turn(self, phase: str, microbatch: int = -1) -> None:
+        """One span ends, another begins."""
+        self._settle()
+        now = time.monotonic_ns()
+        if self._recorded is not None:
+            self._recorded.spans.append((self._phase, self._microbatch, self._since, now))
+        self._phase, self._microbatch, self._since = phase, microbatch, now
+
+    def mark(self, contributor: Contributor) -> Contributor:
+        """The same contributor, with a mark where its backward pass begins."""
+        return dataclasses.replace(contributor, task=_MarkedTask(contributor.task, self._go_back))
+
+    def watch(self, contributor: Contributes) -> Contributes:
+        """The same contributor, with a mark where it has contributed."""
+        return _Watched(contributor, self)
+
+    def hold(self, buffer: Tensor) -> None:
+        """The engine was given a buffer of the exchange; within a step, it is the tree's."""
+        if self._within:
+            self._buffers.add(buffer.untyped_storage().data_ptr())
+            self.buffer_bytes += buffer.nbytes
+
+    def note(self, number: int, microbatch: Mapping[str, Tensor], found: Contribution) -> None:
+        """Microbatch `number` of the present step has contributed."""
+        if self._recorded is not None:
+            shape = tuple(tuple(column.shape) for column in microbatch.values())
+            self._recorded.microbatches.append((number, shape))
+        if self._first:
+            self.gradient_bytes = max(self.gradient_bytes, storage_bytes(found.parts, besides=self._buffers))
+
+    def _go_back(self) -> None:
+        self.turn("backward", self._microbatch)
+
+    def _begin(self, step: int) -> None:
+        self._step, self._within = step, True
+        self._recorded = Recorded(rank=self._rank, workers=self._workers, first=self._first)
+
+    def _keep(self) -> None:
+        """The step is committed."""
+        assert self._recorded is not None
+        self._within = self._first = False
+        self.steps.pop(self._step, None)  # one that was computed again counts as it was in the end
+        self.steps[self._step] = self._recorded
+        if len(self.steps) > MOST_STEPS:
+            del self.steps[next(iter(self.steps))]
+
+
+def storage_bytes(tensors: Sequence[Tensor | None], *, besides: set[int] | None = None) -> int:
+    """Bytes of the memory in which tensors lie, each piece counted once, but those at the addresses `besides`."""
+    parts = [part for one in tensors if one is not None for part in _dense_parts(one)]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    return sum(size for address, size in storages.items() if address not in (besides or ()))
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    return [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+
+
+def _name_host() -> str:
+    """What is the same for all processes that share a monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+def _nothing() -> None:
+    return
+
+
+class _Watched:
+    """A contributor after which the tree's time begins."""
+
+    def __init__(self, inner: Contributes, profile: Profile) -> None:
+        self._inner = inner
+        self._profile = profile
+
+    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
+        found = self._inner.contribute(step, number, microbatch)
+        self._profile.turn("tree", number)
+        self._profile.note(number, microbatch, found)
+        return found
+
+
+class _MarkedTask(Task):
+    """A task that tells when its loss is computed."""
+
+    def __init__(self, task: Task, tell: Callable[[], None]) -> None:
+        self.pretrained = task.pretrained
+        self._task = task
+        self._tell = tell
+
+    def __getattr__(self, name: str) -> Any:  # what else a task may have
+        return getattr(self._task, name)
+
+    def build(self) -> nn.Module:
+        return self._task.build()
+
+    def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:
+        found = self._task.loss(module, microbatch)
+        self._tell()
+        return found
+
+    def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
+        return self._task.measure(module, microbatch)
+
+
+class Timed:
+    """Another `Exchange`, with a mark before and after each call."""
+
+    def __init__(self, exchange: Exchange, profile: Profile) -> None:
+        self.rank = exchange.rank
+        self.workers = exchange.workers
+        self._exchange = exchange
+        self._profile = profile
+
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        buffer = self._exchange.new_buffer(elements, dtype)
+        self._profile.hold(buffer)
+        return buffer
+
+    def add_integers(self, values: Tensor) -> Tensor:
+        self._profile.enter("add_integers")
+        found = self._exchange.add_integers(values)
+        self._profile.leave()
+        return found
+
+    def to_owners(
+        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        self._profile.enter("to_owners")
+        found = self._exchange.to_owners(nodes, counts, shard_size=shard_size, dtype=dtype)
+        self._profile.leave()
+        return found
+
+    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+        self._profile.enter("gather_shards")
+        self._exchange.gather_shards(shard, flat)
+        self._profile.leave()
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        self._profile.enter("gather_bytes")
+        found = self._exchange.gather_bytes(content)
+        self._profile.leave()
+        return found
+
+    def wait_for_all(self) -> None:
+        self._profile.enter("wait_for_all")
+        self._exchange.wait_for_all()
+        self._profile.leave()
+
+    def close(self) -> None:
+        self._exchange.close()
