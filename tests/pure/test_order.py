@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.data.order import Order, count_steps, cut, permute
+from unisono.data.order import Order, count_steps, cut, outside_in, permute
 
 KEYS = st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 10_000))
 
@@ -89,9 +89,15 @@ def test_fewer_samples_than_microbatches() -> None:
 
 def test_pieces_hold_samples_of_like_length() -> None:
     step = order(range(1, 65), per_step=64, pieces=8).step(0)
-    longest = [int(piece.max()) for piece in step.microbatches]
-    shortest = [int(piece.min()) for piece in step.microbatches]
-    assert all(above > below for above, below in zip(shortest, longest[1:], strict=False))
+    falling = sorted(step.microbatches, key=lambda piece: -int(piece.max()))
+    assert all(above.min() > below.max() for above, below in itertools.pairwise(falling))
+
+
+@pytest.mark.parametrize("pieces", range(1, 18))
+def test_neighbouring_pieces_make_up_for_each_other(pieces: int) -> None:
+    ranks = outside_in(pieces)
+    assert sorted(ranks) == list(range(pieces))
+    assert {a + b for a, b in zip(ranks[::2], ranks[1::2], strict=False)} <= {pieces - 1}
 
 
 @pytest.mark.parametrize("padded", [True, False])

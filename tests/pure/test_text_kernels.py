@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisono.models.text import attention
+from unisono.models.text import attention, linear
 from unisono.models.text.attention import attend, mean_over_tokens
 from unisono.models.text.dropout import Dropout, draw_mask
 from unisono.models.text.packing import pack
@@ -113,3 +113,32 @@ def test_dropout_alone_and_added(dtype: torch.dtype) -> None:
     assert torch.equal(gradient == 0, alone == 0)
     assert torch.equal(layer.eval()(x), x) and torch.equal(layer.add(x, residual), residual + x)
     assert torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_rounded_products_are_those_of_rounded_numbers(monkeypatch: pytest.MonkeyPatch, kept: torch.dtype) -> None:
+    monkeypatch.setattr(linear, "multiplies_bf16", lambda: False)
+    torch.manual_seed(0)
+    layer, x = linear.Linear(40, 24), torch.randn(30, 40, dtype=kept, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    weight, bias, given = (value.detach().bfloat16().double() for value in (layer.weight, layer.bias, x))
+    exact = given @ weight.T + bias
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+    wanted = torch.randn(30, 24, dtype=torch.bfloat16)
+    found.backward(wanted)
+    assert (x.grad.dtype, layer.weight.grad.dtype) == (kept, torch.float32)
+    torch.testing.assert_close(x.grad.double(), wanted.double() @ weight, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad.double(), wanted.double().T @ given, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad.double(), wanted.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_products_are_torchs_own_without_autocast_or_with_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = linear.Linear(40, 24), torch.randn(30, 40)
+    for native in (False, True):
+        monkeypatch.setattr(linear, "multiplies_bf16", lambda native=native: native)
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

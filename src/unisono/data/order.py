@@ -71,13 +71,23 @@ class Order:
         pieces = min(self.microbatches, len(samples))
         bounds = cut(lengths[longest_first], pieces, padded=self.padded)
         samples = samples[longest_first]
-        return tuple(samples[a:b] for a, b in pairwise(bounds))
+        found = [samples[a:b] for a, b in pairwise(bounds)]
+        return tuple(found[rank] for rank in outside_in(pieces))
 
 
 def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int = 0) -> int:
     """Number of steps in `epochs` passes (a fraction rounds up), at most `max_steps` where that is not 0."""
     total = math.ceil(math.ceil(samples / samples_per_step) * epochs)
     return min(total, max_steps) if max_steps else total
+
+
+def outside_in(pieces: int) -> list[int]:
+    """The numbers 0 … pieces − 1 as first, last, second, last but one …
+
+    Pieces of equal predicted cost still differ in true cost, and steadily from the longest samples to the shortest.
+    In this order neighbours make up for each other, so contiguous shares of a step take equally long.
+    """
+    return [rank for low in range((pieces + 1) // 2) for rank in dict.fromkeys((low, pieces - 1 - low))]
 
 
 def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[int]:

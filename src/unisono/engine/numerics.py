@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from unisono.errors import NumericsError
+from unisono.models.text.linear import multiplies_bf16
 from unisono.recipe import Train
 
 LIMITING_VARIABLES = (
@@ -78,6 +79,7 @@ def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], 
         "flush_to_zero": _flushes_to_zero(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "precision": train.precision,
+        "bf16_products": "native" if multiplies_bf16() else "rounded, in float32",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "attention": ",".join(
             name for name in ("flash", "mem_efficient", "math") if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()

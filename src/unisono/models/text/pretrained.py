@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from unisono.errors import ModelError
 from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
 from unisono.models.text.dropout import Dropout
+from unisono.models.text.linear import Linear
 from unisono.models.text.packing import Packing, pack
 from unisono.recipe import Pretrained
 
@@ -63,7 +64,7 @@ class PretrainedClassifier(nn.Module):
         self.pooling = model.pooling
         self.bert = bert
         self.dropout = Dropout(model.dropout)
-        self.classifier = nn.Linear(config.hidden_size, classes)
+        self.classifier = Linear(config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
@@ -95,7 +96,7 @@ class Bert(nn.Module):
         )
         layers = [_Layer(config, model, dropout) for _ in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)} if model.pooling == "pooler" else {})
+        self.pooler = nn.ModuleDict({"dense": Linear(width, width)} if model.pooling == "pooler" else {})
         self.dropout = Dropout(dropout)
 
     def forward(self, ids: Tensor, packing: Packing, *, first_only: bool = False) -> Tensor:
@@ -115,11 +116,11 @@ class _Layer(nn.Module):
     def __init__(self, config: BertConfig, model: Pretrained, dropout: float) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        projections = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+        projections = {name: Linear(width, width) for name in ("query", "key", "value")}
         self.heads = config.num_attention_heads
         self.attention_dropout = 0.0 if model.freeze else model.attention_dropout
         self.attention = nn.ModuleDict({"self": nn.ModuleDict(projections), "output": _Branch(width, config, dropout)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, inner)})
         self.output = _Branch(inner, config, dropout)
         self.activation = _ACTIVATIONS[config.hidden_act]()
 
@@ -140,7 +141,7 @@ class _Branch(nn.Module):
 
     def __init__(self, inputs: int, config: BertConfig, dropout: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(inputs, config.hidden_size)
+        self.dense = Linear(inputs, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(dropout)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
 from unisono.models.text.dropout import Dropout
+from unisono.models.text.linear import Linear
 from unisono.models.text.packing import Packing, pack
 from unisono.recipe import Transformer
 
@@ -49,7 +50,7 @@ class TransformerClassifier(nn.Module):
         blocks = [_Block(model) for _ in range(model.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(model.width)
-        self.classifier = nn.Linear(model.width, classes)
+        self.classifier = Linear(model.width, classes)
         self.apply(_initialize)
         for block in blocks:  # so that more blocks do not start with a larger sum of branches (GPT-2)
             for last in (block.mix, block.contract):
@@ -68,11 +69,11 @@ class _Block(nn.Module):
         super().__init__()
         self.heads = model.heads
         self.attention_norm = nn.LayerNorm(model.width)
-        self.query_key_value = nn.Linear(model.width, 3 * model.width)
-        self.mix = nn.Linear(model.width, model.width)
+        self.query_key_value = Linear(model.width, 3 * model.width)
+        self.mix = Linear(model.width, model.width)
         self.feedforward_norm = nn.LayerNorm(model.width)
-        self.expand = nn.Linear(model.width, model.feedforward)
-        self.contract = nn.Linear(model.feedforward, model.width)
+        self.expand = Linear(model.width, model.feedforward)
+        self.contract = Linear(model.feedforward, model.width)
         self.activation = nn.GELU()
         self.dropout = Dropout(model.dropout)
 
