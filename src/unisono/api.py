@@ -90,8 +90,7 @@ def train(
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
-        resume: go on from the folder's newest checkpoint; "auto": go on if there is a run that has not ended, else
-            begin one, so that the same call serves for both.
+        resume: go on from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
         accept_new_numerics: resume although the numerics fingerprint differs, to other bits.
         allow_impure: train a model that fails the purity probe, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
@@ -104,8 +103,7 @@ def train(
         The finished run. Under torchrun every process returns one.
 
     Raises:
-        UserError: what was given cannot be used (RecipeError, DataError, …).
-        DivergedError, WorkerError, Interrupted, Preempted: see unisono.errors.
+        UserError (what was given cannot be used), DivergedError, WorkerError, Interrupted, Preempted: see errors.
     """
     recipe = resolve(what, name, overrides, settings)
     open_material = _opener(what, recipe, {"train": data, "validation": validation, "test": test})

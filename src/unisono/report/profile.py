@@ -226,13 +226,13 @@ def _tell_phases(phases: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _tell_model(model: Mapping[str, Any] | None) -> list[str]:
     if model is None:
         return []
-    others = ", ".join(f"{dtype} {speed / 1e9:,.1f}" for dtype, speed in model["peak"].items())
+    peaks = ", ".join(f"{dtype} {_size(speed / 1e9)}" for dtype, speed in model["peak"].items())
     return [
-        f"Model: {model['flop_per_step'] / 1e9:,.1f} GFLOP per step. Each worker does "
-        f"{model['flop_per_second'] / 1e9:,.1f} GFLOP/s over the whole step, "
-        f"{model['flop_per_second_computing'] / 1e9:,.1f} in forward and backward: "
-        f"{model['utilisation']:.1%} of what torch.mm reaches with all workers at it (GFLOP/s: {others}; "
-        f"taken: {model['peak_taken']}).",
+        f"Model: {_size(model['flop_per_step'] / 1e9)} GFLOP per step. A worker does "
+        f"{_size(model['flop_per_second'] / 1e9)} GFLOP/s over the whole step, "
+        f"{_size(model['flop_per_second_computing'] / 1e9)} in forward and backward.",
+        f"torch.mm, with all workers at it, does in GFLOP/s: {peaks}. The step reaches {model['utilisation']:.1%} "
+        f"of {model['peak_taken']}'s.",
     ]
 
 
@@ -244,8 +244,13 @@ def _tell_memory(memory: Sequence[Mapping[str, int]]) -> list[str]:
     for kind, wording in MEMORY.items():
         sizes = [one[kind] for one in memory if kind in one]
         if sizes:
-            lines.append(f"| {wording:<41} | {max(sizes) / 1e6:>9,.1f} |")
+            lines.append(f"| {wording:<41} | {_size(max(sizes) / 1e6):>9} |")
     return lines
+
+
+def _size(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def trace(reports: Sequence[Told]) -> str:
