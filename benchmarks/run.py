@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-MEASUREMENTS = ("startup", "exchange", "step", "demo", *(f"faults/{name}" for name in FAULTS))
+MEASUREMENTS = ("startup", "exchange", "step", "peers/compare", "demo", *(f"faults/{name}" for name in FAULTS))
+OPTIONS = {"peers/compare": ["--quick"]}
 
 
 def main(names: list[str]) -> None:
@@ -22,7 +23,7 @@ def main(names: list[str]) -> None:
     failed = [
         name
         for name in names or MEASUREMENTS
-        if subprocess.run([sys.executable, str(folder / f"{name}.py")], check=False).returncode
+        if subprocess.run([sys.executable, str(folder / f"{name}.py"), *OPTIONS.get(name, [])], check=False).returncode
     ]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

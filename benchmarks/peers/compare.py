@@ -61,6 +61,17 @@ def judge(run: Run, prepared: Prepared, length: Length) -> Figures:
     )
 
 
+def warm(prepared: Prepared, peers: Sequence[str]) -> None:
+    """Run each peer once, untimed: DeepSpeed compiles at its first start, and files come from the disk."""
+    for lock in environments.folder("deepspeed").glob("compiled/*/lock"):  # left by a first start that was interrupted
+        lock.unlink()
+    for peer in peers:
+        try:
+            train(PEERS[peer], prepared, Settings(workers=WORKERS, steps=1, precision="float32", attention_dropout=0.1))
+        except FailedRunError as error:
+            print(f"{TITLES[peer]} failed in its first run: {error}", file=sys.stderr, flush=True)
+
+
 def compare(
     prepared: Prepared, peers: Sequence[str], settings: Settings, length: Length, repeats: int, name: str
 ) -> None:
@@ -156,11 +167,7 @@ def main() -> None:
     for name in dict.fromkeys(PEERS[peer].environment for peer in given.peers):
         environments.make(name)
     small = prepare("small")
-    for peer in given.peers:  # once, untimed: what is compiled at a first start, and read from disk
-        try:
-            train(PEERS[peer], small, Settings(workers=WORKERS, steps=1, precision="float32", attention_dropout=0.1))
-        except FailedRunError as error:
-            print(f"{TITLES[peer]} failed in its first run: {error}", file=sys.stderr, flush=True)
+    warm(small, given.peers)
     if not given.no_agreement:
         compare_workers(small, given.peers, given.attention_dropout)
     for workload in given.workloads:
