@@ -19,7 +19,7 @@ REQUIREMENTS = {
     "transformers": ("transformers==5.23.0", "accelerate==1.15.0"),
     "lightning": ("transformers==5.23.0", "lightning==2.6.6"),
     "deepspeed": ("transformers==5.23.0", "deepspeed==0.19.8", "ninja==1.13.2"),
-    "ray": ("transformers==5.23.0", "ray[train]==2.60.0"),
+    "ray": ("transformers==5.23.0", "ray[default,train]==2.60.0"),
 }
 
 

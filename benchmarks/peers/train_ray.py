@@ -53,8 +53,6 @@ def main() -> None:
     task = Task.read()
     ray.init(
         num_cpus=task.workers,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
         _temp_dir=str(Path(task.scratch) / "ray"),
         log_to_driver=False,
     )
