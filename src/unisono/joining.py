@@ -35,6 +35,8 @@ from unisono.material import Material
 from unisono.recipe import Recipe
 
 Resume = Literal["no", "yes", "auto"]
+PROBED = 2
+"""Samples with which a model is probed for purity: its shapes, not its sizes, are what it could remember."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,12 +216,15 @@ def _compare_workers(found: Mapping[str, Any], exchange: Exchange) -> list[str]:
 
 
 def _probe(run: Run) -> None:
-    """Probe with a microbatch of the first step, and with one of another shape, even where all of its are alike."""
+    """Probe with some samples of the first step, and with some of another shape, even where all of its are alike.
+
+    A few show as much as a whole microbatch, and nobody waits long for the first step.
+    """
     first = run.order.step(0).microbatches
-    larger = np.concatenate([first[0], first[-1][:1]])
+    smaller, larger = first[-1][:PROBED], np.concatenate([first[0][:PROBED], first[-1][:1]])
     take = run.material.train.take
     one, other = (
-        {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (first[-1], larger)
+        {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (smaller, larger)
     )
     probe(run.contributor, one, other)
 
