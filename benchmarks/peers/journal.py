@@ -1,14 +1,17 @@
-"""What a run's journal says: how fast its steps were, when the first one was finished.
+"""What is read from what a run has written: how fast its steps were, when the first one ended, or why it failed.
 
-Owns the two forms of a journal, the peers' lines and unisono's `metrics.jsonl`, and the figures read from them. Starts
+Owns the two forms of a journal, the peers' lines and unisono's `metrics.jsonl`, and what is read from them. Starts
 nothing and measures nothing.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+REASON = re.compile(r"^(?:\[\w+\]:)?\s*([\w.]*(?:Error|Exception|Refused)\b.*)$", re.M)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,14 @@ def samples_per_second(steps: Sequence[Step], *, warm_up: int, samples_per_step:
     if len(steps) <= warm_up or warm_up < 1:
         raise ValueError(f"{len(steps)} steps, {warm_up} of them to warm up: nothing is left to be timed")
     return (len(steps) - warm_up) * samples_per_step / (steps[-1].time - steps[warm_up - 1].time)
+
+
+def explain(output: str, code: int | str) -> str:
+    """What a failed command said: its last error, or its last line."""
+    errors = [found for found in REASON.findall(output) if "ChildFailedError" not in found]
+    lines = output.strip().splitlines()
+    said = errors[-1] if errors else lines[-1] if lines else "it said nothing"
+    return f"ended with {code}: {said[:300]}"
 
 
 def _collect(found: Iterable[tuple[int, float]]) -> list[Step]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from task import Task
 HERE = Path(__file__).resolve().parent
 LIMIT_SECONDS = 900.0
 EXIT_SECONDS = 15.0
-REASON = re.compile(r"^(?:\[\w+\]:)?\s*([\w.]*(?:Error|Exception|Refused)\b.*)$", re.M)
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -139,7 +137,7 @@ def train(side: Side, prepared: Prepared, settings: Settings) -> Run:
                 end_marked(mark)
                 process.wait()
         if code:
-            raise FailedRunError(explain((scratch / "output").read_text("utf-8", "replace"), code))
+            raise FailedRunError(journal.explain((scratch / "output").read_text("utf-8", "replace"), code))
         return _read(side, scratch, started, watch)
 
 
@@ -208,11 +206,3 @@ def _read(side: Side, scratch: Path, started: float, watch: Watch) -> Run:
         loss=loss,
         weights_sha256=result["weights_sha256"],
     )
-
-
-def explain(output: str, code: int | str) -> str:
-    """What a failed command said: its last error, or its last line."""
-    errors = [found for found in REASON.findall(output) if "ChildFailedError" not in found]
-    lines = output.strip().splitlines()
-    said = errors[-1] if errors else lines[-1] if lines else "it said nothing"
-    return f"ended with {code}: {said[:300]}"

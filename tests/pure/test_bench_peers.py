@@ -60,6 +60,16 @@ def test_the_warm_up_is_not_timed() -> None:
         journal.samples_per_second(steps, warm_up=4, samples_per_step=32)
 
 
+def test_a_failure_is_explained_by_its_last_error() -> None:
+    output = (
+        "Loading weights\n[rank0]: Traceback (most recent call last):\n[rank0]: RuntimeError: no kernel for this\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n============\n"
+    )
+    assert journal.explain(output, 1) == "ended with 1: RuntimeError: no kernel for this"
+    assert journal.explain("killed\n", -9) == "ended with -9: killed"
+    assert journal.explain("", 1) == "ended with 1: it said nothing"
+
+
 def test_ratios_are_of_neighbours() -> None:
     ours, theirs = [figures(10), figures(1), figures(9)], [figures(5), figures(1), figures(3)]
     assert verdict.ratios(ours, theirs).values == (2.0, 1.0, 3.0)
