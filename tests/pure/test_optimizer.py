@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from unisono.board import RUNNING
-from unisono.engine.optimizer import Optimizer
-from unisono.engine.reduction import Totals
+from unisono.engine.optimizer import Optimizer, block_squares
+from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
+from unisono.engine.space import BLOCK
+from unisono.engine.tree import Node
 from unisono.errors import DivergedError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
@@ -76,9 +78,14 @@ def totals(replica: Replica, step: int, weight: int = 1) -> Totals:
     return Totals(loss=1.0, weight=weight, used=used, integers=replica.integer_values(), request=RUNNING)
 
 
+def summed(slope: Tensor) -> Sum:
+    """The sum of a step with a single contribution."""
+    return Sum([(Node(0, 0), slope)])
+
+
 def advance(optimizer: Optimizer, slope: Tensor, known: Totals, *, step: int, rate: float) -> float:
     """Work a step out and publish it; `slope` is my shard of the sum."""
-    norm = optimizer.update(slope, known, step=step, rate=rate)
+    norm = optimizer.update(summed(slope), known, step=step, rate=rate)
     optimizer.publish(known.integers)
     return norm
 
@@ -144,10 +151,14 @@ def test_lion_is_program_1_of_its_paper() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
-def test_no_cut_into_shards_changes_a_bit(rule: dict[str, Any]) -> None:
-    settings = train(**rule, clip_norm=3.0, ema_decay=0.9, pretrained_rate=0.5)
+@pytest.mark.parametrize("clip_norm", [0.0, 3.0])
+def test_no_cut_into_shards_or_chunks_changes_a_bit(
+    rule: dict[str, Any], clip_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = train(**rule, clip_norm=clip_norm, ema_decay=0.9, pretrained_rate=0.5)
     found = set()
-    for workers in (1, 2, 3, 5, 7, 16):
+    for workers, chunk in ((1, 2**20), (1, BLOCK), (2, 2 * BLOCK), (3, BLOCK), (5, 2**20), (7, BLOCK), (16, 2**20)):
+        monkeypatch.setattr("unisono.engine.optimizer.CHUNK", chunk)
 
         def act(exchange: Exchange) -> str:
             replica, optimizer, norms = run(exchange, settings, pretrained=("encoder.",))
@@ -157,7 +168,7 @@ def test_no_cut_into_shards_changes_a_bit(rule: dict[str, Any]) -> None:
                 exchange.gather_shards(shard, flat)
                 for segment in replica.space.segments:
                     everything[f"{name}.{segment.name}"] = segment.view(flat)
-                assert not flat[replica.space.blocks * 1024 :].any(), "padding stays zero"
+                assert not flat[replica.space.blocks * BLOCK :].any(), "padding stays zero"
             return tensors_sha256(everything)
 
         found |= set(play(workers, act))
@@ -185,6 +196,16 @@ def test_the_norm_of_many_blocks_is_the_same_bits_on_any_number_of_workers() -> 
     found = {norms for workers in (1, 2, 3, 5, 7) for norms in play(workers, act)}
     assert len(found) == 1
     assert found.pop() == pytest.approx([float(slope.double().norm()) for slope in slopes], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_of_a_block_do_not_depend_on_other_blocks(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(40 * BLOCK, generator=generator, dtype=dtype) * torch.logspace(-3, 3, 40 * BLOCK, dtype=dtype)
+    expected = block_squares(values)
+    torch.testing.assert_close(expected, values.double().view(-1, BLOCK).square().sum(1), rtol=1e-6, atol=0)
+    for start, blocks in ((0, 1), (7, 1), (39, 1), (0, 2), (5, 3), (1, 17), (3, 37)):
+        assert torch.equal(block_squares(values[start * BLOCK :][: blocks * BLOCK]), expected[start : start + blocks])
 
 
 def test_biases_and_norms_do_not_decay() -> None:
@@ -280,7 +301,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(workers: int, bad: float)
         flat = gradient(replica, 0)
         flat[replica.space.parameters[-1].start] = bad
         with pytest.raises(DivergedError, match="at step 1"):
-            optimizer.update(replica.shard.of(flat), totals(replica, 0), step=0, rate=0.1)
+            optimizer.update(summed(replica.shard.of(flat)), totals(replica, 0), step=0, rate=0.1)
         assert torch.equal(replica.flat, before[0]) and torch.equal(optimizer.weights, before[1])
         assert not any(slot.any() for slot in optimizer.slots.values()) and not optimizer.counts.any()
         assert optimizer.average is not None and torch.equal(optimizer.average, before[1])

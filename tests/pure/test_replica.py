@@ -50,8 +50,8 @@ def one_step(make: Callable[[], nn.Module], pieces: list[Tensor]) -> tuple[Repli
         reduction.add(number, contributor.contribute(0, number, {"x": pieces[number]}))
         for name, value in replica.all_tensors().items():
             assert torch.equal(value, before[name]), f"{name} is not as it was"
-    flat, totals = reduction.finish()
-    flat = flat / totals.weight
+    gradient, totals = reduction.finish()
+    flat = gradient.mean(slice(0, replica.shard.size), totals.weight)
     return replica, {segment.name: segment.view(flat).clone() for segment in replica.space.segments}, totals.integers
 
 

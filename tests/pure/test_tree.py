@@ -102,6 +102,22 @@ def test_a_missing_right_child_is_not_added(microbatches: int) -> None:
     assert math.copysign(1, fold([-0.0] * microbatches)) == -1
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 5, 6, 7, 8, 13])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_first_node_may_stay_as_it_is(microbatches: int, workers: int) -> None:
+    values = contributions(microbatches, 2)
+    cut = [range(microbatches * w // workers, microbatches * (w + 1) // workers) for w in range(workers)]
+    pending = [
+        (node, root(values[node.index << node.level : (node.index + 1) << node.level]).clone())
+        for one in cut
+        for node in nodes(one)
+    ]
+    first, into = pending[0][1].clone(), torch.full_like(values[0], torch.nan)
+    found = fold_nodes(pending, into)
+    assert bits(found) == bits(root(values)) and bits(pending[0][1]) == bits(first)
+    assert found is (into if len(pending) > 1 else pending[0][1])
+
+
 @given(start=st.integers(0, 500), size=st.integers(1, 500))
 def test_nodes_are_the_fewest_that_cover_a_range(start: int, size: int) -> None:
     found = nodes(range(start, start + size))

@@ -24,8 +24,12 @@ from unisono import joining
 from unisono import recipe as recipes
 from unisono.board import RUNNING, UNWATCHED, Progress
 from unisono.data.feed import Feed
+from unisono.engine.reduction import Sum, Totals
 from unisono.engine.snapshot import COPIES, FACTS_BYTES, Description, Snapshot, SnapshotArrays, new_file
+from unisono.engine.space import BLOCK
 from unisono.engine.state import Content
+from unisono.engine.tree import Node
+from unisono.errors import DivergedError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
@@ -286,6 +290,37 @@ def test_a_lost_worker_s_update_is_done_again_to_the_same_bits(memory: int) -> N
     run = take_part(case, Solo(), -1)
     advance(run, 4)
     assert held(memory) == gathered(run)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_an_update_that_turns_out_not_to_be_finite_is_not_seen(
+    clip_norm: float, direct: bool, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm is known when other chunks have been written already; the step can be done again."""
+    monkeypatch.setattr("unisono.engine.optimizer.CHUNK", BLOCK)
+    case = Case(zoo.convolution, zoo.images, {"ema_decay": 0.9, "clip_norm": clip_norm})
+
+    def act(exchange: Exchange) -> tuple[dict[str, Any], dict[str, Any]]:
+        run = take_part(case, exchange, memory)
+        advance(run, 2)
+        state, before = run.state, gathered(run)
+        flat = torch.zeros_like(state.replica.flat)
+        flat[state.replica.space.parameters[-1].start] = torch.inf
+        totals = Totals(
+            loss=1.0, weight=1, used=[True] * len(state.replica.parameters), integers=torch.empty(0), request=RUNNING
+        )
+        gradient = Sum([(Node(0, 0), state.replica.shard.of(flat).clone())])
+        with pytest.raises(DivergedError):
+            state.optimizer.update(gradient, totals, step=2, rate=0.1)
+        assert gathered(run) == before == held(memory)
+        exchange.wait_for_all()
+        advance(run, 1)
+        return gathered(run), held(memory)
+
+    found, kept = play(3, act)[0]
+    run = take_part(case, Solo(), -1)
+    advance(run, 3)
+    assert found == kept == gathered(run)
 
 
 def copies(memory: int, run: Run, count: int) -> list[int]:

@@ -43,7 +43,10 @@ class Arrays(Protocol):
         ...
 
     def begin(self) -> dict[str, Tensor]:
-        """As `mine`, for an update to overwrite. Until `commit` the values before are still the truth."""
+        """Arrays of the form of `mine` for an update to write whole: the same ones, or others whose content is old.
+
+        Until `commit`, what `mine` returns is still the truth.
+        """
         ...
 
     def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:
@@ -61,8 +64,11 @@ class Arrays(Protocol):
         """Keep the present values readable for who writes a checkpoint, until the next `pin`."""
         ...
 
-    def read(self, name: str, flat: Tensor) -> None:
-        """Fill `flat` (workers × shard elements) with a whole array."""
+    def whole(self, name: str) -> Tensor:
+        """[workers × shard elements] a whole array, gathered if need be; to be read only, until the commit after next.
+
+        All workers call this.
+        """
         ...
 
 
@@ -73,6 +79,7 @@ class PrivateArrays:
 
     def __init__(self, names: Sequence[str], replica: Replica, exchange: Exchange) -> None:
         self._exchange = exchange
+        self._flat = replica.flat
         mine = replica.shard.of(replica.flat)
         weights = mine
         if exchange.workers > 1:
@@ -104,5 +111,7 @@ class PrivateArrays:
     def pin(self) -> None:
         return
 
-    def read(self, name: str, flat: Tensor) -> None:
+    def whole(self, name: str) -> Tensor:
+        flat = self._flat if name == WEIGHTS else torch.empty_like(self._flat)
         self._exchange.gather_shards(self.best() if name == BEST else self._arrays[name], flat)
+        return flat

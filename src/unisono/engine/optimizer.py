@@ -1,37 +1,33 @@
-"""From my shard of the gradient to everybody's new weights: the update rules, and the second crossing.
+"""From my shard of the gradient to everybody's new weights: the norm, the update, and the second crossing.
 
-Owns the optimiser's state, of which each worker keeps its shard. The rules are elementwise ones, each in one fixed
-variant: torch's own fused kernels for SGD, Adam and AdamW, foreach operations for Lion. Those that look at whole
-tensors are not here.
+Owns the optimiser's state, of which each worker keeps its shard. An update goes through the shard in chunks, so that
+what one pass has read or written is still in the processor's cache for the next; all cuts lie on the grid of 64
+elements, and nothing depends on them. The rules themselves are in `rules.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.sgd import sgd
 
 from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
-from unisono.engine.reduction import Totals
+from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica
-from unisono.engine.space import BLOCK
+from unisono.engine.rules import RULES, SLOTS, Pieces
+from unisono.engine.space import BLOCK, Shard, Space
 from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
 from unisono.recipe import Train
 
-SLOTS = {
-    "sgd": ("momentum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "lion": ("exp_avg",),
-}
-"""What each rule remembers of every parameter element."""
+Named = Mapping[str, Tensor]
+"""Arrays of my shard by name."""
+
+CHUNK = 128 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
 
 
 def array_names(train: Train) -> list[str]:
@@ -40,72 +36,44 @@ def array_names(train: Train) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
-    """One group's tensors, cut to my shard, for one update. Lists run parallel."""
+class Chunk:
+    """A part of my shard: either of parameters or of buffers.
 
-    weights: list[Tensor]
-    gradients: list[Tensor]
-    slots: tuple[list[Tensor], ...]
-    counts: list[Tensor]
-    """float32 scalars: updates that each parameter has had."""
+    place: where it lies in the shard, whole blocks. pieces: number of each parameter in it, its group, and where its
+    part lies in the chunk.
+    """
 
-
-def update_sgd(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
-    """SGD with momentum, as torch.optim.SGD; the first momentum is the first gradient."""
-    sgd(
-        pieces.weights,
-        pieces.gradients,
-        list(pieces.slots[0]),
-        fused=True,
-        weight_decay=decay,
-        momentum=train.momentum,
-        lr=rate,
-        dampening=0.0,
-        nesterov=train.nesterov,
-        maximize=False,
-    )
+    place: slice
+    pieces: tuple[tuple[int, int, slice], ...]
 
 
-def update_adam(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
-    """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim has
-    them."""
-    adam(
-        pieces.weights,
-        pieces.gradients,
-        pieces.slots[0],
-        pieces.slots[1],
-        [],
-        pieces.counts,
-        fused=True,
-        amsgrad=False,
-        beta1=train.beta1,
-        beta2=train.beta2,
-        lr=rate,
-        weight_decay=decay,
-        eps=train.epsilon,
-        maximize=False,
-        decoupled_weight_decay=train.optimizer == "adamw",
-    )
+def cut(space: Space, shard: Shard, size: int) -> tuple[list[Chunk], slice]:
+    """Cut a shard into chunks of parameters, and the part that holds buffers. size: elements, whole blocks."""
+    end = min(max(space.parameter_blocks * BLOCK - shard.start, 0), shard.size)
+    chunks = []
+    for start in range(0, end, size):
+        place = slice(start, min(start + size, end))
+        part = Shard(rank=0, workers=1, size=place.stop - place.start)
+        pieces = []
+        for index, segment in enumerate(space.parameters):
+            first = max(segment.start - shard.start - start, 0)
+            last = min(segment.stop - shard.start - start, part.size)
+            if first < last:
+                pieces.append((index, segment.group, slice(first, last)))
+        chunks.append(Chunk(place=place, pieces=tuple(pieces)))
+    return chunks, slice(end, shard.size)
 
 
-def update_lion(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
-    """Lion (Chen et al., arXiv 2302.06675, Program 1), with decoupled weight decay."""
-    weights, gradients, averages = pieces.weights, pieces.gradients, pieces.slots[0]
-    directions = torch._foreach_mul(averages, train.beta1)
-    torch._foreach_add_(directions, gradients, alpha=1 - train.beta1)
-    torch._foreach_sign_(directions)
-    torch._foreach_mul_(weights, 1 - rate * decay)
-    torch._foreach_add_(weights, directions, alpha=-rate)
-    torch._foreach_mul_(averages, train.beta2)
-    torch._foreach_add_(averages, gradients, alpha=1 - train.beta2)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What an update knows before it begins. counts: float32 scalars, updates that each parameter will have had.
+    factor: by which clipping multiplies the gradient."""
 
-
-RULES: dict[str, Callable[[Train, Pieces, float, float], None]] = {
-    "sgd": update_sgd,
-    "adam": update_adam,
-    "adamw": update_adam,
-    "lion": update_lion,
-}
+    used: Sequence[bool]
+    counts: Sequence[Tensor]
+    rate: float
+    ema_decay: float
+    factor: float = 1.0
 
 
 class Optimizer:
@@ -125,14 +93,10 @@ class Optimizer:
         self._train = train
         self.arrays = arrays or PrivateArrays(array_names(train), replica, exchange)
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
-        self._places = [
-            (index, segment.group, place)
-            for index, segment in enumerate(replica.space.parameters)
-            if (place := replica.shard.local(segment)) is not None
-        ]
-        self._parameter_elements = min(
-            max(replica.space.parameter_blocks * BLOCK - replica.shard.start, 0), replica.shard.size
-        )
+        on_cpu = replica.flat.device.type == "cpu"
+        size = CHUNK if on_cpu else replica.shard.size  # a GPU has no use for small pieces
+        self._chunks, self._buffers = cut(replica.space, replica.shard, size)
+        self._scratch = replica.flat.new_empty(min(size, replica.shard.size))
         self._hold(self.arrays.mine())
         if not self.arrays.committed:  # the average begins as the weights, everything else at zero
             for target in (self.weights, self.average):
@@ -144,85 +108,125 @@ class Optimizer:
         self.slots = {name: arrays[name] for name in SLOTS[self._train.optimizer]}
         self.average = arrays.get(AVERAGE)
 
-    def update(self, gradient: Tensor, totals: Totals, *, step: int, rate: float) -> float:
+    def update(self, gradient: Sum, totals: Totals, *, step: int, rate: float) -> float:
         """Work out one step, up to `publish`. Return the norm of the whole gradient.
 
         `gradient` is my shard of the sum of contributions, and is overwritten.
 
         Raises:
-            DivergedError: the gradient is not finite; nothing has been changed.
+            DivergedError: the gradient is not finite; what `arrays` had committed is as it was.
         """
-        train = self._train
-        gradient.div_(totals.weight)
-        norm = self._norm(gradient)
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"the gradient's norm is {norm} at step {step + 1}, though the loss is {totals.loss:.6g}. No "
-                "update was made. Lower train.learning_rate, or set train.clip_norm = 1.0."
-            )
-        if train.clip_norm and norm > train.clip_norm:
-            # as torch.nn.utils.clip_grad_norm_; what follows the parameters is the buffers' change, and no gradient
-            gradient[: self._parameter_elements].mul_(train.clip_norm / (norm + 1e-6))
-        self._hold(self.arrays.begin())
-        self._apply(gradient, totals.used, rate)
-        self.weights[self._parameter_elements :].add_(gradient[self._parameter_elements :])  # the buffers' mean change
-        if self.average is not None:
-            decay = min(train.ema_decay, (1 + step) / (10 + step))
-            self.average[: self._parameter_elements].lerp_(self.weights[: self._parameter_elements], 1 - decay)
-            old, new = self.average[self._parameter_elements :], self.weights[self._parameter_elements :]
-            # an untouched −inf, as masks have it, has no mean with itself
-            old.copy_(torch.where(old == new, old, old.lerp(new, 1 - decay)))
+        old, new = self.arrays.mine(), self.arrays.begin()
+        known = self._know(totals, step, rate)
+        squares = torch.zeros(self._replica.shard.size // BLOCK, dtype=torch.float64, device=self._replica.flat.device)
+        norm_first = new is old or bool(self._train.clip_norm)  # else what is written stays uncommitted
+        if norm_first:
+            for chunk in self._chunks:
+                _square(gradient.mean(chunk.place, totals.weight), chunk, squares)
+            norm = self._norm(squares, totals, step)
+            clip = self._train.clip_norm
+            if clip and norm > clip:
+                known = replace(known, factor=clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        for chunk in self._chunks:
+            if norm_first:
+                mean = gradient.left(chunk.place)
+                mean = mean.mul_(known.factor) if known.factor != 1.0 else mean
+            else:
+                mean = gradient.mean(chunk.place, totals.weight, into=self._scratch)
+                _square(mean, chunk, squares)
+            self._apply(mean, chunk, old, new, known)
+        self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
+        if not norm_first:
+            norm = self._norm(squares, totals, step)
+        self._hold(new)
         self.counts += torch.tensor(totals.used, dtype=torch.int64)
         return norm
+
+    def _know(self, totals: Totals, step: int, rate: float) -> Known:
+        counts = (self.counts + 1).to(torch.float32).to(self._replica.flat.device).unbind(0)
+        decay = min(self._train.ema_decay, (1 + step) / (10 + step))
+        return Known(used=totals.used, counts=counts, rate=rate, ema_decay=decay)
 
     def publish(self, integers: Tensor, facts: Mapping[str, Any] | None = None) -> None:
         """Commit the present arrays, with the step's integer buffers and what else is told of it; afterwards
         `replica.flat` holds everybody's new weights."""
         self.arrays.commit(facts or {}, self.counts, integers)
-        self.arrays.read(WEIGHTS, self._replica.flat)
+        self._replica.show(self.arrays.whole(WEIGHTS))
         self._replica.accept(integers)
 
-    def _apply(self, gradient: Tensor, used: Sequence[bool], rate: float) -> None:
-        """Run the rule on each group's parameters that got a gradient; skip the others, as torch skips None."""
-        counts = self.counts.to(torch.float32).unbind(0)
+    def _apply(self, mean: Tensor, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+        """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
+        values = _moved(chunk.place, old, new)
         for number, group in enumerate(self._replica.groups):
-            places = [(index, place) for index, owner, place in self._places if owner == number and used[index]]
+            places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
             if not places:
                 continue
             pieces = Pieces(
-                weights=[self.weights[place] for _, place in places],
-                gradients=[gradient[place] for _, place in places],
-                slots=tuple([slot[place] for _, place in places] for slot in self.slots.values()),
-                counts=[counts[index].to(gradient.device) for index, _ in places],
+                weights=[values[WEIGHTS][place] for _, place in places],
+                gradients=[mean[place] for _, place in places],
+                slots=tuple([values[name][place] for _, place in places] for name in self.slots),
+                counts=[known.counts[index] for index, _ in places],
             )
             factor = self._train.pretrained_rate if group.pretrained else 1.0
             decay = self._train.weight_decay if group.decays else 0.0
             with torch.no_grad():
-                RULES[self._train.optimizer](self._train, pieces, rate * factor, decay)
+                RULES[self._train.optimizer](self._train, pieces, known.rate * factor, decay)
+        if AVERAGE in values:
+            values[AVERAGE].lerp_(values[WEIGHTS], 1 - known.ema_decay)
 
-    def _norm(self, gradient: Tensor) -> float:
-        """Euclidean norm of the whole gradient: squares of a block are added by halving, blocks in a tree, whoever owns
-        them."""
-        blocks = torch.zeros(self._replica.shard.size // BLOCK, dtype=torch.float64, device=gradient.device)
-        own = self._parameter_elements // BLOCK
-        blocks[:own] = block_squares(gradient[: self._parameter_elements])
-        everyone = torch.zeros(len(blocks) * self._exchange.workers, dtype=torch.float64, device=gradient.device)
-        self._exchange.gather_shards(blocks, everyone)
-        return math.sqrt(fold_vector(everyone[: self._replica.space.parameter_blocks]))
+    def _move_buffers(self, change: Tensor, old: Named, new: Named, known: Known) -> None:
+        """Add the mean change of the buffers in my shard."""
+        values = _moved(self._buffers, old, new)
+        weights = values[WEIGHTS].add_(change)
+        if AVERAGE in values:  # an untouched −inf, as masks have it, has no mean with itself
+            average = values[AVERAGE]
+            average.copy_(torch.where(average == weights, average, average.lerp(weights, 1 - known.ema_decay)))
+
+    def _norm(self, squares: Tensor, totals: Totals, step: int) -> float:
+        """Euclidean norm of the whole gradient, from the squares of my blocks: added in a tree, whoever owns them.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        everyone = torch.zeros(len(squares) * self._exchange.workers, dtype=torch.float64, device=squares.device)
+        self._exchange.gather_shards(squares, everyone)
+        norm = math.sqrt(fold_vector(everyone[: self._replica.space.parameter_blocks]))
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"the gradient's norm is {norm} at step {step + 1}, though the loss is {totals.loss:.6g}. No "
+                "update was made. Lower train.learning_rate, or set train.clip_norm = 1.0."
+            )
+        return norm
+
+
+def _square(mean: Tensor, chunk: Chunk, squares: Tensor) -> None:
+    squares[chunk.place.start // BLOCK : chunk.place.stop // BLOCK] = block_squares(mean)
+
+
+def _moved(place: slice, old: Named, new: Named) -> dict[str, Tensor]:
+    """A part of the new arrays, holding what the old ones hold."""
+    values = {name: array[place] for name, array in new.items()}
+    if new is not old:
+        for name, value in values.items():
+            value.copy_(old[name][place])
+    return values
 
 
 def block_squares(values: Tensor) -> Tensor:
-    """Sum of squares of each block of 1,024: products and sums of single elements only, so one result whatever the
-    kernel."""
-    sums = []
-    for chunk in values.view(-1, BLOCK).split(256):  # a chunk stays in the cache
-        squares = chunk * chunk
-        width = BLOCK // 2
-        while width:
-            squares = squares[:, :width].add_(squares[:, width : 2 * width])
-            width //= 2
-        sums.append(squares[:, 0].to(torch.float64))
-    return torch.cat(sums) if sums else values.new_zeros(0, dtype=torch.float64)
+    """Sum of squares of each block of 1,024, float64: the same bits whatever other blocks are there.
+
+    On CPUs torch's norm goes along each row by itself. A GPU's kernel may share a row out as the number of rows
+    suggests; there products and sums of single elements are used, added by halving.
+    """
+    rows = values.view(-1, BLOCK)
+    if values.device.type == "cpu":
+        return torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square_()
+    squares = rows * rows
+    width = BLOCK // 2
+    while width:
+        squares = squares[:, :width].add_(squares[:, width : 2 * width])
+        width //= 2
+    return squares[:, 0].to(torch.float64)
 
 
 def fold_vector(values: Tensor) -> float:

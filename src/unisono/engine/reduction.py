@@ -18,7 +18,7 @@ from unisono.data.order import Step
 from unisono.engine.assignment import Assignment
 from unisono.engine.contribution import Contribution
 from unisono.engine.replica import Replica
-from unisono.engine.tree import Tree, fold, fold_nodes, nodes
+from unisono.engine.tree import Node, Tree, fold, fold_nodes, nodes
 from unisono.errors import ContractError, DivergedError, LostPeerError
 from unisono.exchange.protocol import Exchange
 
@@ -37,6 +37,26 @@ class Totals:
     used: list[bool]
     integers: Tensor
     request: int
+
+
+class Sum:
+    """My shard of the *sum* of a step's contributions, still in nodes: they are added up a part at a time, as the tree
+    says, by whoever needs the part. Their memory is overwritten freely.
+    """
+
+    def __init__(self, nodes: Sequence[tuple[Node, Tensor]]) -> None:
+        self._nodes = nodes
+
+    def mean(self, place: slice, weight: int, into: Tensor | None = None) -> Tensor:
+        """A part of the shard, divided by the step's weight, once: in the beginning of `into`, or left where `left`
+        finds it."""
+        parts = [(node, value[place]) for node, value in self._nodes]
+        target = parts[0][1] if into is None else into[: place.stop - place.start]
+        return torch.div(fold_nodes(parts, target), weight, out=target)
+
+    def left(self, place: slice) -> Tensor:
+        """What `mean` has left of a part."""
+        return self._nodes[0][1][place]
 
 
 class Reduction:
@@ -77,8 +97,8 @@ class Reduction:
         if number == 0:
             self._first_integers = contribution.integers
 
-    def finish(self, request: int = RUNNING) -> tuple[Tensor, Totals]:
-        """Exchange nodes; return my shard of the *sum* of all contributions, to be overwritten freely, and the totals.
+    def finish(self, request: int = RUNNING) -> tuple[Sum, Totals]:
+        """Exchange nodes; return my shard of the sum of all contributions, good until the next step, and the totals.
 
         Raises:
             DivergedError: a microbatch's loss is not finite.
@@ -93,7 +113,7 @@ class Reduction:
             shard_size=self._replica.shard.size,
             dtype=self._replica.space.dtype,
         )
-        return fold_nodes(list(zip(owned, received, strict=True))), totals
+        return Sum(list(zip(owned, received, strict=True))), totals
 
     def _tally(self, request: int) -> Totals:
         """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all but

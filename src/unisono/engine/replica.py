@@ -7,13 +7,13 @@ changed is part of its contribution. Knows no other worker.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from unisono.engine.space import BLOCK, Shard, Space, lay_out
+from unisono.engine.space import BLOCK, Segment, Shard, Space, lay_out
 from unisono.errors import ContractError
 
 SPARED = (
@@ -37,10 +37,12 @@ class Replica:
     """One module, laid out in a `Space`, with its buffers guarded.
 
     Attributes:
-        module: the module; its trainable parameters and float buffers are views of `flat`.
+        module: the module; its trainable parameters are views of `flat`, its float buffers of `buffer_values`.
         parts: the module, and every module in it.
         space: the layout; parameters first, then those buffers whose dtype is the space's.
-        flat: [shard size × workers] all of them, padded with zeros.
+        flat: [shard size × workers] all of them as they are at the step's start, padded with zeros; read only, since
+            other workers may read the same memory.
+        buffer_values: float buffers as the module has changed them, the part of `flat` that follows the parameters.
         groups: what each group number in the space means.
         sparse: ids of the weights of embeddings with sparse gradients.
         integers: integer and boolean buffers; after a step they hold what microbatch 0 left.
@@ -58,6 +60,7 @@ class Replica:
         self.shard: Shard = self.space.shard(rank, workers)
         device = next(module.parameters()).device
         self.flat = torch.zeros(self.shard.padded_space, dtype=dtype, device=device)
+        self.buffer_values = torch.zeros_like(self._step_floats)
         self.parameters: list[nn.Parameter] = []
         self.sparse = frozenset(
             id(part.weight) for part in self.parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
@@ -68,10 +71,9 @@ class Replica:
         self._others = [name for name, _ in buffers if name not in self.integers and name not in {n for n, _ in floats}]
         self._step_integers = [self._buffer(name).clone() for name in self.integers]
         self._step_others = {name: self._buffer(name).clone() for name in self._others}
-        self._step_floats = self.buffer_values.clone()
 
     @property
-    def buffer_values(self) -> Tensor:
+    def _step_floats(self) -> Tensor:
         """The part of `flat` that holds buffers."""
         start = self.space.parameter_blocks * BLOCK
         return self.flat[start : self.space.blocks * BLOCK]
@@ -102,13 +104,15 @@ class Replica:
         change = (self.buffer_values - self._step_floats).masked_fill_(self.buffer_values == self._step_floats, 0.0)
         if ((change != 0.0) & ~self._step_floats.isfinite()).any():
             raise ContractError(self._name_infinite(change))
-        start = self.space.parameter_blocks * BLOCK
-        return [change[segment.start - start :][: segment.size].view(segment.shape) for segment in self.space.buffers]
+        return [self._buffer_part(change, segment) for segment in self.space.buffers]
+
+    def _buffer_part(self, values: Tensor, segment: Segment) -> Tensor:
+        start = segment.start - self.space.parameter_blocks * BLOCK
+        return values[start : start + segment.size].view(segment.shape)
 
     def _name_infinite(self, change: Tensor) -> str:
-        start = self.space.parameter_blocks * BLOCK
         lost = (change != 0.0) & ~self._step_floats.isfinite()
-        name = next(one.name for one in self.space.buffers if lost[one.start - start :][: one.size].any())
+        name = next(one.name for one in self.space.buffers if self._buffer_part(lost, one).any())
         return (
             f"buffer {name!r} was not finite and changes; allowed are finite numbers, since changes are averaged. "
             "Start a running extreme from a large finite number."
@@ -127,9 +131,27 @@ class Replica:
         for name, value in zip(self.integers, self._step_integers, strict=True):
             self._views[name].copy_(value)
 
+    def show(self, flat: Tensor) -> None:
+        """Let the module look at the weights of another flat tensor, which is not copied; buffers follow when they are
+        restored."""
+        if flat.data_ptr() != self.flat.data_ptr():
+            for parameter, segment in zip(self.parameters, self.space.parameters, strict=True):
+                parameter.data = segment.view(flat)
+            self.flat = flat
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite `flat` and all buffers, frozen parameters too, with the values of `all_tensors` by name.
+
+        Raises:
+            KeyError, RuntimeError: they are those of another module.
+        """
+        for name, value in self.all_tensors().items():
+            value.copy_(tensors[name])
+        self._step_floats.copy_(self.buffer_values)
+        self.accept(self.integer_values())
+
     def accept(self, integer_values: Tensor) -> None:
         """Make the present content of `flat` and these integer values the next step's start."""
-        self._step_floats.copy_(self.buffer_values)
         for value, part in zip(
             self._step_integers, integer_values.split([v.numel() for v in self._step_integers]), strict=True
         ):
@@ -148,9 +170,11 @@ class Replica:
     def locate(self, tensor: Tensor) -> tuple[str, int]:
         """Where one of `all_tensors` lies: ("weights", first element of `flat`), ("integers", first element of
         `integer_values`), or ("constant", 0) for what no step changes."""
-        offset, size = divmod(tensor.data_ptr() - self.flat.data_ptr(), self.flat.element_size())[0], tensor.numel()
-        if tensor.dtype == self.flat.dtype and size and 0 <= offset <= self.flat.numel() - size:
-            return "weights", offset
+        size = tensor.numel()
+        for flat, first in ((self.flat, 0), (self.buffer_values, self.space.parameter_blocks * BLOCK)):
+            offset = (tensor.data_ptr() - flat.data_ptr()) // flat.element_size()
+            if tensor.dtype == flat.dtype and size and 0 <= offset <= flat.numel() - size:
+                return "weights", first + offset
         start = 0
         for name in self.integers:
             if size and self._views[name].data_ptr() == tensor.data_ptr():
@@ -176,8 +200,9 @@ class Replica:
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             for segment in self.space.buffers:
                 # .data: own version counters, so that changing one buffer spares what autograd saved of the others
-                view = segment.view(self.flat).data
+                view = self._buffer_part(self.buffer_values, segment).data
                 view.copy_(self._buffer(segment.name))
+                segment.view(self.flat).copy_(view)
                 self._views[segment.name] = view
                 self._rebind(segment.name, view)
             for name, buffer in list(self.module.named_buffers()):

@@ -210,14 +210,12 @@ class SnapshotArrays:
 
     def begin(self) -> dict[str, Tensor]:
         self._next = next(copy for copy in range(COPIES) if copy not in (self._copy, self._pinned))
-        if self._direct:
-            before, self._arrays = self._arrays, self._cut(self._next)
-            for name, array in self._arrays.items():
-                array.copy_(before[name])
-        return self._arrays
+        return self._cut(self._next) if self._direct else self._arrays
 
     def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:
-        if not self._direct:
+        if self._direct:
+            self._arrays = self._cut(self._next)
+        else:
             for name, array in self._cut(self._next).items():
                 array.copy_(self._arrays[name])
         if self._exchange.rank == 0:
@@ -236,10 +234,10 @@ class SnapshotArrays:
     def pin(self) -> None:
         self._pinned = self._copy
 
-    def read(self, name: str, flat: Tensor) -> None:
+    def whole(self, name: str) -> Tensor:
         """Every array was complete when it was committed; the best weights, when their facts were noted."""
-        whole = self.snapshot.array(BEST) if name == BEST else self.snapshot.array(name, self._copy)
-        flat.copy_(whole[: len(flat)])
+        held = self.snapshot.array(BEST) if name == BEST else self.snapshot.array(name, self._copy)
+        return held[: self._replica.shard.padded_space].to(self._replica.flat.device)
 
     def _cut(self, copy: int) -> dict[str, Tensor]:
         return {name: self._replica.shard.of(self.snapshot.array(name, copy)) for name in self._names}

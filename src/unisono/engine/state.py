@@ -88,7 +88,7 @@ class TrainState:
         for name in self.facts():
             setattr(self, name, facts[name])
         self.optimizer.counts.copy_(counts)
-        self.optimizer.arrays.read(WEIGHTS, self.replica.flat)
+        self.replica.show(self.optimizer.arrays.whole(WEIGHTS))
         self.replica.accept(integers.clone())
 
     def judge(self, score: float, *, higher: bool, keep: bool) -> bool:
@@ -109,7 +109,7 @@ class TrainState:
         """Put the best evaluation's weights into the replica, for good: there is no training after it."""
         if self.has_best:
             self._took_best = True
-            self.optimizer.arrays.read(BEST, self.replica.flat)
+            self.replica.show(self.optimizer.arrays.whole(BEST))
             self.replica.accept(self.optimizer.arrays.best_integers().to(self.replica.flat.device, copy=True))
 
     @contextmanager
@@ -118,12 +118,14 @@ class TrainState:
         if self.optimizer.average is None or self._took_best:
             yield
             return
-        own = self.replica.flat.clone()
-        self.optimizer.arrays.read(AVERAGE, self.replica.flat)
+        own = self.replica.flat
+        self.replica.show(self.optimizer.arrays.whole(AVERAGE))
+        self.replica.restore_buffers()
         try:
             yield
         finally:
-            self.replica.flat.copy_(own)
+            self.replica.show(own)
+            self.replica.restore_buffers()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The whole optimiser state by name, gathered: "exp_avg.encoder.weight" …, and "updates.…" (int64 scalars).
@@ -133,9 +135,8 @@ class TrainState:
         space, optimizer = self.replica.space, self.optimizer
         found: dict[str, Tensor] = {}
         names = [*optimizer.slots, *([AVERAGE] if optimizer.average is not None else [])]
-        flat = torch.zeros_like(self.replica.flat)
         for name in [*names, *([BEST] if self.has_best else [])]:
-            optimizer.arrays.read(name, flat)
+            flat = optimizer.arrays.whole(name)
             segments = space.parameters if name in optimizer.slots else space.segments
             found |= {f"{name}.{segment.name}": segment.view(flat).cpu().clone() for segment in segments}
         for segment, count in zip(space.parameters, self.optimizer.counts, strict=True):
@@ -163,9 +164,7 @@ class TrainState:
         tensors = content.optimizer
         module_tensors = content.parameters | content.buffers
         with torch.no_grad():
-            for name, value in replica.all_tensors().items():
-                value.copy_(module_tensors[name])
-            replica.accept(replica.integer_values())
+            replica.load(module_tensors)
             optimizer.weights.copy_(replica.shard.of(replica.flat))
             for slot, shard in optimizer.slots.items():
                 shard.copy_(self._shard_of(slot, tensors, replica.space.parameters))

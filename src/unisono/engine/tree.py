@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -51,15 +52,20 @@ def fold(values: Iterable[Any]) -> Any:
     return level[0]
 
 
-def fold_nodes(pending: Sequence[tuple[Node, Tensor]]) -> Tensor:
-    """Add complete nodes, given from left to right and covering all microbatches, in place; return the root."""
+def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:
+    """Add complete nodes, given from left to right and covering all microbatches; return the root.
+
+    Sums overwrite their left part; with `into`, those that begin with the first node go there, so that it stays as it
+    is. A single node is returned itself.
+    """
     stack: list[tuple[Node, Tensor]] = []
     for node, value in pending:
         stack.append((node, value))
-        _merge(stack)
+        _merge(stack, into)
     while len(stack) > 1:  # what lacks its right sibling goes up as it is
         _, right = stack.pop()
-        stack[-1][1].add_(right)
+        node, left = stack.pop()
+        stack.append((node, torch.add(left, right, out=left if stack or into is None else into)))
     return stack[0][1]
 
 
@@ -99,13 +105,13 @@ class Tree:
         self._pending.clear()
 
 
-def _merge(stack: list[tuple[Node, Tensor]]) -> list[Tensor]:
-    """Add siblings at the end of the stack, in place; return the values no longer needed."""
+def _merge(stack: list[tuple[Node, Tensor]], into: Tensor | None = None) -> list[Tensor]:
+    """Add siblings at the end of the stack, in place (at its beginning into `into`, where that is given); return the
+    values no longer needed."""
     spare: list[Tensor] = []
     while len(stack) > 1 and stack[-2][0].is_left_of(stack[-1][0]):
         _, right = stack.pop()
         node, left = stack.pop()
-        left.add_(right)
-        stack.append((node.parent, left))
+        stack.append((node.parent, torch.add(left, right, out=left if stack or into is None else into)))
         spare.append(right)
     return spare
