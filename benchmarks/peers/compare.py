@@ -1,7 +1,7 @@
 """Training side by side: unisono against what people use, each started by its own command.
 
-    python benchmarks/peers/compare.py                                      everything, about an hour on two cores
-    python benchmarks/peers/compare.py --quick                              less of it
+    python benchmarks/peers/compare.py                                      everything, hours on two cores
+    python benchmarks/peers/compare.py --quick                              less of it, in half an hour
     python benchmarks/peers/compare.py --peers ddp-tuned hf --workloads news --precision float32 --repeats 5
     python benchmarks/peers/compare.py --attention-dropout 0 ...            lets the peers use torch's fused attention
 
@@ -145,12 +145,12 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS), help="default: all")
     parser.add_argument("--precision", default="float32,bf16", help="float32, bf16, or both with a comma between")
     parser.add_argument("--attention-dropout", type=float, default=0.1, help="0.1 is what config.json gives users")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, help="timed steps of a run; default: by workload and precision")
-    parser.add_argument("--quick", action="store_true", help="float32 alone, 2 repeats, half the steps")
+    parser.add_argument("--quick", action="store_true", help="news and small, float32, 2 repeats, half the steps")
     parser.add_argument("--no-agreement", action="store_true", help="leave out the table of 1 and 2 workers")
     given = parser.parse_args()
     given.precision = given.precision.split(",")
@@ -158,6 +158,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--precision: {', '.join(sorted(unknown))}; allowed are float32 and bf16")
     if given.quick:
         given.precision, given.repeats = ["float32"], 2
+    if given.workloads is None:
+        given.workloads = ["news", "small"] if given.quick else list(WORKLOADS)
     return given
 
 
