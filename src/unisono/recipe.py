@@ -150,6 +150,11 @@ class Train(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
     ema_decay: Rate = Field(0.0, description="keep an averaged copy of the weights, and test and export that; 0: none")
+    lazy_rows: bool = Field(
+        False,
+        description="sparse embeddings: update and decay only the rows that a step touched, as torch.optim.SparseAdam "
+        "does; false: all of them",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any")
@@ -158,6 +163,14 @@ class Train(Section):
         ge=0,
         description="steps between audits: another worker recomputes a microbatch, and bits are compared; 0: off",
     )
+
+    @model_validator(mode="after")
+    def _lazy_rows_have_no_average(self) -> Train:
+        if self.lazy_rows and self.ema_decay:
+            raise ValueError(
+                "lazy_rows and ema_decay: an average follows all rows at every step; allowed is one of both"
+            )
+        return self
 
 
 class Evaluate(Section):
