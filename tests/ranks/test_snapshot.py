@@ -79,6 +79,8 @@ CASES = {
     "attention, bf16, averaged": Case(zoo.Attention, train={"precision": "bf16", "ema_decay": 0.5}),
     "tied, frozen, unused": Case(zoo.Odd),
     "counting": Case(zoo.Counting, train={"ema_decay": 0.9, "optimizer": "lion", "learning_rate": 1e-3}),
+    "rows": Case(lambda: zoo.bag(sparse=True)),
+    "lazy rows": Case(lambda: zoo.bag(sparse=True), train={"lazy_rows": True, "weight_decay": 0.1}),
     "float64": Case(lambda: zoo.bag().double()),
 }
 
@@ -212,7 +214,7 @@ def alone(case: Case, count: int) -> dict[str, Any]:
     return gathered(run)
 
 
-@pytest.mark.parametrize("name", ["mixed", "attention, bf16, averaged", "convolution"])
+@pytest.mark.parametrize("name", ["mixed", "attention, bf16, averaged", "convolution", "lazy rows"])
 def test_any_number_of_workers_goes_on_from_it(name: str, direct: bool, memory: int) -> None:
     case = CASES[name]
 
@@ -329,6 +331,29 @@ def copies(memory: int, run: Run, count: int) -> list[int]:
         advance(run, 1)
         found.append(int(Snapshot(memory).facts()["copy"]))
     return found
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_copies_catch_up_with_lazy_rows(workers: int, memory: int) -> None:
+    """Only rows are copied that a copy lacks: also after it was pinned for long, and after an update that is lost."""
+    case = CASES["lazy rows"]
+
+    def act(exchange: Exchange) -> None:
+        run = take_part(case, exchange, memory)
+        other = take_part(case, Solo(), -1)
+        for turn in range(12):
+            if turn in (3, 8):
+                run.link.save(run.state, {}, Path("nowhere"), 1)
+            if turn == 5:  # an update that nobody commits
+                for array in run.state.optimizer.arrays.begin().values():
+                    array.fill_(7.0)
+                run.state.optimizer._behind._rows.clear()
+            advance(run, 1)
+            advance(other, 1)
+            assert gathered(run) == gathered(other), f"turn {turn}"
+            exchange.wait_for_all()
+
+    play(workers, act)
 
 
 def test_commits_take_turns_and_never_touch_what_is_pinned(memory: int, direct: bool) -> None:

@@ -8,7 +8,7 @@ elements, and nothing depends on them. The rules themselves are in `rules.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
 from unisono.engine.reduction import Sum, Totals
-from unisono.engine.replica import Replica
+from unisono.engine.replica import Group, Replica
+from unisono.engine.rows import Rows
 from unisono.engine.rules import RULES, SLOTS, Pieces
 from unisono.engine.space import BLOCK, Shard, Space
+from unisono.engine.tables import Behind, Named, Table, tables_of
 from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
 from unisono.recipe import Train
-
-Named = Mapping[str, Tensor]
-"""Arrays of my shard by name."""
 
 CHUNK = 128 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
 
@@ -48,16 +47,25 @@ class Chunk:
 
 
 def cut(space: Space, shard: Shard, size: int) -> tuple[list[Chunk], slice]:
-    """Cut a shard into chunks of parameters, and the part that holds buffers. size: elements, whole blocks."""
+    """Cut a shard into chunks of parameters, tables left out, and the part that holds buffers.
+
+    size: most elements of a chunk, whole blocks.
+    """
     end = min(max(space.parameter_blocks * BLOCK - shard.start, 0), shard.size)
+    tables = [place for segment in space.parameters if segment.table and (place := shard.local(segment)) is not None]
+    edges = [0, *(edge for place in tables for edge in (place.start, place.stop)), end]
+    places = [
+        slice(start, min(start + size, stop))
+        for first, stop in zip(edges[::2], edges[1::2], strict=True)
+        for start in range(first, stop, size)
+    ]
     chunks = []
-    for start in range(0, end, size):
-        place = slice(start, min(start + size, end))
+    for place in places:
         part = Shard(rank=0, workers=1, size=place.stop - place.start)
         pieces = []
         for index, segment in enumerate(space.parameters):
-            first = max(segment.start - shard.start - start, 0)
-            last = min(segment.stop - shard.start - start, part.size)
+            first = max(segment.start - shard.start - place.start, 0)
+            last = min(segment.stop - shard.start - place.start, part.size)
             if first < last:
                 pieces.append((index, segment.group, slice(first, last)))
         chunks.append(Chunk(place=place, pieces=tuple(pieces)))
@@ -96,6 +104,9 @@ class Optimizer:
         on_cpu = replica.flat.device.type == "cpu"
         size = CHUNK if on_cpu else replica.shard.size  # a GPU has no use for small pieces
         self._chunks, self._buffers = cut(replica.space, replica.shard, size)
+        self._tables = tables_of(replica.space, replica.shard)
+        self._behind = Behind(self._tables)
+        self._chunk_elements = size
         self._scratch = replica.flat.new_empty(min(size, replica.shard.size))
         self._hold(self.arrays.mine())
         if not self.arrays.committed:  # the average begins as the weights, everything else at zero
@@ -119,6 +130,11 @@ class Optimizer:
         old, new = self.arrays.mine(), self.arrays.begin()
         known = self._know(totals, step, rate)
         squares = torch.zeros(self._replica.shard.size // BLOCK, dtype=torch.float64, device=self._replica.flat.device)
+        touched = {
+            table.index: gradient.rows(table.index, table.first, table.last, totals.weight) for table in self._tables
+        }
+        for table in self._tables:
+            table.add_squares(touched[table.index], squares)
         norm_first = new is old or bool(self._train.clip_norm)  # else what is written stays uncommitted
         if norm_first:
             for chunk in self._chunks:
@@ -127,6 +143,8 @@ class Optimizer:
             clip = self._train.clip_norm
             if clip and norm > clip:
                 known = replace(known, factor=clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+                for rows in touched.values():
+                    rows.values.mul_(known.factor)
         for chunk in self._chunks:
             if norm_first:
                 mean = gradient.left(chunk.place)
@@ -135,9 +153,12 @@ class Optimizer:
                 mean = gradient.mean(chunk.place, totals.weight, into=self._scratch)
                 _square(mean, chunk, squares)
             self._apply(mean, chunk, old, new, known)
+        self._update_tables(touched, old, new, known)
         self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
         if not norm_first:
             norm = self._norm(squares, totals, step)
+        if self._train.lazy_rows and new is not old:
+            self._behind.commit(_copy(new), {table: rows.numbers for table, rows in touched.items()})
         self._hold(new)
         self.counts += torch.tensor(totals.used, dtype=torch.int64)
         return norm
@@ -159,20 +180,48 @@ class Optimizer:
         values = _moved(chunk.place, old, new)
         for number, group in enumerate(self._replica.groups):
             places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
-            if not places:
-                continue
-            pieces = Pieces(
-                weights=[values[WEIGHTS][place] for _, place in places],
-                gradients=[mean[place] for _, place in places],
-                slots=tuple([values[name][place] for _, place in places] for name in self.slots),
-                counts=[known.counts[index] for index, _ in places],
-            )
-            factor = self._train.pretrained_rate if group.pretrained else 1.0
-            decay = self._train.weight_decay if group.decays else 0.0
-            with torch.no_grad():
-                RULES[self._train.optimizer](self._train, pieces, known.rate * factor, decay)
+            if places:
+                pieces = Pieces(
+                    weights=[values[WEIGHTS][place] for _, place in places],
+                    gradients=[mean[place] for _, place in places],
+                    slots=tuple([values[name][place] for _, place in places] for name in self.slots),
+                    counts=[known.counts[index] for index, _ in places],
+                )
+                self._run_rule(group, pieces, known.rate)
         if AVERAGE in values:
             values[AVERAGE].lerp_(values[WEIGHTS], 1 - known.ema_decay)
+
+    def _run_rule(self, group: Group, pieces: Pieces, rate: float) -> None:
+        factor = self._train.pretrained_rate if group.pretrained else 1.0
+        decay = self._train.weight_decay if group.decays else 0.0
+        with torch.no_grad():
+            RULES[self._train.optimizer](self._train, pieces, rate * factor, decay)
+
+    def _update_tables(self, touched: Mapping[int, Rows], old: Named, new: Named, known: Known) -> None:
+        """Run the rule on every row of each table, or on those that the step touched, as the recipe says."""
+        if not self._train.lazy_rows:
+            for table in self._tables:
+                for place, mean in table.dense(touched[table.index], self._chunk_elements):
+                    pieces = ((table.index, table.group, slice(0, len(mean))),)
+                    self._apply(mean, Chunk(place=place, pieces=pieces), old, new, known)
+            return
+        if new is not old:
+            self._behind.catch_up(_copy(new), old, new)
+        for table in self._tables:
+            if known.used[table.index]:
+                table.update(touched[table.index], old, new, self._rule_of(table, known))
+
+    def _rule_of(self, table: Table, known: Known) -> Callable[[Tensor, Named], None]:
+        def rule(gradient: Tensor, values: Named) -> None:
+            pieces = Pieces(
+                weights=[values[WEIGHTS]],
+                gradients=[gradient],
+                slots=tuple([values[name]] for name in self.slots),
+                counts=[known.counts[table.index]],
+            )
+            self._run_rule(self._replica.groups[table.group], pieces, known.rate)
+
+        return rule
 
     def _move_buffers(self, change: Tensor, old: Named, new: Named, known: Known) -> None:
         """Add the mean change of the buffers in my shard."""
@@ -197,6 +246,11 @@ class Optimizer:
                 "update was made. Lower train.learning_rate, or set train.clip_norm = 1.0."
             )
         return norm
+
+
+def _copy(arrays: Named) -> int:
+    """By which the copies of the arrays are told apart."""
+    return arrays[WEIGHTS].data_ptr()
 
 
 def _square(mean: Tensor, chunk: Chunk, squares: Tensor) -> None:

@@ -56,15 +56,16 @@ class Replica:
         dtype = _only_dtype(module)
         buffers = list(module.named_buffers())
         floats = [(name, buffer) for name, buffer in buffers if buffer.dtype == dtype]
-        self.space: Space = lay_out(list(grouped.values()), floats, dtype)
+        self.sparse = frozenset(
+            id(part.weight) for part in self.parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        )
+        tables = {name for name, parameter in module.named_parameters() if id(parameter) in self.sparse}
+        self.space: Space = lay_out(list(grouped.values()), floats, dtype, tables)
         self.shard: Shard = self.space.shard(rank, workers)
         device = next(module.parameters()).device
         self.flat = torch.zeros(self.shard.padded_space, dtype=dtype, device=device)
         self.buffer_values = torch.zeros_like(self._step_floats)
         self.parameters: list[nn.Parameter] = []
-        self.sparse = frozenset(
-            id(part.weight) for part in self.parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
-        )
         self._owners = _buffer_owners(module)
         self._move_in()
         self.integers = [name for name, buffer in buffers if not buffer.is_floating_point() and not buffer.is_complex()]

@@ -11,7 +11,7 @@ Owns positions. Holds no values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,13 @@ class Segment:
     start: int
     size: int
     shape: torch.Size
+    table: bool = False
+    """Whether its gradients come as rows; it then takes up whole blocks."""
 
     @property
     def stop(self) -> int:
         """End of the segment with its padding, on the grid."""
-        return self.start + _up(self.size, GRID)
+        return self.start + _up(self.size, BLOCK if self.table else GRID)
 
     def view(self, flat: Tensor) -> Tensor:
         """This tensor's values in a flat tensor of the whole space."""
@@ -89,14 +91,20 @@ class Shard:
 
 
 def lay_out(
-    groups: Sequence[Sequence[tuple[str, Tensor]]], buffers: Sequence[tuple[str, Tensor]], dtype: torch.dtype
+    groups: Sequence[Sequence[tuple[str, Tensor]]],
+    buffers: Sequence[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    tables: Container[str] = (),
 ) -> Space:
-    """Lay out named parameters, group after group, and then named buffers."""
+    """Lay out named parameters, group after group, and then named buffers. `tables`: names of those parameters whose
+    gradients come as rows."""
     position = 0
 
     def place(name: str, tensor: Tensor, group: int) -> Segment:
         nonlocal position
-        segment = Segment(name=name, group=group, start=position, size=tensor.numel(), shape=tensor.shape)
+        table = name in tables and group >= 0
+        start = _up(position, BLOCK) if table else position
+        segment = Segment(name=name, group=group, start=start, size=tensor.numel(), shape=tensor.shape, table=table)
         position = segment.stop
         return segment
 
