@@ -5,8 +5,8 @@ two marks is a *span*, and belongs to one of the phases:
 
     data        waiting for a microbatch, and moving it to the device
     forward     the task's loss · backward from there to the end of the contribution: gradients, buffers' changes
-    tree        adding contributions, this worker's and in the end everybody's nodes (which on one host are read where
-                they lie, so that adding is also the transport), and the tally's making
+    tree        adding this worker's contributions, and the tally's making; and everybody's nodes in the end, unless the
+                update does: on one host they are read where they lie, so that adding is most of the transport, too
     exchange    talking to other workers, and reading everybody's new weights
     wait        for the last worker to come to an exchange; told apart from it where workers are compared
     optimiser   the update of this worker's shard
@@ -24,6 +24,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,7 +161,8 @@ class Profile:
             shape = tuple(tuple(column.shape) for column in microbatch.values())
             self._recorded.microbatches.append((number, shape))
         if self._first:
-            self.gradient_bytes = max(self.gradient_bytes, storage_bytes(found.parts, besides=self._buffers))
+            with suppress(RuntimeError, NotImplementedError):  # what has no memory of its own takes none
+                self.gradient_bytes = max(self.gradient_bytes, storage_bytes(found.parts, besides=self._buffers))
 
     def _go_back(self) -> None:
         self.turn("backward", self._microbatch)
