@@ -206,9 +206,9 @@ class Optimizer:
                     self._apply(mean, Chunk(place=place, pieces=pieces), old, new, known)
             return
         if new is not old:
-            self._behind.catch_up(_copy(new), old, new)
+            self._behind.catch_up(_copy(new), old, new, touched)
         for table in self._tables:
-            if known.used[table.index]:
+            if known.used[table.index]:  # else there are no such rows
                 table.update(touched[table.index], old, new, self._rule_of(table, known))
 
     def _rule_of(self, table: Table, known: Known) -> Callable[[Tensor, Named], None]:
