@@ -30,7 +30,7 @@ test_fraction = 0.2
 store = "{folder}/datasets"
 
 [encode]
-buckets = 512
+features = 512
 
 [model]
 kind = "bag"

@@ -73,11 +73,13 @@ class Encode(Section):
     prefix: int = Field(
         0, ge=0, le=32, description="ngrams: first letters of a word that are a feature as well; 0: none"
     )
-    buckets: int = Field(131_072, ge=16, description="ngrams: number of hash buckets")
+    features: int = Field(
+        131_072, ge=16, description="ngrams: how many are told apart, those in most training texts; others are left out"
+    )
 
 
 class Bag(Section):
-    """A bag of hashed word n-grams: per bucket an embedding and its importance; then a linear or a hidden layer."""
+    """A bag of word n-grams, weighted by rarity: an embedding for each, added up; then a linear or a hidden layer."""
 
     kind: Literal["bag"] = "bag"
     width: int = Field(32, ge=1, description="numbers per embedding")

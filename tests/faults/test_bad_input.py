@@ -298,7 +298,7 @@ def test_pickled_weights_are_not_read(command: Command, unfinished: Path, traine
 def test_pretrained_folder_with_pickled_weights_only(command: Command, tmp_path: Path) -> None:
     make_toy(
         tmp_path,
-        recipe=RECIPE.replace('"bag"\nwidth = 8', '"pretrained"\nfolder = "encoder"').replace("buckets = 512", ""),
+        recipe=RECIPE.replace('"bag"\nwidth = 8', '"pretrained"\nfolder = "encoder"').replace("features = 512", ""),
     )
     encoder = tmp_path / "encoder"
     encoder.mkdir()
@@ -325,7 +325,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk(command: Command, tmp_path: Path, small_disk: Path) -> None:
     """Checkpoints and the picture do not fit, the model does: training goes on to the same bits."""
     make_toy(tmp_path)
-    options = ("-w", 2, "--quiet", "--set", "checkpoint.every_steps=5", "--set", "encode.buckets=1024")
+    options = ("-w", 2, "--quiet", "--set", "checkpoint.every_steps=5", "--set", "model.width=32")
     assert command("train", "toy.toml", "--run-folder", "run", *options) == (0, "", "")
     code, out, err = command("train", "toy.toml", "--run-folder", small_disk / "run", *options)
     assert (code, out) == (0, ""), err
@@ -347,7 +347,7 @@ def test_full_disk(command: Command, tmp_path: Path, small_disk: Path) -> None:
 
 def test_full_disk_for_the_model(command: Command, tmp_path: Path, small_disk: Path) -> None:
     make_toy(tmp_path)
-    options = ("--run-folder", small_disk / "run", "--set", "checkpoint.every_steps=5", "--set", "encode.buckets=4096")
+    options = ("--run-folder", small_disk / "run", "--set", "checkpoint.every_steps=5", "--set", "model.width=128")
     code, _, err = command("train", "toy.toml", "-w", 2, *options)
     assert code == 2, err
     assert "/run/model' cannot be written: the disk is full" in err.splitlines()[-1]
@@ -368,7 +368,7 @@ def test_full_disk_while_preparing(command: Command, tmp_path: Path, small_disk:
 
 def test_file_too_large(tmp_path: Path, warm: None, capfd: pytest.CaptureFixture[str]) -> None:
     """Where nobody may mount: a limit on the size of files stops the checkpoint half-way, and then the model."""
-    make_toy(tmp_path)
+    make_toy(tmp_path, recipe=RECIPE.replace("width = 8", "width = 16"))
     unisono.prepare(tmp_path / "toy.toml", workers=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unisono.data import ngrams
 from unisono.engine.replica import same_bits
 from unisono.errors import ModelError, RecipeError
+from unisono.models.text import bag
 from unisono.models.text.classification import TextClassification
 from unisono.models.text.packing import pack
 from unisono.models.text.pretrained import read_classifier, write_config
@@ -179,15 +182,19 @@ def test_same_seed_same_bits(model: Model) -> None:
 
 
 @pytest.mark.parametrize("model", [Bag(width=4), Bag(width=4, hidden=6)])
-def test_a_bag_is_a_scaled_sum_in_any_order_and_company(model: Bag) -> None:
+def test_a_bag_is_a_weighted_sum_in_any_order_and_company(model: Bag) -> None:
     module = build(task(model)).eval()
-    nn.init.normal_(module.importance.weight)
     logits = module(ragged()["ids"], ragged()["offsets"])
-    first = torch.tensor([4, 9, 9])
-    summed = (module.embedding(first) * torch.exp(3 * module.importance(first))).sum(0) / 3**0.6
-    torch.testing.assert_close(logits[0], module.head(summed))
+    features, levels = torch.tensor([1, 2, 2]), torch.tensor([0, 1, 1])
+    weights = (1 + math.log(2) * levels) * (1 + torch.log(1 + features / 40))
+    summed = (module.embedding(features) * (weights / weights.norm())[:, None]).sum(0)
+    torch.testing.assert_close(logits[0], module.head(4 * summed))
     torch.testing.assert_close(logits[:1], module(torch.tensor([9, 4, 9]), torch.tensor([0])))
     torch.testing.assert_close(logits[2:], module(ragged()["ids"][4:], torch.tensor([0])))
+
+
+def test_encoder_and_bag_mean_the_same_by_a_token() -> None:
+    assert bag.LEVELS == ngrams.LEVELS
 
 
 def test_a_bag_has_sparse_gradients_of_the_same_values() -> None:

@@ -19,7 +19,7 @@ from unisono.data.samples import Chunk, EncodedSamples, encode_samples, hash_con
 from unisono.data.store import Dataset, open_dataset, read_quarantine, write_dataset
 from unisono.errors import DamagedError, DataError
 
-ENCODER = NGrams(words=10, order=1, buckets=50, lowercase=True)
+ENCODER = NGrams.learn(["one two three", "two three", "中"], 50, words=10, order=1, lowercase=True)
 
 
 def chunk(rows: list[list[int]], labels: list[int] | None = None) -> Chunk:
@@ -88,7 +88,7 @@ def test_samples_may_lie_apart_and_need_no_label() -> None:
 
 
 def test_texts_in_memory_are_the_same_samples(tmp_path: Path) -> None:
-    texts = ["a b c", "d", "a d"]
+    texts = ["one two three", "three", "one 中 one"]
     source = encode_samples(ENCODER, texts, [1, 0, 1])
     rows = [row.tolist() for row in ENCODER.encode(texts)]
     stored = write(tmp_path / "d", {"test": [chunk(rows, [1, 0, 1])]}).split("test")
@@ -104,7 +104,7 @@ def test_what_the_manifest_tells(tmp_path: Path) -> None:
     assert (dataset.labels, dataset.counts) == (("x", "中"), {"train": 3})
     assert dataset.quarantined == {"train": {"not UTF-8": 1}}
     assert dataset.split("test") is None
-    assert dataset.encoder.vocabulary_size == 50
+    assert dataset.encoder.vocabulary_size == ENCODER.vocabulary_size
     assert list(read_quarantine(dataset.folder)) == [{"text": "b\\xff", "reason": "not UTF-8"}]
     assert [path.name for path in tmp_path.iterdir()] == ["d"], "neither lock nor leftover"
 

@@ -24,7 +24,7 @@ from unisono.data.tokens import Pieces, read_tokenizer, train_bpe, train_wordpie
 from unisono.errors import DataError, ModelError, WorkerError
 from unisono.recipe import Pretrained, Recipe
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same text and settings come to give other numbers."""
 
 SAMPLES_PER_CHUNK = 4096
@@ -47,12 +47,12 @@ def find_settings(recipe: Recipe) -> dict[str, object]:
         return settings | {"tokenizer_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     settings |= {"lowercase": encode.lowercase}
     if kind == "ngrams":
-        return settings | {"ngrams": encode.ngrams, "buckets": encode.buckets, "prefix": encode.prefix}
+        return settings | {"ngrams": encode.ngrams, "features": encode.features, "prefix": encode.prefix}
     return settings | {"vocabulary_size": encode.vocabulary_size}
 
 
 def choose_encoder(recipe: Recipe, texts: Sequence[str]) -> Encoder:
-    """Make the encoder that the recipe asks for; a vocabulary is trained on `texts`, the training texts.
+    """Make the encoder that the recipe asks for; a vocabulary is learned from `texts`, the training texts.
 
     Raises:
         DataError: a tokenizer.json is missing or unusable, or a setting leaves no room for text.
@@ -60,10 +60,11 @@ def choose_encoder(recipe: Recipe, texts: Sequence[str]) -> Encoder:
     encode = recipe.encode
     kind = str(find_settings(recipe)["kind"])
     if kind == "ngrams":
-        return NGrams(
+        return NGrams.learn(
+            texts,
+            encode.features,
             words=encode.max_tokens,
             order=encode.ngrams,
-            buckets=encode.buckets,
             lowercase=encode.lowercase,
             prefix=encode.prefix,
         )
@@ -89,7 +90,7 @@ def load_encoder(folder: Path) -> Encoder:
         raise ModelError(message) from None
     if not isinstance(fields, dict):
         raise ModelError(f"{str(path)!r}: not an object with a kind. Give a folder that unisono wrote.")
-    return NGrams.load(fields) if fields.get("kind") == "ngrams" else Pieces.load(folder, fields)
+    return NGrams.load(folder, fields) if fields.get("kind") == "ngrams" else Pieces.load(folder, fields)
 
 
 def encode_chunks(encoder: Encoder, texts: Sequence[str], labels: np.ndarray, *, workers: int = 1) -> Iterator[Chunk]:
