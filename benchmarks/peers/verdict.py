@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for record.py
 from record import Cell, Spread
 
 NOTHING = "–"
+LEAST_GAIN = 1.005
+"""What is less is written 1.00, and says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def better(runs: Mapping[str, Sequence[Figures]], mine: str, ours: Sequence[str]
                 continue
             ratio = median(ratios(runs[mine], theirs, column).values)
             gain = 1 / ratio if column.more_is_better else ratio
-            if gain > 1:
+            if gain >= LEAST_GAIN:
                 beaten.append((gain, titles[side]))
         found = ", ".join(f"{title} ({gain:.2f} times)" for gain, title in sorted(beaten, reverse=True))
         parts.append(f"{column.name}: {found or 'none'}")
