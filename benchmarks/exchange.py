@@ -3,9 +3,9 @@
     python benchmarks/exchange.py
 
 unisono: nodes to their owners, the tree's last additions, the gradient's norm, AdamW on the own shard, the commit to
-the snapshot that outlives workers, where everybody reads the new weights. The peer: an all-reduce of DistributedDataParallel's
-buckets of 25 MiB, all at once and without copies into them, then fused AdamW on all weights, no norm and nothing kept.
-Neither hides anything behind a backward pass.
+the snapshot that outlives workers, where everybody reads the new weights. The peer: an all-reduce of
+DistributedDataParallel's buckets of 25 MiB, all at once and without copies into them, then fused AdamW on all weights,
+no norm and nothing kept. Neither hides anything behind a backward pass.
 """
 
 from __future__ import annotations
