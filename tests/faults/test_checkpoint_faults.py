@@ -255,7 +255,7 @@ def test_a_real_disk_that_is_too_small(quiet: Quiet, tmp_path: Path, monkeypatch
         place = tmp_path / "run" / "checkpoints"
         place.mkdir(parents=True)
         (place.parent / "recipe.toml").touch()
-        mount_small(place, "100k")  # a checkpoint has 62 kB
+        mount_small(place, "48k")  # a checkpoint has 29 kB
         try:
             honest()
         finally:
