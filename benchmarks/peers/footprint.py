@@ -50,11 +50,11 @@ class Watch(threading.Thread):
         while not self._over.wait(INTERVAL_SECONDS):
             found = find_marked(self._mark)
             largest = max((_read(pid, "status", "VmHWM") for pid in found), default=0)
-            shared_out, started = 0, time.monotonic()
-            if started >= next_count:
+            shared_out = 0
+            if time.monotonic() >= next_count:
+                started = time.thread_time()
                 shared_out = sum(_read(pid, "smaps_rollup", "Pss") for pid in found)
-                counted = time.monotonic()
-                next_count = counted + (counted - started) / PAGES_SHARE
+                next_count = time.monotonic() + (time.thread_time() - started) / PAGES_SHARE
             self.looks.append(Look(time=time.time(), largest=largest, shared_out=shared_out))
 
     def stop(self) -> None:
