@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unisono.recipe import Bag
 
 LEVELS = 4
+_LEVEL_BITS = 2
 
 _INITIAL_STD = 0.03
 _GAIN = 4.0  # of the bag, whose weights have length 1: what the head sees at first has a deviation of 0.12
@@ -39,8 +40,8 @@ class BagClassifier(nn.Module):
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Return logits [n, classes] for int64 ids [tokens]; sample i has those from offsets[i] on, one at least."""
-        features = ids // LEVELS
-        weights = weigh(features, ids % LEVELS)
+        features = ids >> _LEVEL_BITS
+        weights = weigh(features, ids & (LEVELS - 1))
         added = F.embedding_bag(
             features,
             self.embedding.weight,
