@@ -63,10 +63,10 @@ def transformer(precision: str, microbatches: int) -> Workload:
 
 
 def bag(precision: str, microbatches: int) -> Workload:
-    """The bag of n-grams on news articles: 4.3 million weights, most of them untouched by a step."""
+    """The bag of n-grams on news articles: most of its weights are untouched by a step."""
     recipe = _recipe({"kind": "bag"}, precision=precision, microbatches=microbatches, samples_per_step=256)
-    samples, buckets = _news(recipe)
-    return _made(f"bag, news, {precision}", recipe, samples, buckets, 256, steps=30, warm_up=5)
+    samples, vocabulary = _news(recipe)
+    return _made(f"bag, news, {precision}", recipe, samples, vocabulary, 256, steps=30, warm_up=5)
 
 
 WORKLOADS: dict[str, Callable[[str, int], Workload]] = {
