@@ -118,7 +118,13 @@ def load(run: str | Path) -> Classifier:
         max_tokens=recipe.encode.max_tokens,
     )
     module = task.build()
-    module.load_state_dict(load_tensors(folder / "model.safetensors"))
+    try:
+        module.load_state_dict(load_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:  # names or shapes that differ
+        raise ModelError(
+            f"{str(folder)!r}: weights and encoder do not belong together: {error}. "
+            "Restore the folder as it was written."
+        ) from None
     return Classifier(
         module=module.eval(),
         task=task,

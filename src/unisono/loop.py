@@ -7,24 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
 
 from unisono.board import RUNNING, UNWATCHED
 from unisono.data.feed import Feed
 from unisono.data.order import Order, Step
-from unisono.engine.contribution import Contribution
+from unisono.engine.contribution import Contributes
 from unisono.engine.reduction import Reduction, Totals
 from unisono.engine.schedule import rate
 from unisono.engine.state import TrainState
 from unisono.recipe import Train
-
-
-class Contributes(Protocol):
-    """Computes contributions; `engine/contribution.py` has the real one, others write down or audit what it does."""
-
-    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

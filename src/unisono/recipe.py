@@ -371,7 +371,8 @@ def _explain(fault: Any) -> str:
     message = message.replace("Input should be ", "allowed is ")
     if not key:  # a fault of the whole recipe names its keys itself
         return f"{message}."
-    return f"{key!r} = {given!r}: {message}. `unisono recipe --show-defaults` describes every key."
+    told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {given!r}"  # a whole table would drown the fault
+    return f"{told}: {message}. `unisono recipe --show-defaults` describes every key."
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

@@ -24,6 +24,7 @@ from unisono.data.feed import Feed
 from unisono.engine import footprint, numerics
 from unisono.engine.assignment import shares
 from unisono.engine.audit import Audit
+from unisono.engine.contribution import Contributes
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
@@ -33,7 +34,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.files import save_tensors, whole_folder, write_text
 from unisono.joining import Job, Ready, Run, join, make_ready, run_facts
 from unisono.link import Link
-from unisono.loop import Contributes, steps
+from unisono.loop import steps
 from unisono.material import Material
 from unisono.report import profile as profiles
 from unisono.scores import summarise

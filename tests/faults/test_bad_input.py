@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -293,6 +294,25 @@ def test_pickled_weights_are_not_read(command: Command, unfinished: Path, traine
         assert (code, "Traceback" in err) == (2, False)
         assert "model.safetensors" in err
     assert not (unfinished.parents[1] / "trapped").exists()
+
+
+@pytest.mark.parametrize("what", ["another run's", "no numbers", "pickled"])
+def test_features_that_are_not_the_models_own(
+    command: Command, unfinished: Path, trained: tuple[Path, Path], what: str
+) -> None:
+    model = shutil.copytree(trained[1] / "model", unfinished.parents[1] / "model")
+    known = np.load(model / "features.npy")
+    match what:
+        case "another run's":
+            np.save(model / "features.npy", known[:3])
+        case "no numbers":
+            (model / "features.npy").write_bytes(b"\x93NUMPY")
+        case "pickled":
+            np.save(model / "features.npy", np.array([{}]), allow_pickle=True)
+    code, _, err = command("predict", "run", "toy.csv", "out.csv")
+    assert (code, "Traceback" in err, "allow_pickle" in err) == (2, False, False), err
+    assert ("do not belong together" if what == "another run's" else "features.npy") in err
+    assert not (unfinished.parents[2] / "out.csv").exists()
 
 
 def test_pretrained_folder_with_pickled_weights_only(command: Command, tmp_path: Path) -> None:

@@ -95,6 +95,17 @@ class CountsIntoInteger(Wrapped):
         return x
 
 
+class WritesOnWeights(Wrapped):
+    """What it writes is the same at every call, so contributions alone do not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(zoo.WORDS, 2, max_norm=0.1)
+
+    def before(self, x: Tensor) -> Tensor:
+        return x + self.table((x * zoo.WORDS).round().long().clamp(0, zoo.WORDS - 1)).sum(-1)
+
+
 class GlobalGenerators(Wrapped):
     def before(self, x: Tensor) -> Tensor:
         if random.random() < 0.5:
@@ -121,9 +132,10 @@ def check(make: Callable[[], nn.Module]) -> None:
         (RemembersTensor, "attribute 'mean' changes between calls"),
         (RemembersInList, "attribute 'history' changes between calls"),
         (CountsIntoInteger, "attribute 'calls' changes between calls"),
+        (WritesOnWeights, "changes the weight 'table.weight'"),
         (lambda: nn.Sequential(RemembersLongest(), nn.Tanh()), "attribute '0.longest' changes between calls"),
     ],
-    ids=["random.Random", "torch.Generator", "longest", "tensor", "list", "integer", "nested"],
+    ids=["random.Random", "torch.Generator", "longest", "tensor", "list", "integer", "weights", "nested"],
 )
 def test_an_impure_model_is_refused_and_named(make: Callable[[], nn.Module], named: str) -> None:
     with pytest.raises(ImpureError) as refused:

@@ -32,7 +32,7 @@ def test_spreading_and_gathering_undo_each_other_forwards_and_backwards(lengths:
     assert torch.equal(spread, torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
     assert torch.equal(packing.gather(spread), packed)
     assert packing.positions.tolist() == [place for length in lengths for place in range(length)]
-    absent = packing.absent()
+    absent = packing.absent
     assert absent is None if len(set(lengths)) == 1 else absent.sum() == spread[..., 0].numel() - sum(lengths)
     weights = torch.randn_like(spread)
     (gradient,) = torch.autograd.grad((spread * weights).sum(), packed)

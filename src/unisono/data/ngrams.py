@@ -133,8 +133,8 @@ class NGrams:
             )
         try:
             known = np.load(folder / FEATURES)
-        except (OSError, ValueError, EOFError) as error:
-            raise ModelError(f"{str(folder / FEATURES)!r}: cannot be read: {error}. Restore the file.") from None
+        except (OSError, ValueError, EOFError):  # NumPy's own words would advise to read it as pickle
+            raise ModelError(f"{str(folder / FEATURES)!r}: missing or no row of numbers. Restore the file.") from None
         if known.ndim != 1 or known.dtype != np.uint64:
             raise ModelError(f"{str(folder / FEATURES)!r}: allowed is a row of uint64 numbers. Restore the file.")
         return cls(known, **{name: fields[name] for name in names})

@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 from unisono import keys
 from unisono.data.order import Order, Step
-from unisono.engine.contribution import Contribution, Contributor
+from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.engine.trace import digest
 from unisono.errors import CorruptionError, LostPeerError
 from unisono.events import Corrupted
@@ -26,12 +25,6 @@ from unisono.exchange.protocol import Exchange
 
 Digests = Mapping[str, str]
 """Parameter (or "loss") → digest of its bits."""
-
-
-class Contributes(Protocol):
-    """Computes contributions."""
-
-    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
 
 class Audit:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,12 @@ class Contribution:
     weight: int
     parts: list[Tensor | None]
     integers: Tensor
+
+
+class Contributes(Protocol):
+    """Computes contributions: a `Contributor`, or who writes down, audits or times what one does."""
+
+    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,13 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unisono.board import Progress
-from unisono.engine.contribution import Contribution, Contributor
+from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.exchange.protocol import Exchange
 from unisono.models.task import Microbatch, Task
 
@@ -55,12 +55,6 @@ Span = tuple[str, int, int, int]
 """Phase, or name of a call of the exchange; microbatch, or −1; start and end, nanoseconds of the monotonic clock."""
 Shape = tuple[tuple[int, ...], ...]
 """Of a microbatch: that of each column."""
-
-
-class Contributes(Protocol):
-    """Computes contributions."""
-
-    def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
 
 @dataclass(slots=True, kw_only=True)

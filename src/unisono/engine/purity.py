@@ -1,7 +1,8 @@
 """The purity probe: is a contribution really a function of its arguments?
 
 Computes contributions of two microbatches in the order a, b, b, a and compares bits. What a model remembers between
-calls, and randomness that no key reaches, show as a difference.
+calls, and randomness that no key reaches, show as a difference; so does a model that writes on its own weights, which
+all workers of a host read in one place.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
     """
     module = contributor.replica.module
     before = _remembered(module, contributor.task)
+    weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     a = contributor.contribute(0, 0, first)
     b = contributor.contribute(0, 1, second)
     b_again = contributor.contribute(0, 1, second)
     a_again = contributor.contribute(0, 0, first)
+    for name, parameter in module.named_parameters():
+        if not same_bits(parameter, weights[name]):
+            raise ImpureError(
+                f"the model is not pure: computing a loss changes the weight {name!r}, which only an update "
+                "may do. Keep such changes out of the forward pass (an embedding's max_norm is one). --allow-impure "
+                "trains it without the promise of equal bits."
+            )
     names = [
         f"{'change of buffer' if segment.group < 0 else 'gradient of'} {segment.name!r} "
         f"in module {segment.name.rpartition('.')[0] or '(root)'!r}"

@@ -39,7 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, heads: i
     asked = parts[0].unsqueeze(1) if single else packing.spread(parts[0])
     spread = (asked, packing.spread(parts[1]), packing.spread(parts[2]))
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in spread)
-    absent = packing.absent()
+    absent = packing.absent
     with torch.autocast(device, enabled=False):
         if device == "cpu" and dropout:
             mixed = _mix(query, key, value, absent, dropout)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unisono.models.text.dropout import Dropout
+from unisono.models.text.linear import Linear
 from unisono.recipe import Bag
 
 LEVELS = 4
-_LEVEL_BITS = 2
 
 _INITIAL_STD = 0.03
 _GAIN = 4.0  # of the bag, whose weights have length 1: what the head sees at first has a deviation of 0.12
@@ -33,15 +34,15 @@ class BagClassifier(nn.Module):
         features = math.ceil(vocabulary_size / LEVELS)
         self.embedding = nn.Embedding(features, model.width, sparse=True)  # a microbatch touches few rows
         nn.init.normal_(self.embedding.weight, std=_INITIAL_STD)
-        self.head = nn.Sequential(nn.Dropout(model.dropout))
+        self.head = nn.Sequential(Dropout(model.dropout))
         if model.hidden:
-            self.head.extend([nn.Linear(model.width, model.hidden), nn.ReLU(), nn.Dropout(model.dropout)])
-        self.head.append(nn.Linear(model.hidden or model.width, classes))
+            self.head.extend([Linear(model.width, model.hidden), nn.ReLU(), Dropout(model.dropout)])
+        self.head.append(Linear(model.hidden or model.width, classes))
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Return logits [n, classes] for int64 ids [tokens]; sample i has those from offsets[i] on, one at least."""
-        features = ids >> _LEVEL_BITS
-        weights = weigh(features, ids & (LEVELS - 1))
+        features = ids // LEVELS
+        weights = weigh(features, ids % LEVELS)
         added = F.embedding_bag(
             features,
             self.embedding.weight,

@@ -21,12 +21,14 @@ class Packing:
 
     starts: int64 [n], the first packed token of each sample. lengths: int64 [n], each at least 1. places: int64 [m],
     where each token lies in the flattened rectangle [n · t]; None: all are equally long, so it lies as it is packed.
-    positions: int64 [m], number of each token in its sample. longest: t.
+    absent: bool [n, t], true where there is no token; None: there is one everywhere. positions: int64 [m], number of
+    each token in its sample. longest: t.
     """
 
     starts: Tensor
     lengths: Tensor
     places: Tensor | None
+    absent: Tensor | None
     positions: Tensor
     longest: int
 
@@ -42,12 +44,6 @@ class Packing:
         flat = rectangle.reshape(-1, rectangle.shape[-1])
         return flat if self.places is None else _Gather.apply(flat, self.places)
 
-    def absent(self) -> Tensor | None:
-        """Bool [n, t], true where there is no token; None: there is one everywhere."""
-        if self.places is None:
-            return None
-        return torch.arange(self.longest, device=self.lengths.device) >= self.lengths.unsqueeze(-1)
-
 
 def pack(tokens: int, starts: Tensor) -> Packing:
     """Describe samples that start at `starts` (int64 [n], rising, the first 0) among so many tokens."""
@@ -55,11 +51,12 @@ def pack(tokens: int, starts: Tensor) -> Packing:
     lengths = ends - starts
     longest = int(lengths.max())
     positions = torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths)
-    places = None
+    places = absent = None
     if tokens != longest * len(starts):
         rows = torch.arange(len(starts), device=starts.device) * longest
         places = torch.repeat_interleave(rows, lengths) + positions
-    return Packing(starts=starts, lengths=lengths, places=places, positions=positions, longest=longest)
+        absent = torch.arange(longest, device=starts.device) >= lengths.unsqueeze(-1)
+    return Packing(starts=starts, lengths=lengths, places=places, absent=absent, positions=positions, longest=longest)
 
 
 class _Spread(torch.autograd.Function):
