@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,32 +23,61 @@ def starts_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)[:-1]
 
 
+def check_way(move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], given: Tensor) -> None:
+    """The way back undoes it, and is its gradient."""
+    given = given.clone().requires_grad_()
+    moved = move(given)
+    assert torch.equal(back(moved.detach()), given)
+    weights = torch.randn_like(moved)
+    (gradient,) = torch.autograd.grad((moved * weights).sum(), given)
+    assert torch.equal(gradient, back(weights))
+
+
 @settings(max_examples=60, deadline=None)
-@given(lengths_of_samples)
-def test_spreading_and_gathering_undo_each_other_forwards_and_backwards(lengths: list[int]) -> None:
+@given(lengths_of_samples | st.lists(st.integers(1, 70), min_size=1, max_size=12), st.sampled_from([1, 3]))
+def test_spreading_and_gathering_undo_each_other_forwards_and_backwards(lengths: list[int], heads: int) -> None:
     packing = pack(sum(lengths), starts_of(lengths))
-    packed = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
-    rows = packed.split(lengths)
-    spread = packing.spread(packed)
-    assert torch.equal(spread, torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
-    assert torch.equal(packing.gather(spread), packed)
     assert packing.positions.tolist() == [place for length in lengths for place in range(length)]
-    absent = packing.absent
-    assert absent is None if len(set(lengths)) == 1 else absent.sum() == spread[..., 0].numel() - sum(lengths)
-    weights = torch.randn_like(spread)
-    (gradient,) = torch.autograd.grad((spread * weights).sum(), packed)
-    assert torch.equal(gradient, packing.gather(weights))
-    wide = weights.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((packing.gather(wide) * packed.detach()).sum(), wide)
-    assert torch.equal(gradient, spread)
-    torch.testing.assert_close(mean_over_tokens(packed, packing), torch.stack([row.mean(0) for row in rows]))
+    grid = packing.grid(heads)
+    packed = torch.randn(sum(lengths), 2 * heads, dtype=torch.float64)
+    cells = grid.spread(packed)
+    samples = grid.samples.tolist()
+    assert sorted(samples) == list(range(len(lengths)))
+    rows = iter([packed.split(lengths)[sample][:, 2 * head :][:, :2] for sample in samples for head in range(heads)])
+    for one, part in zip(grid.rectangles, attention._cut(cells, grid.rectangles), strict=True):
+        expected = [next(rows) for _ in range(one.rows)]
+        assert max(map(len, expected)) == one.longest < 8 + 1.25 * min(map(len, expected))
+        assert torch.equal(part, torch.nn.utils.rnn.pad_sequence(expected, batch_first=True))
+        present = torch.tensor([[column < len(row) for column in range(one.longest)] for row in expected])
+        assert present.all() if one.absent is None else torch.equal(one.absent[:, 0], ~present)
+    assert next(rows, None) is None
+    check_way(grid.spread, grid.gather, packed)
+    check_way(grid.sort, grid.unsort, torch.randn(len(lengths), 2))
+    wide = torch.randn_like(cells, requires_grad=True)  # what lies in empty cells reaches nobody
+    (gradient,) = torch.autograd.grad((grid.gather(wide) * packed).sum(), wide)
+    assert torch.equal(gradient, cells)
+    means = torch.stack([row.mean(0) for row in packed.split(lengths)])
+    torch.testing.assert_close(mean_over_tokens(packed, packing), means)
+
+
+def test_large_rectangles_are_cut() -> None:
+    """Their scores would leave the cache."""
+    grid = pack(20 * 128, starts_of([128] * 20)).grid(12)
+    assert [one.rows for one in grid.rectangles] == [12] * 20
+    grid = pack(20 * 64, starts_of([64] * 20)).grid(12)
+    assert [one.rows for one in grid.rectangles] == [60] * 4
+    assert len(pack(300, torch.tensor([0])).grid(4).rectangles) == 1  # a sample is never cut
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths_of_samples, st.booleans(), st.sampled_from([0.0, 0.4]))
+@given(
+    lengths_of_samples | st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from([0.0, 0.4]),
+)
 def test_attention_is_each_samples_own(lengths: list[int], single: bool, dropout: float) -> None:
     """Every sample alone, by the formula; with dropout the masks are made to keep everything."""
-    torch.manual_seed(len(lengths))
+    torch.manual_seed(sum(lengths))
     packing = pack(sum(lengths), starts_of(lengths))
     query, key, value = (torch.randn(sum(lengths), 8, requires_grad=True) for _ in range(3))
     asked = query[packing.starts] if single else query

@@ -3,22 +3,27 @@
 Owns the choice of an attention kernel per type of device, which decides bits; the mean over a sample's tokens; and how
 blocks run one after another. Holds no weights.
 
-Shapes: n samples, m tokens of all samples, t tokens of the longest, w numbers per token.
+Shapes: n samples, m tokens of all samples, w numbers per token; in a rectangle r rows (heads of samples), q queries a
+row, t keys a row, d numbers per head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from unisono.models.text.dropout import draw_mask
-from unisono.models.text.packing import Packing
+from unisono.models.text.packing import Packing, Rectangle
+
+Rectangles = tuple[Rectangle, ...]
 
 # Left to itself, torch picks a kernel by shapes and by what it was compiled with. Neither of these two keeps
 # t × t scores.
@@ -36,31 +41,79 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, heads: i
     parts = [query, key, value]
     if device == "cpu":  # the CPU kernel's forward and backward pass take 2.2 times as long in bfloat16
         parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
-    asked = parts[0].unsqueeze(1) if single else packing.spread(parts[0])
-    spread = (asked, packing.spread(parts[1]), packing.spread(parts[2]))
-    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in spread)
-    absent = packing.absent
+    grid = packing.grid(heads)
+    asked = grid.sort(parts[0]).view(-1, query.shape[-1] // heads) if single else grid.spread(parts[0])
+    key, value = grid.spread(parts[1]), grid.spread(parts[2])
     with torch.autocast(device, enabled=False):
         if device == "cpu" and dropout:
-            mixed = _mix(query, key, value, absent, dropout)
+            mixed: Tensor = _Dropped.apply(asked, key, value, grid.rectangles, dropout)
         else:
-            present = None if absent is None else ~absent[:, None, None, :]
-            with sdpa_kernel(_KERNELS.get(device, SDPBackend.MATH)):
-                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=present, dropout_p=dropout)
-    mixed = mixed.transpose(1, 2).flatten(2)
-    return mixed.squeeze(1) if single else packing.gather(mixed)
+            mixed = _fused(asked, key, value, grid.rectangles, heads, dropout)
+    return grid.unsort(mixed.view(query.shape)) if single else grid.gather(mixed)
 
 
-def _mix(query: Tensor, key: Tensor, value: Tensor, absent: Tensor | None, dropout: float) -> Tensor:
-    """Attention with dropout on a CPU, for which torch has no fused kernel: its plain one takes 2.7 times as long."""
-    samples, heads, queries, width = query.shape
-    flat = [part.reshape(samples * heads, -1, width) for part in (query / math.sqrt(width), key, value)]
-    scores = torch.bmm(flat[0], flat[1].transpose(1, 2))
-    if absent is not None:
-        rows = scores.view(samples, heads, queries, -1)
-        scores = rows.masked_fill(absent[:, None, None, :], -math.inf).view_as(scores)
-    weights = torch.softmax(scores, -1)
-    return torch.bmm(weights * draw_mask(weights.shape, dropout, weights.dtype), flat[2]).view(query.shape)
+def _cut(cells: Tensor, rectangles: Rectangles) -> list[Tensor]:
+    """Cells [R, d], or one query a row [all r, d], in rectangles: [r, q or t, d] each."""
+    single = len(cells) == sum(one.rows for one in rectangles)
+    sizes = [one.rows * (1 if single else one.longest) for one in rectangles]
+    return [part.view(one.rows, -1, cells.shape[-1]) for part, one in zip(cells.split(sizes), rectangles, strict=True)]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, rectangles: Rectangles, heads: int, dropout: float) -> Tensor:
+    """torch's own kernels, which keep no scores."""
+    mixed = []
+    with sdpa_kernel(_KERNELS.get(query.device.type, SDPBackend.MATH)):
+        for one, *parts in zip(rectangles, *(_cut(cells, rectangles) for cells in (query, key, value)), strict=True):
+            asked, offered, given = (part.unflatten(0, (-1, heads)) for part in parts)
+            present = None if one.absent is None else ~one.absent.unflatten(0, (-1, heads))[:, :1]
+            found = F.scaled_dot_product_attention(asked, offered, given, attn_mask=present, dropout_p=dropout)
+            mixed.append(found.reshape(-1, query.shape[-1]))
+    return torch.cat(mixed)
+
+
+class _Dropped(torch.autograd.Function):
+    """Attention with dropout on a CPU, for which torch has no fused kernel: its plain one takes 2.7 times as long.
+
+    Between two products, scores are worked on in place, and a rectangle's stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: Rectangles, dropout: float) -> Tensor:
+        mixed, kept = torch.empty_like(query), []
+        scale = 1 / math.sqrt(query.shape[-1])
+        parts = (_cut(cells, rectangles) for cells in (query, key, value, mixed))
+        for one, asked, offered, given, target in zip(rectangles, *parts, strict=True):
+            scores = query.new_empty(one.rows, asked.shape[1], one.longest)
+            if one.absent is None:
+                torch.baddbmm(scores, asked, offered.transpose(1, 2), beta=0, alpha=scale, out=scores)
+            else:
+                absent = query.new_zeros(one.absent.shape).masked_fill_(one.absent, -math.inf)
+                torch.baddbmm(absent, asked, offered.transpose(1, 2), alpha=scale, out=scores)
+            weights = torch.softmax(scores, -1)
+            mask = draw_mask(weights.shape, dropout, weights.dtype)
+            torch.bmm(torch.mul(weights, mask, out=scores), given, out=target)
+            kept += [weights, mask]
+        ctx.rectangles, ctx.scale = rectangles, scale
+        ctx.save_for_backward(query, key, value, *kept)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        back = [torch.empty_like(cells) for cells in (query, key, value)]
+        cells = (gradient.contiguous(), query, key, value, *back)
+        parts = (_cut(each, ctx.rectangles) for each in cells)
+        for weights, mask, due, asked, offered, given, to_query, to_key, to_value in zip(
+            kept[::2], kept[1::2], *parts, strict=True
+        ):
+            dropped = weights * mask
+            torch.bmm(dropped.transpose(1, 2), due, out=to_value)
+            scores = torch.bmm(due, given.transpose(1, 2), out=dropped).mul_(mask)
+            scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
+            torch.baddbmm(to_query, scores, offered, beta=0, alpha=ctx.scale, out=to_query)
+            torch.baddbmm(to_key, scores.transpose(1, 2), asked, beta=0, alpha=ctx.scale, out=to_key)
+        return *back, None, None
 
 
 def run_blocks(blocks: Iterable[Callable[..., Tensor]], states: Tensor, packing: Packing, *, recompute: bool) -> Tensor:
@@ -78,5 +131,7 @@ def run_blocks(blocks: Iterable[Callable[..., Tensor]], states: Tensor, packing:
 
 def mean_over_tokens(states: Tensor, packing: Packing) -> Tensor:
     """Average each sample's packed states [m, w], in float32 at least; returns [n, w]."""
-    precise = states.to(torch.promote_types(states.dtype, torch.float32))
-    return packing.spread(precise).sum(1) / packing.lengths.unsqueeze(-1)
+    grid = packing.grid(1)
+    cells = grid.spread(states.to(torch.promote_types(states.dtype, torch.float32)))
+    sums = torch.cat([part.sum(1) for part in _cut(cells, grid.rectangles)])
+    return grid.unsort(sums) / packing.lengths.unsqueeze(-1)

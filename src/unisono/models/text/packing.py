@@ -1,86 +1,167 @@
-"""Where the tokens of a microbatch lie: packed one after another, and spread out in a rectangle.
+"""Where the tokens of a microbatch lie: packed one after another, and spread out in rectangles.
 
 Owns the way between the two. Whatever looks at single tokens (linear layers, norms, dropout) works on packed ones and
-spends nothing on padding; attention spreads them out for itself.
+spends nothing on padding; what looks from token to token spreads them out for itself. On CPUs samples of similar
+length share a rectangle, so that little of it is empty and all that is computed for it stays in the cache; a GPU likes
+one large rectangle better.
 
-Shapes: n samples, m tokens of all samples, t tokens of the longest, w numbers per token.
+Shapes: n samples, m tokens of all samples, h heads, w numbers per token, R cells of all rectangles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+CELLS = 2**18  # most scores of a rectangle: 1 MB of float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rectangle:
+    """Some samples, one of their heads to a row. rows: heads × samples. longest: columns. absent: bool [rows, 1,
+    longest], true where there is no token; None: there is one everywhere."""
+
+    rows: int
+    longest: int
+    absent: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The rectangles of a microbatch, cell after cell.
+
+    places: int64 [R], the number of (token, head) in each cell, that of the sample's first token where there is none.
+    empty: int64, the cells without a token; None: there are none. cells: int64 [m · h], the cell of each (token, head).
+    samples, ranks: int64 [n], the samples in order of rectangles, and where each stands in that order.
+    """
+
+    heads: int
+    rectangles: tuple[Rectangle, ...]
+    places: Tensor
+    empty: Tensor | None
+    cells: Tensor
+    samples: Tensor
+    ranks: Tensor
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """Return the cells [R, w / h] of packed tokens [m, w], zeros where there is no token."""
+        return _Moved.apply(
+            packed.reshape(-1, packed.shape[-1] // self.heads), (self.places, self.empty), (self.cells, None)
+        )
+
+    def gather(self, cells: Tensor) -> Tensor:
+        """Return the packed tokens [m, w] of cells [R, w / h]."""
+        packed: Tensor = _Moved.apply(cells, (self.cells, None), (self.places, self.empty))
+        return packed.view(-1, self.heads * cells.shape[-1])
+
+    def sort(self, rows: Tensor) -> Tensor:
+        """Return one row a sample [n, w] in order of rectangles."""
+        return _Moved.apply(rows, (self.samples, None), (self.ranks, None))
+
+    def unsort(self, rows: Tensor) -> Tensor:
+        """The way back."""
+        return _Moved.apply(rows, (self.ranks, None), (self.samples, None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
     """Of one microbatch; made by `pack`.
 
-    starts: int64 [n], the first packed token of each sample. lengths: int64 [n], each at least 1. places: int64 [m],
-    where each token lies in the flattened rectangle [n · t]; None: all are equally long, so it lies as it is packed.
-    absent: bool [n, t], true where there is no token; None: there is one everywhere. positions: int64 [m], number of
-    each token in its sample. longest: t.
+    starts: int64 [n], the first packed token of each sample. lengths: int64 [n], each at least 1. positions: int64 [m],
+    number of each token in its sample.
     """
 
     starts: Tensor
     lengths: Tensor
-    places: Tensor | None
-    absent: Tensor | None
     positions: Tensor
-    longest: int
+    _grids: dict[int, Grid] = field(default_factory=dict)
 
-    def spread(self, packed: Tensor) -> Tensor:
-        """Return [n, t, w] of packed tokens [m, w], zeros where there is no token."""
-        shape = (len(self.lengths), self.longest, packed.shape[-1])
-        if self.places is None:
-            return packed.view(shape)
-        return _Spread.apply(packed, self.places, shape[0] * shape[1]).view(shape)
-
-    def gather(self, rectangle: Tensor) -> Tensor:
-        """Return the packed tokens [m, w] of a rectangle [n, t, w]."""
-        flat = rectangle.reshape(-1, rectangle.shape[-1])
-        return flat if self.places is None else _Gather.apply(flat, self.places)
+    def grid(self, heads: int) -> Grid:
+        """The rectangles for so many heads."""
+        if heads not in self._grids:
+            self._grids[heads] = _lay_out(self.starts, self.lengths, heads)
+        return self._grids[heads]
 
 
 def pack(tokens: int, starts: Tensor) -> Packing:
     """Describe samples that start at `starts` (int64 [n], rising, the first 0) among so many tokens."""
     ends = torch.cat([starts[1:], starts.new_tensor([tokens])])
     lengths = ends - starts
-    longest = int(lengths.max())
     positions = torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths)
-    places = absent = None
-    if tokens != longest * len(starts):
-        rows = torch.arange(len(starts), device=starts.device) * longest
-        places = torch.repeat_interleave(rows, lengths) + positions
-        absent = torch.arange(longest, device=starts.device) >= lengths.unsqueeze(-1)
-    return Packing(starts=starts, lengths=lengths, places=places, absent=absent, positions=positions, longest=longest)
+    return Packing(starts=starts, lengths=lengths, positions=positions)
 
 
-class _Spread(torch.autograd.Function):
-    """Rows to places among zeros. Its gradient is a copy of rows; autograd's own for indexing would add."""
+def _lay_out(starts: Tensor, lengths: Tensor, heads: int) -> Grid:
+    device = starts.device
+    first, length = starts.cpu().numpy(), lengths.cpu().numpy()
+    groups = _alike(length, heads) if device.type == "cpu" else [np.arange(len(length))]
+    head = np.arange(heads)[:, None]
+    rectangles, places, empty = [], [], []
+    for group in groups:
+        longest = int(length[group].max())
+        column = np.arange(longest)
+        absent = column >= length[group][:, None]
+        token = first[group][:, None] + np.where(absent, 0, column)
+        places.append((token[:, None, :] * heads + head).ravel())
+        absent = np.repeat(absent, heads, axis=0)[:, None, :]
+        empty.append(absent.ravel())
+        some = torch.from_numpy(absent).to(device) if absent.any() else None
+        rectangles.append(Rectangle(rows=len(group) * heads, longest=longest, absent=some))
+    place, hole, sample = np.concatenate(places), np.concatenate(empty), np.concatenate(groups)
+    there = np.flatnonzero(~hole)
+    cells = np.empty(len(there), np.int64)
+    cells[place[there]] = there
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return Grid(
+        heads=heads,
+        rectangles=tuple(rectangles),
+        places=put(place),
+        empty=put(np.flatnonzero(hole)) if len(there) < len(hole) else None,
+        cells=put(cells),
+        samples=put(sample),
+        ranks=put(np.argsort(sample)),
+    )
+
+
+def _alike(lengths: np.ndarray, heads: int) -> Sequence[np.ndarray]:
+    """Share samples out to rectangles: lengths differ by a quarter at most, or by less than 8 tokens."""
+    _, exponents = np.frexp(lengths)  # lengths < 2^exponent
+    grain = np.maximum(8, 2 ** np.maximum(exponents - 3, 0))
+    rounded = -(-lengths // grain) * grain
+    groups = []
+    for longest in np.unique(rounded):
+        members = np.flatnonzero(rounded == longest)
+        most = max(1, CELLS // (heads * int(longest) ** 2))
+        groups += [members[start : start + most] for start in range(0, len(members), most)]
+    return groups
+
+
+Way = tuple[Tensor, Tensor | None]
+"""Which row comes to each place, and places that get zeros all the same."""
+
+
+class _Moved(torch.autograd.Function):
+    """Rows to other places, and their gradient back: copies, where autograd's own for indexing would add."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, places: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return packed.new_zeros(rows, packed.shape[-1]).index_copy_(0, places, packed)
+    def forward(ctx: Any, rows: Tensor, there: Way, back: Way) -> Tensor:
+        ctx.back = back
+        return _move(rows, there)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+        return _move(gradient, ctx.back), None, None
 
 
-class _Gather(torch.autograd.Function):
-    """The way back."""
-
-    @staticmethod
-    def forward(ctx: Any, rectangle: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.rows = len(rectangle)
-        return rectangle.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.new_zeros(ctx.rows, gradient.shape[-1]).index_copy_(0, ctx.saved_tensors[0], gradient), None
+def _move(rows: Tensor, way: Way) -> Tensor:
+    index, empty = way
+    moved = rows.index_select(0, index)
+    return moved if empty is None else moved.index_fill_(0, empty, 0.0)
