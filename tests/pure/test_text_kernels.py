@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisono.models.text import attention, linear
-from unisono.models.text.attention import attend, mean_over_tokens
+from unisono.models.text import dropout as dropout_module
+from unisono.models.text.attention import attend, attend_once, mean_over_tokens
 from unisono.models.text.dropout import Dropout, draw_mask
 from unisono.models.text.packing import pack
 
@@ -79,23 +80,28 @@ def test_attention_is_each_samples_own(lengths: list[int], single: bool, dropout
     """Every sample alone, by the formula; with dropout the masks are made to keep everything."""
     torch.manual_seed(sum(lengths))
     packing = pack(sum(lengths), starts_of(lengths))
-    query, key, value = (torch.randn(sum(lengths), 8, requires_grad=True) for _ in range(3))
-    asked = query[packing.starts] if single else query
-    original, attention.draw_mask = attention.draw_mask, lambda shape, rate, dtype: torch.ones(shape, dtype=dtype)
-    try:
-        mixed = attend(asked, key, value, packing, 2, dropout=dropout)
-    finally:
-        attention.draw_mask = original
+    states = torch.randn(sum(lengths), 8, requires_grad=True)
+    layers = [linear.Linear(8, 8) for _ in range(3)]
+    query, key, value = (layer(states) for layer in layers)
+    ones = pytest.MonkeyPatch()
+    for module in (attention, dropout_module):
+        ones.setattr(module, "draw_mask", lambda shape, rate, dtype: torch.ones(shape, dtype=dtype))
+    if single:
+        mixed = attend_once(query[packing.starts], states, layers[1], layers[2], packing, 2, dropout=dropout)
+    else:
+        mixed = attend(query, key, value, packing, 2, dropout=dropout)
+    ones.undo()
     expected = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         heads = [part.unflatten(-1, (2, 4)).transpose(0, 1) for part in (q[:1] if single else q, k, v)]
         scores = heads[0] @ heads[1].transpose(1, 2) / math.sqrt(4)
         expected.append((scores.softmax(-1) @ heads[2]).transpose(0, 1).flatten(1))
     torch.testing.assert_close(mixed, torch.cat(expected))
-    for name, wanted in zip("qkv", (query, key, value), strict=True):
-        found = torch.autograd.grad(mixed.square().sum(), wanted, retain_graph=True)[0]
-        due = torch.autograd.grad(torch.cat(expected).square().sum(), wanted, retain_graph=True)[0]
-        torch.testing.assert_close(found, due, msg=name, atol=1e-5, rtol=1e-4)
+    wanted = [states, *(weight for layer in layers for weight in (layer.weight, layer.bias))]
+    found = torch.autograd.grad(mixed.square().sum(), wanted, retain_graph=True)
+    due = torch.autograd.grad(torch.cat(expected).square().sum(), wanted)
+    for one, other in zip(found, due, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_weights_are_dropped() -> None:
@@ -103,9 +109,15 @@ def test_attention_weights_are_dropped() -> None:
     torch.manual_seed(0)
     packing = pack(64, torch.tensor([0]))
     mixed = attend(torch.zeros(64, 4), torch.zeros(64, 4), torch.ones(64, 4), packing, 4, dropout=0.5)
-    kept = mixed * 64 / 2
-    torch.testing.assert_close(kept, kept.round(), atol=1e-4, rtol=0)
-    assert mixed.std() > 0.05 and abs(mixed.mean() - 1) < 0.1
+    key, value = linear.Linear(64, 64), linear.Linear(64, 64)
+    with torch.no_grad():
+        value.weight.zero_()
+        value.bias.fill_(1.0)
+        once = attend_once(torch.zeros(1, 64), torch.zeros(64, 64), key, value, packing, 64, dropout=0.5)
+    for values in (mixed, once):
+        kept = values * 64 / 2
+        torch.testing.assert_close(kept, kept.round(), atol=1e-4, rtol=0)
+        assert values.std() > 0.05 and abs(values.mean() - 1) < 0.1
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 1e-4])

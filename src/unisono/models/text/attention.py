@@ -3,8 +3,8 @@
 Owns the choice of an attention kernel per type of device, which decides bits; the mean over a sample's tokens; and how
 blocks run one after another. Holds no weights.
 
-Shapes: n samples, m tokens of all samples, w numbers per token; in a rectangle r rows (heads of samples), q queries a
-row, t keys a row, d numbers per head.
+Shapes: n samples, m tokens of all samples, w numbers per token; h heads; in a rectangle r rows (heads of samples), t
+columns, d numbers per head.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from unisono.models.text.dropout import draw_mask
+from unisono.models.text.dropout import Dropout, draw_mask
 from unisono.models.text.packing import Packing, Rectangle
 
 Rectangles = tuple[Rectangle, ...]
@@ -33,30 +33,66 @@ _KERNELS = {"cpu": SDPBackend.FLASH_ATTENTION, "cuda": SDPBackend.EFFICIENT_ATTE
 def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, heads: int, *, dropout: float = 0.0) -> Tensor:
     """Let every token attend to its sample's tokens, by scaled dot products (Vaswani et al., arXiv 1706.03762).
 
-    Takes packed floats: key and value [m, w], query [m, w], or [n, w] for one query a sample. `dropout` falls on the
-    attention weights. Returns a float of the query's shape; on CPUs in float32 at least.
+    Takes packed floats [m, w]. `dropout` falls on the attention weights. Returns a float [m, w]; on CPUs in float32 at
+    least.
     """
     device = query.device.type
-    single = len(query) == len(packing.lengths) != len(key)
     parts = [query, key, value]
     if device == "cpu":  # the CPU kernel's forward and backward pass take 2.2 times as long in bfloat16
         parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     grid = packing.grid(heads)
-    asked = grid.sort(parts[0]).view(-1, query.shape[-1] // heads) if single else grid.spread(parts[0])
-    key, value = grid.spread(parts[1]), grid.spread(parts[2])
+    query, key, value = map(grid.spread, parts)
     with torch.autocast(device, enabled=False):
         if device == "cpu" and dropout:
-            mixed: Tensor = _Dropped.apply(asked, key, value, grid.rectangles, dropout)
+            mixed: Tensor = _Dropped.apply(query, key, value, grid.rectangles, dropout)
         else:
-            mixed = _fused(asked, key, value, grid.rectangles, heads, dropout)
-    return grid.unsort(mixed.view(query.shape)) if single else grid.gather(mixed)
+            mixed = _fused(query, key, value, grid.rectangles, heads, dropout)
+    return grid.gather(mixed)
+
+
+def attend_once(
+    query: Tensor,
+    states: Tensor,
+    key: nn.Module,
+    value: nn.Module,
+    packing: Packing,
+    heads: int,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`attend` for one query a sample, [n, w], with the keys and values that two linear layers would make of states
+    [m, w]; returns a float [n, w], float32 at least.
+
+    No token's key or value is computed: q · (K x) = (Kᵀ q) · x, and the mean of V x is V times the mean of x. So the
+    layers' weights meet one vector a head and sample, instead of every token.
+    """
+    grid = packing.grid(1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    by_head = grid.sort(query.to(wide)).unflatten(-1, (heads, -1)).transpose(0, 1)  # [h, n, d]
+    offer, give = (layer.get_parameter("weight").unflatten(0, (heads, -1)) for layer in (key, value))  # [h, d, w]
+    samples = [one.rows for one in grid.rectangles]
+    drop = Dropout(dropout)
+    sums, means = [], []
+    with torch.autocast(query.device.type, enabled=False):
+        asked = (by_head @ offer).transpose(0, 1).split(samples)  # [r, h, w] each
+        added = (by_head @ key.get_parameter("bias").view(heads, -1, 1)).transpose(0, 1).split(samples)
+        cells = _cut(grid.spread(states.to(wide)), grid.rectangles)
+        for one, question, constant, rows in zip(grid.rectangles, asked, added, cells, strict=True):
+            scores = (question @ rows.transpose(1, 2) + constant) / math.sqrt(by_head.shape[-1])
+            if one.absent is not None:
+                scores = scores.masked_fill(one.absent, -math.inf)
+            weights = drop(scores.softmax(-1))
+            sums.append(weights.sum(-1, keepdim=True))
+            means.append(weights @ rows)
+        mixed = (torch.cat(means).transpose(0, 1) @ give.transpose(1, 2)).transpose(0, 1)  # [n, h, d]
+        mixed = mixed + torch.cat(sums) * value.get_parameter("bias").view(heads, -1)
+    return grid.unsort(mixed.flatten(1))
 
 
 def _cut(cells: Tensor, rectangles: Rectangles) -> list[Tensor]:
-    """Cells [R, d], or one query a row [all r, d], in rectangles: [r, q or t, d] each."""
-    single = len(cells) == sum(one.rows for one in rectangles)
-    sizes = [one.rows * (1 if single else one.longest) for one in rectangles]
-    return [part.view(one.rows, -1, cells.shape[-1]) for part, one in zip(cells.split(sizes), rectangles, strict=True)]
+    """Cells [R, d] in rectangles, [r, t, d] each."""
+    parts = cells.split([one.rows * one.longest for one in rectangles])
+    return [part.view(one.rows, one.longest, -1) for part, one in zip(parts, rectangles, strict=True)]
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, rectangles: Rectangles, heads: int, dropout: float) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unisono.errors import ModelError
-from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
+from unisono.models.text.attention import attend, attend_once, mean_over_tokens, run_blocks
 from unisono.models.text.dropout import Dropout
 from unisono.models.text.linear import Linear
 from unisono.models.text.packing import Packing, pack
@@ -127,11 +127,12 @@ class _Layer(nn.Module):
     def forward(self, states: Tensor, packing: Packing, first_only: bool = False) -> Tensor:
         """Return the states [m, w]; with `first_only`, what only the first tokens need is computed for them alone."""
         ask, offer, give = self.attention.get_submodule("self").children()
-        key, value = offer(states), give(states)
-        if first_only:
-            states = states.index_select(0, packing.starts)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = attend(ask(states), key, value, packing, self.heads, dropout=dropout)
+        if first_only:
+            everyone, states = states, states.index_select(0, packing.starts)
+            mixed = attend_once(ask(states), everyone, offer, give, packing, self.heads, dropout=dropout)
+        else:
+            mixed = attend(ask(states), offer(states), give(states), packing, self.heads, dropout=dropout)
         states = self.attention["output"](mixed, states)
         return self.output(self.activation(self.intermediate["dense"](states)), states)
 
