@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-MEASUREMENTS = ("startup", "exchange", "step", "peers/compare", "bag", "demo", *(f"faults/{name}" for name in FAULTS))
+MEASUREMENTS = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", *(f"faults/{name}" for name in FAULTS))
 OPTIONS = {"peers/compare": ["--quick"]}
 
 

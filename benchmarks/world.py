@@ -26,7 +26,7 @@ WORKERS = 2
 TIMEOUT = timedelta(seconds=600)
 
 
-def in_unisono(act: Callable[[Exchange, int], float]) -> float:
+def in_unisono(act: Callable[[Exchange, int], float], workers: int = WORKERS) -> float:
     """Run `act(exchange, file for the snapshot)` in each of unisono's workers; return worker 0's result."""
     memory = new_file()
     with tempfile.TemporaryDirectory() as scratch:
@@ -38,7 +38,7 @@ def in_unisono(act: Callable[[Exchange, int], float]) -> float:
                 result.write_text(repr(found))
 
         try:
-            launch(WORKERS, work, threads=1, device="cpu")
+            launch(workers, work, threads=1, device="cpu")
         finally:
             os.close(memory)
         return float(result.read_text())

@@ -133,15 +133,18 @@ def _lay_out(starts: Tensor, lengths: Tensor, heads: int) -> Grid:
 
 def _alike(lengths: np.ndarray, heads: int) -> Sequence[np.ndarray]:
     """Share samples out to rectangles: lengths differ by a quarter at most, or by less than 8 tokens."""
+    if lengths.min() == lengths.max():
+        return _limited(np.arange(len(lengths)), int(lengths[0]), heads)
     _, exponents = np.frexp(lengths)  # lengths < 2^exponent
     grain = np.maximum(8, 2 ** np.maximum(exponents - 3, 0))
     rounded = -(-lengths // grain) * grain
-    groups = []
-    for longest in np.unique(rounded):
-        members = np.flatnonzero(rounded == longest)
-        most = max(1, CELLS // (heads * int(longest) ** 2))
-        groups += [members[start : start + most] for start in range(0, len(members), most)]
-    return groups
+    found = np.unique(rounded).tolist()
+    return [part for longest in found for part in _limited(np.flatnonzero(rounded == longest), longest, heads)]
+
+
+def _limited(samples: np.ndarray, longest: int, heads: int) -> list[np.ndarray]:
+    most = max(1, CELLS // (heads * longest**2))
+    return [samples[start : start + most] for start in range(0, len(samples), most)]
 
 
 Way = tuple[Tensor, Tensor | None]

@@ -1,0 +1,92 @@
+"""What the same bits cost, and what a second worker gains: unisono against itself.
+
+    python benchmarks/promise.py
+
+*An ordinary sum*: the same engine, but each worker adds its contributions as they come, into one buffer, and owners add
+one partial sum a worker, as an all-reduce does; the result then depends on the number of workers. *One worker* does all
+the work of a step by itself, on one core. Runs alternate.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from statistics import median
+from unittest.mock import patch
+
+from record import Cell, Spread, record
+from step import train
+from torch import Tensor
+from workloads import WORKLOADS, Workload
+from world import WORKERS, in_unisono
+
+from unisono.engine import reduction
+from unisono.engine.tree import Node
+from unisono.exchange.protocol import Exchange
+
+REPEATS = 5
+ROWS = (("minilm", "float32", 8), ("transformer", "float32", 8))
+
+
+class RunningSum:
+    """Takes the place of a worker's tree: one buffer, to which every contribution is added."""
+
+    def __init__(self, new_buffer: Callable[[], Tensor]) -> None:
+        self._buffer = new_buffer()
+        self._first = -1
+
+    def add(self, number: int, write: Callable[[Tensor, bool], None]) -> None:
+        """Add microbatch `number`'s contribution."""
+        write(self._buffer, self._first >= 0)
+        self._first = number if self._first < 0 else self._first
+
+    @property
+    def pending(self) -> list[tuple[Node, Tensor]]:
+        """The sum so far."""
+        return [(Node(0, 2 * self._first), self._buffer)]
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._first = -1
+
+
+def one_sum(share: range) -> list[Node]:
+    """What a worker passes on; no two are siblings, so they are added one after another."""
+    return [Node(0, 2 * share.start)]
+
+
+def ordinary(workload: Workload, exchange: Exchange, memory: int) -> float:
+    """`step.train` with an ordinary sum."""
+    with patch.object(reduction, "Tree", RunningSum), patch.object(reduction, "nodes", one_sum):
+        return train(workload, exchange, memory)
+
+
+def compare(workload: Workload) -> dict[str, Cell]:
+    """Alternate the three; one row of the table."""
+    seconds: dict[str, list[float]] = {"same bits": [], "ordinary sum": [], "one worker": []}
+    for _ in range(REPEATS):
+        seconds["same bits"].append(in_unisono(lambda exchange, memory: train(workload, exchange, memory)))
+        seconds["ordinary sum"].append(in_unisono(lambda exchange, memory: ordinary(workload, exchange, memory)))
+        seconds["one worker"].append(in_unisono(lambda exchange, memory: train(workload, exchange, memory), workers=1))
+    milliseconds = {name: Spread(values=tuple(v * 1e3 / workload.steps for v in s)) for name, s in seconds.items()}
+
+    def against(other: str) -> Spread:
+        return Spread(values=tuple(b / a for a, b in zip(seconds["same bits"], seconds[other], strict=True)))
+
+    print(workload.name, median(against("ordinary sum").values), median(against("one worker").values), file=sys.stderr)
+    return {
+        "workload": workload.name,
+        **{f"{name}, ms a step": value for name, value in milliseconds.items()},
+        "ordinary sum / same bits": against("ordinary sum"),
+        f"one worker / {WORKERS}": against("one worker"),
+    }
+
+
+def main() -> None:
+    """Measure all rows."""
+    rows = [compare(WORKLOADS[name](precision, microbatches)) for name, precision, microbatches in ROWS]
+    record("promise", f"The price of the same bits, {WORKERS} workers with 1 thread each, {REPEATS} rounds in turns", rows)
+
+
+if __name__ == "__main__":
+    main()
