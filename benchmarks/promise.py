@@ -85,7 +85,8 @@ def compare(workload: Workload) -> dict[str, Cell]:
 def main() -> None:
     """Measure all rows."""
     rows = [compare(WORKLOADS[name](precision, microbatches)) for name, precision, microbatches in ROWS]
-    record("promise", f"The price of the same bits, {WORKERS} workers with 1 thread each, {REPEATS} rounds in turns", rows)
+    title = f"The price of the same bits, {WORKERS} workers with 1 thread each, {REPEATS} rounds in turns"
+    record("promise", title, rows)
 
 
 if __name__ == "__main__":

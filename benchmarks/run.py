@@ -11,7 +11,17 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-MEASUREMENTS = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", *(f"faults/{name}" for name in FAULTS))
+FIRST = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo")
+MEASUREMENTS = (*FIRST, *(f"faults/{name}" for name in FAULTS))
+    "startup",
+    "exchange",
+    "step",
+    "promise",
+    "peers/compare",
+    "bag",
+    "demo",
+    *(f"faults/{name}" for name in FAULTS),
+)
 OPTIONS = {"peers/compare": ["--quick"]}
 
 
