@@ -11,17 +11,8 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-FIRST = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo")
-MEASUREMENTS = (*FIRST, *(f"faults/{name}" for name in FAULTS))
-    "startup",
-    "exchange",
-    "step",
-    "promise",
-    "peers/compare",
-    "bag",
-    "demo",
-    *(f"faults/{name}" for name in FAULTS),
-)
+NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo")
+MEASUREMENTS = (*NAMES, *(f"faults/{name}" for name in FAULTS))
 OPTIONS = {"peers/compare": ["--quick"]}
 
 
