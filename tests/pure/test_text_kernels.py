@@ -120,6 +120,26 @@ def test_attention_weights_are_dropped() -> None:
         assert values.std() > 0.05 and abs(values.mean() - 1) < 0.1
 
 
+@pytest.mark.parametrize("lengths", [[3, 3], [5, 2, 11, 1]])
+def test_gradients_of_dropped_attention_are_those_of_what_was_computed(lengths: list[int]) -> None:
+    """By finite differences, with masks that drop: both passes must use the same ones."""
+    torch.manual_seed(0)
+    packing = pack(sum(lengths), starts_of(lengths))
+    states = [torch.randn(sum(lengths), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    layers = [linear.Linear(4, 4).double() for _ in range(2)]
+
+    def everyone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return attend(query, key, value, packing, 2, dropout=0.4)
+
+    def first(query: Tensor, key: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return attend_once(query[packing.starts], key, *layers, packing, 2, dropout=0.4)
+
+    assert torch.autograd.gradcheck(everyone, states)
+    assert torch.autograd.gradcheck(first, states[:2])
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 1e-4])
 def test_masks_have_the_rate_and_keep_the_mean(rate: float) -> None:
     torch.manual_seed(1)

@@ -119,7 +119,7 @@ class _Dropped(torch.autograd.Function):
         scale = 1 / math.sqrt(query.shape[-1])
         parts = (_cut(cells, rectangles) for cells in (query, key, value, mixed))
         for one, asked, offered, given, target in zip(rectangles, *parts, strict=True):
-            scores = query.new_empty(one.rows, asked.shape[1], one.longest)
+            scores = query.new_empty(one.rows, one.longest, one.longest)
             if one.absent is None:
                 torch.baddbmm(scores, asked, offered.transpose(1, 2), beta=0, alpha=scale, out=scores)
             else:
