@@ -29,7 +29,7 @@ from unisono.engine.replica import Replica
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
 from unisono.exchange.protocol import Exchange
-from unisono.recipe import Train
+from unisono.sections import Train
 
 MATRICES, WIDTH = 84, 512  # 84 × 512 × 512 = 22.0 million
 BUCKET = 25 * 2**20 // 4

@@ -30,7 +30,8 @@ from workloads import Workload, transformer
 
 from unisono.events import CheckpointWritten
 from unisono.material import open_own
-from unisono.recipe import Checkpoint, Recipe
+from unisono.recipe import Recipe
+from unisono.sections import Checkpoint
 
 WORKERS = 2
 WARM_UP = 2

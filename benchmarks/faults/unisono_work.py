@@ -14,7 +14,7 @@ from marks import Mark, train_supervised
 from peer_work import Journal, Work, workload
 
 from unisono.material import open_own
-from unisono.recipe import Recovery
+from unisono.sections import Recovery
 
 WORKERS = 2
 

@@ -15,7 +15,7 @@ from unisono.engine.contribution import Contributes
 from unisono.engine.reduction import Reduction, Totals
 from unisono.engine.schedule import rate
 from unisono.engine.state import TrainState
-from unisono.recipe import Train
+from unisono.sections import Train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from unisono.data.columns import open_source
 from unisono.data.source import Source
 from unisono.errors import RecipeError
 from unisono.models.task import Task
-from unisono.recipe import Pretrained, Recipe
+from unisono.recipe import Recipe
+from unisono.sections import Pretrained
 
 if TYPE_CHECKING:
     from unisono.data.store import Dataset

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from unisono import events
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
 from unisono.launch.losses import MOST_BACKOFF_SECONDS, Budget, Change, End, Loss, find_verdict, name_loss
-from unisono.recipe import Recovery
+from unisono.sections import Recovery
 
 
 def rules(**given: Any) -> Recovery:

@@ -20,7 +20,7 @@ from unisono.models.text import bag
 from unisono.models.text.classification import TextClassification
 from unisono.models.text.packing import pack
 from unisono.models.text.pretrained import read_classifier, write_config
-from unisono.recipe import Bag, Model, Pretrained, Transformer
+from unisono.sections import Bag, Model, Pretrained, Transformer
 
 CONFIG = {
     "model_type": "bert",

@@ -13,7 +13,7 @@ import torch
 
 from unisono.engine import numerics
 from unisono.errors import NumericsError
-from unisono.recipe import Train
+from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -97,7 +97,7 @@ def test_an_instruction_set_limit_is_refused() -> None:
     program = (
         "import json, torch\n"
         "from unisono.engine import numerics\n"
-        "from unisono.recipe import Train\n"
+        "from unisono.sections import Train\n"
         "numerics.settle(threads=1, device=torch.device('cpu'))\n"
         "print(json.dumps(numerics.fingerprint(Train(), device=torch.device('cpu'), data={'dataset': 'd'}, "
         "layout='m')))\n"

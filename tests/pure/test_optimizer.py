@@ -20,7 +20,7 @@ from unisono.errors import DivergedError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
-from unisono.recipe import Train
+from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")
 

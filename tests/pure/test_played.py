@@ -21,7 +21,7 @@ from unisono.exchange.played import Played, play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.loop import steps
-from unisono.recipe import Train
+from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")
 

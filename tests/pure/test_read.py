@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from unisono.data.read import Record, read_records, read_texts
 from unisono.errors import DataError
-from unisono.recipe import Data
+from unisono.sections import Data
 
 TEXTS = ["plain", 'a "quoted", word', "two\nlines", "今天天气很好", "  spaces  "]
 LABELS = ["x", "y", "x", "好", "y"]

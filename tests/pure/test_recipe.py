@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from unisono import recipe as recipes
 from unisono.errors import RecipeError
-from unisono.recipe import MODELS, Bag, Recipe, Section, check, document, load, to_toml
+from unisono.recipe import MODELS, Recipe, check, document, load, to_toml
+from unisono.sections import Bag, Section
 
 
 def write(folder: Path, text: str) -> Path:

@@ -19,7 +19,8 @@ from unisono.errors import RecipeError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
-from unisono.recipe import Train, check
+from unisono.recipe import check
+from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unisono.engine.schedule import rate
-from unisono.recipe import Train
+from unisono.sections import Train
 
 
 def rates(steps: int = 10, **settings: object) -> list[float]:

@@ -29,7 +29,8 @@ from unisono.joining import Job
 from unisono.material import Material, open_own
 from unisono.models.task import Task
 from unisono.models.text.classification import TextClassification
-from unisono.recipe import Bag, Recipe, Transformer
+from unisono.recipe import Recipe
+from unisono.sections import Bag, Transformer
 
 MATRIX = (1, 2, 3, 5, 8)
 SHORT_LAST_STEP = {"samples_per_step": 20, "microbatches": 8, "epochs": 2.0}  # 45 samples: steps of 20, 20 and 5

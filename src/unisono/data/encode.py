@@ -22,7 +22,8 @@ from unisono.data.ngrams import NGrams
 from unisono.data.samples import Chunk, make_chunk
 from unisono.data.tokens import Pieces, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError, WorkerError
-from unisono.recipe import Pretrained, Recipe
+from unisono.recipe import Recipe
+from unisono.sections import Pretrained
 
 VERSION = 2
 """Raised whenever the same text and settings come to give other numbers."""

@@ -22,7 +22,7 @@ from typing import BinaryIO, TypeAlias
 import pyarrow as pa
 
 from unisono.errors import DataError
-from unisono.recipe import Data
+from unisono.sections import Data
 
 SUFFIXES = {
     ".csv": "csv",

@@ -21,7 +21,8 @@ from unisono.data.formats import find_format
 from unisono.data.read import Record, read_records
 from unisono.data.screen import Screened
 from unisono.errors import DataError, RecipeError
-from unisono.recipe import Data, Recipe
+from unisono.recipe import Recipe
+from unisono.sections import Data
 
 SPLITS = ("train", "validation", "test")
 SEEN = ("text", "label", "header_lines", "columns", "labels", "validation_fraction", "test_fraction")

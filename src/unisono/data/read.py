@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from unisono.data.formats import Column, Sheet, read_file, read_frame
 from unisono.errors import DataError
-from unisono.recipe import Data
+from unisono.sections import Data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch.optim.adam import adam
 
 from unisono.errors import NumericsError
 from unisono.models.text.linear import multiplies_bf16
-from unisono.recipe import Train
+from unisono.sections import Train
 
 LIMITING_VARIABLES = (
     "ATEN_CPU_CAPABILITY",

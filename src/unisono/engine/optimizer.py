@@ -24,7 +24,7 @@ from unisono.engine.space import BLOCK, Shard, Space
 from unisono.engine.tables import Behind, Named, Table, tables_of
 from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
-from unisono.recipe import Train
+from unisono.sections import Train
 
 CHUNK = 128 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
 

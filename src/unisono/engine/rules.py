@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisono.recipe import Train
+from unisono.sections import Train
 
 SLOTS = {
     "sgd": ("momentum",),

@@ -13,7 +13,7 @@ from typing import Any
 
 from unisono import errors, events
 from unisono.errors import CorruptionError, LostPeerError, UnisonoError, WorkerError
-from unisono.recipe import Recovery
+from unisono.sections import Recovery
 
 MOST_BACKOFF_SECONDS = 60.0
 

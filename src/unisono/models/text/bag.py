@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unisono.models.text.dropout import Dropout
 from unisono.models.text.linear import Linear
-from unisono.recipe import Bag
+from unisono.sections import Bag
 
 LEVELS = 4
 

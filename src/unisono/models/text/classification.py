@@ -21,7 +21,7 @@ from unisono.models.task import Microbatch, Task
 from unisono.models.text.bag import BagClassifier
 from unisono.models.text.pretrained import PREFIX, read_classifier, read_config
 from unisono.models.text.transformer import TransformerClassifier
-from unisono.recipe import Bag, Model, Pretrained
+from unisono.sections import Bag, Model, Pretrained
 
 
 class TextClassification(Task):

@@ -27,7 +27,7 @@ from unisono.models.text.attention import attend, attend_once, mean_over_tokens,
 from unisono.models.text.dropout import Dropout
 from unisono.models.text.linear import Linear
 from unisono.models.text.packing import Packing, pack
-from unisono.recipe import Pretrained
+from unisono.sections import Pretrained
 
 PREFIX = "bert."
 

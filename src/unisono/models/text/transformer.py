@@ -15,7 +15,7 @@ from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
 from unisono.models.text.dropout import Dropout
 from unisono.models.text.linear import Linear
 from unisono.models.text.packing import Packing, pack
-from unisono.recipe import Transformer
+from unisono.sections import Transformer
 
 _INITIAL_STD = 0.02  # as in BERT and GPT-2
 

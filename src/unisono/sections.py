@@ -1,0 +1,215 @@
+"""The tables of a recipe: every key with its type, limits, default and meaning.
+
+Owns the keys. How a recipe is read, changed and explained is the matter of `recipe.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """One table of the recipe: unknown keys, wrong types and later changes are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Data(Section):
+    """Where the records are, and what is taken from each."""
+
+    train: str = Field(
+        "", description="file (or folder with one sub-folder per class) to train on; relative to the recipe"
+    )
+    validation: str = Field("", description="file for evaluation while training; empty: see validation_fraction")
+    test: str = Field("", description="file for the test after training; empty: see test_fraction")
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+        "auto", description="auto goes by the file's name"
+    )
+    text: str = Field("text", description="name of the column with the text")
+    label: str = Field("label", description="name of the column with the class")
+    header_lines: int = Field(
+        1, ge=0, le=100, description="CSV, TSV: lines before the first record; the first of them names the columns"
+    )
+    columns: Names = Field((), description="CSV, TSV: the columns' names, instead of those in the header")
+    labels: Names = Field((), description="the classes, in order; empty: those of the training records, sorted")
+    validation_fraction: Rate = Field(
+        0.0, description="share of the training records kept for validation, cut by a hash of their content"
+    )
+    test_fraction: Rate = Field(
+        0.0, description="share of the training records kept for the test, cut by a hash of their content"
+    )
+    strict: bool = Field(False, description="true: a quarantined record is an error")
+    store: str = Field(
+        "runs/datasets",
+        description="folder where encoded datasets are kept, each under the hash of what it was made from",
+    )
+
+
+class Encode(Section):
+    """How a text becomes numbers."""
+
+    kind: Literal["auto", "ngrams", "wordpiece", "bpe", "tokenizer"] = Field(
+        "auto",
+        description="auto: ngrams for bag, wordpiece for transformer, the folder's tokenizer.json for pretrained",
+    )
+    tokenizer: str = Field("", description="kind tokenizer: path of a tokenizer.json")
+    vocabulary_size: int = Field(
+        16_000, ge=64, description="wordpiece, bpe: entries of the vocabulary trained on the training texts"
+    )
+    max_tokens: int = Field(256, ge=2, description="longer texts are cut; for ngrams the limit is on words")
+    lowercase: bool = Field(True, description="ngrams, wordpiece, bpe: fold case (and accents, for wordpiece)")
+    ngrams: int = Field(2, ge=1, le=5, description="ngrams: longest run of words that is one feature")
+    prefix: int = Field(
+        0, ge=0, le=32, description="ngrams: first letters of a word that are a feature as well; 0: none"
+    )
+    features: int = Field(
+        131_072, ge=16, description="ngrams: how many are told apart, those in most training texts; others are left out"
+    )
+
+
+class Bag(Section):
+    """A bag of word n-grams, weighted by rarity: an embedding for each, added up; then a linear or a hidden layer."""
+
+    kind: Literal["bag"] = "bag"
+    width: int = Field(32, ge=1, description="numbers per embedding")
+    hidden: int = Field(0, ge=0, description="width of a hidden layer; 0: none")
+    dropout: Rate = Field(0.0, description="dropout on the summed embedding and the hidden layer")
+
+
+class Transformer(Section):
+    """A transformer encoder, trained from scratch."""
+
+    kind: Literal["transformer"] = "transformer"
+    layers: int = Field(4, ge=1, description="encoder blocks")
+    width: int = Field(256, ge=1, description="size of the hidden states")
+    heads: int = Field(4, ge=1, description="attention heads; divides width")
+    feedforward: int = Field(1024, ge=1, description="inner size of the feed-forward layers")
+    dropout: Rate = Field(0.1, description="dropout everywhere in the encoder")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Transformer:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
+class Pretrained(Section):
+    """A BERT-family encoder read from a folder, with a new classification head."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    folder: str = Field("", description="folder with config.json, model.safetensors and tokenizer.json")
+    dropout: Rate = Field(0.1, description="dropout in the encoder and before the head")
+    attention_dropout: Rate = Field(0.0, description="dropout on attention weights")
+    pooling: Literal["mean", "cls", "pooler"] = Field(
+        "mean",
+        description="what the head sees: the mean of the tokens, the first one, or that through the encoder's own "
+        "pooler, as in transformers",
+    )
+    freeze: bool = Field(False, description="true: only the head is trained")
+
+
+Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
+
+
+class Train(Section):
+    """How the weights are found. Every key but `device` and `audit_every` decides bits."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
+    max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
+    samples_per_step: int = Field(64, ge=1, description="samples in one step's global batch")
+    microbatches: int = Field(8, ge=1, le=65_536, description="pieces that a step is cut into; at most so many workers")
+    optimizer: Literal["sgd", "adam", "adamw", "lion"] = Field("adamw", description="update rule")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate")
+    pretrained_rate: float = Field(1.0, ge=0, description="factor on the rate of the pretrained part")
+    weight_decay: float = Field(0.01, ge=0, description="decay of weights; biases and norms are spared")
+    momentum: Rate = Field(0.9, description="sgd: share of the last direction that is kept")
+    nesterov: bool = Field(False, description="sgd: look ahead along the momentum")
+    beta1: Rate = Field(0.9, description="adam, adamw, lion: memory of the gradient")
+    beta2: Rate = Field(0.999, description="adam, adamw: memory of its square; lion: of the gradient")
+    epsilon: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="what the rate does after the warm-up"
+    )
+    warmup: float = Field(0.1, ge=0, description="below 1: share of all steps; from 1: number of steps")
+    clip_norm: float = Field(0.0, ge=0, description="limit of the gradient's norm; 0: none")
+    label_smoothing: Rate = Field(0.0, description="share of the target spread over all classes")
+    class_weights: Literal["none", "balanced"] | Annotated[tuple[float, ...], Field(strict=False)] = Field(
+        "none", description="none, balanced (inverse frequency), or one number per class"
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="bf16: autocast; weights and sums stay float32"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
+    ema_decay: Rate = Field(0.0, description="keep an averaged copy of the weights, and test and export that; 0: none")
+    lazy_rows: bool = Field(
+        False,
+        description="sparse embeddings: update and decay only the rows that a step touched, as torch.optim.SparseAdam "
+        "does; false: all of them",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any")
+    audit_every: int = Field(
+        0,
+        ge=0,
+        description="steps between audits: another worker recomputes a microbatch, and bits are compared; 0: off",
+    )
+
+    @model_validator(mode="after")
+    def _lazy_rows_have_no_average(self) -> Train:
+        if self.lazy_rows and self.ema_decay:
+            raise ValueError(
+                "lazy_rows and ema_decay: an average follows all rows at every step; allowed is one of both"
+            )
+        return self
+
+
+class Evaluate(Section):
+    """When to look at the validation samples (or the test samples, where there are none), and what follows."""
+
+    every_epochs: float = Field(1.0, ge=0, description="0: only at the end")
+    every_steps: int = Field(0, ge=0, description="instead of every_epochs; 0: off")
+    samples_per_microbatch: int = Field(64, ge=1, description="samples evaluated at once")
+    metric: str = Field("loss", description="what `patience` and `keep_best` compare; loss falls, all others rise")
+    patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
+    keep_best: bool = Field(
+        False, description="true: test and export the weights of the best evaluation, not the last ones"
+    )
+
+
+class Checkpoint(Section):
+    """When the whole state is written to disk."""
+
+    every_steps: int = Field(0, ge=0, description="0: only at the end and on an interrupt")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+
+
+class Recovery(Section):
+    """What happens when workers are lost or hang, or the machine is wanted back. No key decides a bit."""
+
+    on_loss: Literal["replace", "shrink"] = Field(
+        "replace", description="replace: start another worker; shrink: the others take its share"
+    )
+    restarts: int = Field(100, ge=0, description="losses that a run recovers from; 0: the first one ends it")
+    attempts: int = Field(
+        3,
+        ge=1,
+        description="losses in a row, no step finished in between, at which the run ends: the fault repeats",
+    )
+    backoff_seconds: float = Field(
+        1.0, ge=0, description="wait before the second attempt at a step; doubled for each further one, up to a minute"
+    )
+    hang_factor: float = Field(
+        20.0,
+        ge=0,
+        description="a worker that makes no progress for so many times the longest step (one second at least) is lost; "
+        "0: never",
+    )
+    grace_seconds: float = Field(
+        30.0, gt=0, description="after SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and write a checkpoint"
+    )
