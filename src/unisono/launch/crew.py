@@ -5,9 +5,7 @@ Owns the children and their channels. Decides nothing; `supervisor.py` does.
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -27,6 +25,7 @@ from unisono.launch.channel import Channel, Message, pair
 from unisono.launch.interrupts import ASKING
 from unisono.launch.losses import End
 from unisono.launch.member import DUMP, Part, Post, serve
+from unisono.processes import fork
 
 DUMP_SECONDS = 1.0  # to write stacks down
 
@@ -85,7 +84,6 @@ class Crew:
         self._device = device
         self._faults = tuple(faults)
         self._wake = wake
-        self._fork = multiprocessing.get_context("fork")
 
     def staying(self) -> list[Member]:
         """Members that have not been told to leave, by slot."""
@@ -111,13 +109,7 @@ class Crew:
                 parent=os.getpid(),
                 faults=self._faults,
             )
-            # until the child ignores them, it must not take a signal for the parent's
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
-            process = self._fork.Process(target=serve, args=(post, self._part), name=f"worker {slot}")
-            gc.freeze()  # a collection in the child must not touch, and so copy, what it has inherited
-            process.start()
-            gc.unfreeze()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            process = fork(serve, (post, self._part), f"worker {slot}", hold=ASKING)
             theirs.close()
             self.members[slot] = Member(slot=slot, process=process, channel=mine, report=report, stacks=stacks)
 

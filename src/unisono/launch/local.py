@@ -7,7 +7,6 @@ torch.distributed.elastic's starter.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
@@ -27,9 +26,9 @@ from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
 from unisono.launch.seat import Seat
 from unisono.launch.worker import STOPPING, Act, guarded, work
+from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers
 
 GRACE_SECONDS = 5.0  # for the others, after one has failed
-PR_SET_PDEATHSIG = 1
 
 
 def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
@@ -82,26 +81,8 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         _raise_first_failure(children, Path(scratch), interrupts.asked)
 
 
-def forget_kernel_buffers() -> None:
-    """Make MKL free its buffers, which it lists by thread.
-
-    A forked process that inherits the list of several threads may search it for ever in its first matrix product.
-    """
-    import torch
-
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if library.exists():
-        free = getattr(
-            ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None
-        )  # absent where torch is built without MKL
-        if free is not None:
-            free()
-
-
 def _child(seat: Seat, act: Act, threads: int, device: str, scratch: Path, parent: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # the parent ended before the line above
+    end_with_parent(parent)
     code = guarded(
         lambda: work(seat, act, threads=threads, wanted_device=device),
         (scratch / f"{seat.rank}.json").write_text,
@@ -170,7 +151,7 @@ def _raise_first_failure(children: Sequence[BaseProcess], scratch: Path, asked: 
         raise _rebuild(reports[0])
     if killed:
         code = killed[0].exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = describe_end(code)
         hint = " It may have been out of memory: dmesg tells." if code == -signal.SIGKILL else ""
         raise WorkerError(f"{killed[0].name} {how}.{hint} Go on from the last checkpoint with --resume.")
     if reports:

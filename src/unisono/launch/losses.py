@@ -13,6 +13,7 @@ from typing import Any
 
 from unisono import errors, events
 from unisono.errors import CorruptionError, LostPeerError, UnisonoError, WorkerError
+from unisono.processes import describe_end
 from unisono.sections import Recovery
 
 MOST_BACKOFF_SECONDS = 60.0
@@ -53,10 +54,10 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
             trace = trace or str(end.report["traceback"])
         elif end.code < 0:
             hint = " (out of memory? dmesg tells)" if end.code == -signal.SIGKILL else ""
-            told.append(f"{who} was killed by {signal.Signals(-end.code).name}{hint}")
+            told.append(f"{who} {describe_end(end.code)}{hint}")
             trace = trace or end.stacks
         else:
-            told.append(f"{who} ended with exit code {end.code}")
+            told.append(f"{who} {describe_end(end.code)}")
     return Loss(step=step, what=", ".join(told), cause=cause, trace=trace)
 
 

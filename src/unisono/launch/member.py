@@ -6,7 +6,6 @@ Owns the worker's end of the channel. What a worker does is handed in; who watch
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
 import gc
@@ -35,8 +34,8 @@ from unisono.launch.interrupts import ASKING
 from unisono.launch.seat import Seat
 from unisono.launch.worker import guarded, keep_memory
 from unisono.link import Link
+from unisono.processes import end_with_parent
 
-PR_SET_PDEATHSIG = 1
 DUMP = signal.SIGUSR2
 """Makes a worker write all its stacks down, whatever it is at."""
 
@@ -124,9 +123,7 @@ class Supervised:
 
 def serve(post: Post, part: Part) -> None:
     """Live a worker's life, until all is done or the supervisor lets it go."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != post.parent:
-        os._exit(1)  # the parent ended before the line above
+    end_with_parent(post.parent)
     faulthandler.enable(post.stacks)
     faulthandler.register(DUMP, post.stacks, all_threads=True)
     for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers

@@ -28,11 +28,11 @@ from unisono.launch.channel import Message
 from unisono.launch.claim import Claim
 from unisono.launch.crew import Crew, Member
 from unisono.launch.interrupts import Interrupts
-from unisono.launch.local import forget_kernel_buffers
 from unisono.launch.losses import Budget, Change, Loss, find_verdict, name_loss
 from unisono.launch.member import Part
 from unisono.launch.watch import Watch
 from unisono.launch.writing import Writing
+from unisono.processes import forget_kernel_buffers
 from unisono.recipe import Recipe
 from unisono.run import remove_begun
 

@@ -6,8 +6,6 @@ from that of the snapshot.
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -23,7 +21,7 @@ from unisono.engine.snapshot import Snapshot
 from unisono.errors import RunFolderError
 from unisono.events import CheckpointWritten, Notice
 from unisono.launch.interrupts import ASKING
-from unisono.launch.member import PR_SET_PDEATHSIG
+from unisono.processes import describe_end, end_with_parent, fork
 
 NICENESS = 5  # training comes first
 
@@ -108,9 +106,7 @@ class Writing:
         self.step = int(facts["step"])
         self._began, self._waited_seconds = time.monotonic(), waited_seconds
         os.ftruncate(self._error.fileno(), 0)
-        fork = multiprocessing.get_context("fork")
-        self._process = fork.Process(target=self._write, args=(facts, os.getpid()), name="checkpoint")
-        self._process.start()
+        self._process = fork(self._write, (facts, os.getpid()), "checkpoint")
 
     def _conclude(self) -> None:
         if self._process is None or self._process.exitcode is None:
@@ -121,17 +117,15 @@ class Writing:
             path = checkpoints.name_checkpoint(self._folder, self.step)
             self._tell(tell_written(path, seconds, self._waited_seconds))
         else:
-            how = f"the writer was killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            how = f"the writer {describe_end(code)}"
             why = os.pread(self._error.fileno(), 65_536, 0).decode()
             self._tell(warn_unwritten(why or how))
             self.step = -1
 
     def _write(self, facts: Mapping[str, Any], parent: int) -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(parent)
         for signum in ASKING:
             signal.signal(signum, signal.SIG_IGN)
-        if os.getppid() != parent:
-            os._exit(1)
         os.nice(NICENESS)
         why = ""
         try:
