@@ -21,8 +21,8 @@ from workloads import WORKLOADS, Workload
 from world import WORKERS, in_unisono
 
 from unisono.engine import reduction
-from unisono.engine.tree import Node
 from unisono.exchange.protocol import Exchange
+from unisono.nodes import Node
 
 REPEATS = 5
 ROWS = (("minilm", "float32", 8), ("transformer", "float32", 8))

@@ -23,7 +23,7 @@ LAYERS = (  # from top to bottom; imports point downwards, or sideways within a 
     ("checkpoint",),
     ("engine",),
     ("exchange", "data", "models"),
-    ("board", "events", "recipe", "sections", "errors", "faults", "files", "keys", "folder", "processes"),
+    ("board", "events", "recipe", "sections", "errors", "faults", "files", "keys", "folder", "processes", "nodes"),
 )
 APART = {("data", "models"), ("models", "data"), ("data", "exchange"), ("exchange", "data")}
 OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib"}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unisono.engine.assignment import Assignment, shares
-from unisono.engine.tree import nodes
+from unisono.nodes import nodes
 
 
 @given(microbatches=st.integers(0, 300), workers=st.integers(1, 320))

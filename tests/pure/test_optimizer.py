@@ -15,11 +15,11 @@ from unisono.engine.optimizer import Optimizer, block_squares
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.space import BLOCK
-from unisono.engine.tree import Node
 from unisono.errors import DivergedError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
+from unisono.nodes import Node
 from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")

@@ -16,11 +16,12 @@ from unisono.engine.contribution import Contributor
 from unisono.engine.optimizer import Optimizer
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.state import TrainState
-from unisono.engine.tree import fold, fold_nodes, nodes
+from unisono.engine.tree import fold_nodes
 from unisono.exchange.played import Played, play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.loop import steps
+from unisono.nodes import fold, nodes
 from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")

@@ -14,11 +14,11 @@ from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.rows import Rows, add_up, pack, rows_of, squares_of_rows, unpack
 from unisono.engine.space import BLOCK
-from unisono.engine.tree import Node, fold
 from unisono.errors import RecipeError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
+from unisono.nodes import Node, fold
 from unisono.recipe import check
 from unisono.sections import Train
 

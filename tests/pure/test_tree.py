@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisono.engine.tree import Node, Tree, fold, fold_nodes, nodes
+from unisono.engine.tree import Tree, fold_nodes
+from unisono.nodes import Node, fold, nodes
 
 SPECIAL = np.array([0.0, -0.0, 1e-42, -1e-42, 1.17e-38, 3.4e38, -3.4e38, 1e30, -1e30, 1.0, -1.0, 1e-8], np.float32)
 

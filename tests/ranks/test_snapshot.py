@@ -28,7 +28,6 @@ from unisono.engine.reduction import Sum, Totals
 from unisono.engine.snapshot import COPIES, FACTS_BYTES, Description, Snapshot, SnapshotArrays, new_file
 from unisono.engine.space import BLOCK
 from unisono.engine.state import Content
-from unisono.engine.tree import Node
 from unisono.errors import DivergedError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
@@ -36,6 +35,7 @@ from unisono.exchange.solo import Solo
 from unisono.joining import Job, Run, join, make_ready, run_facts
 from unisono.loop import steps
 from unisono.material import open_own
+from unisono.nodes import Node
 from unisono.recipe import Recipe
 
 

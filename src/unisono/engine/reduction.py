@@ -19,9 +19,10 @@ from unisono.engine.assignment import Assignment
 from unisono.engine.contribution import Contribution
 from unisono.engine.replica import Replica
 from unisono.engine.rows import Rows, add_up, pack, rows_of, unpack
-from unisono.engine.tree import Node, Tree, fold, fold_nodes, nodes
+from unisono.engine.tree import Tree, fold_nodes
 from unisono.errors import ContractError, DivergedError, LostPeerError
 from unisono.exchange.protocol import Exchange
+from unisono.nodes import Node, fold, nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,55 +1,19 @@
 """The fixed binary tree in which contributions are added.
 
-Node (0, i) is microbatch i's contribution; node (l, i) = node (l − 1, 2i) + node (l − 1, 2i + 1); a missing right child
-is not added (−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
+The tree itself is `nodes.py`: node (0, i) is microbatch i's contribution, and a missing right child is not added
+(−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
 
-Owns the arithmetic of nodes and a worker's pending buffers. Does not communicate.
+Owns the sums of tensors and a worker's pending buffers. Does not communicate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class Node:
-    """A place in the tree: it covers the microbatches index · 2^level … (index + 1) · 2^level − 1."""
-
-    level: int
-    index: int
-
-    @property
-    def parent(self) -> Node:
-        return Node(self.level + 1, self.index // 2)
-
-    def is_left_of(self, other: Node) -> bool:
-        """Whether `other` is the right sibling."""
-        return self.level == other.level and self.index % 2 == 0 and other.index == self.index + 1
-
-
-def nodes(microbatches: range) -> list[Node]:
-    """The fewest complete nodes that cover a contiguous range, from left to right: at most 2 · log2(M)."""
-    found: list[Node] = []
-    for number in microbatches:
-        found.append(Node(0, number))
-        while len(found) > 1 and found[-2].is_left_of(found[-1]):
-            found.pop()
-            found.append(found.pop().parent)
-    return found
-
-
-def fold(values: Iterable[Any]) -> Any:
-    """Add all contributions 0 … M − 1 of one kind (floats, say) as the tree does."""
-    level = list(values)
-    while len(level) > 1:
-        pairs = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + level[len(pairs) * 2 :]
-    return level[0]
+from unisono.nodes import Node
 
 
 def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:

@@ -1,0 +1,50 @@
+"""The fixed binary tree in which everything is put together: its places, and which of them a range covers.
+
+Node (0, i) is leaf i (a microbatch's contribution, a task's result); node (l, i) is made of nodes (l − 1, 2i) and
+(l − 1, 2i + 1); what lacks its right child goes up as it is. The tree depends on the leaves' numbers alone, so whoever
+combines what, the result is the same.
+
+Owns the places. The sums of tensors are `engine/tree.py`, results of any kind `parallel/gathering.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Node:
+    """A place in the tree: it covers the leaves index · 2^level … (index + 1) · 2^level − 1."""
+
+    level: int
+    index: int
+
+    @property
+    def parent(self) -> Node:
+        return Node(self.level + 1, self.index // 2)
+
+    def is_left_of(self, other: Node) -> bool:
+        """Whether `other` is the right sibling."""
+        return self.level == other.level and self.index % 2 == 0 and other.index == self.index + 1
+
+
+def nodes(leaves: range) -> list[Node]:
+    """The fewest complete nodes that cover a contiguous range, from left to right: at most 2 · log2(M)."""
+    found: list[Node] = []
+    for number in leaves:
+        found.append(Node(0, number))
+        while len(found) > 1 and found[-2].is_left_of(found[-1]):
+            found.pop()
+            found.append(found.pop().parent)
+    return found
+
+
+def fold(values: Iterable[Any]) -> Any:
+    """Add all leaves 0 … M − 1 of one kind (floats, say) as the tree does."""
+    level = list(values)
+    while len(level) > 1:
+        pairs = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0]
