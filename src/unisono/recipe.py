@@ -23,6 +23,7 @@ from unisono.sections import (
     Model,
     Pretrained,
     Recovery,
+    Screen,
     Section,
     Train,
     Transformer,
@@ -34,6 +35,7 @@ class Recipe(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder")
     data: Data = Data()
+    screen: Screen = Screen()
     encode: Encode = Encode()
     model: Model = Bag()
     train: Train = Train()

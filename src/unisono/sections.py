@@ -11,6 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Personal = Literal["keep", "mask", "refuse"]
+Script = Literal[
+    "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati", "Gurmukhi",
+    "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana", "Khmer", "Lao", "Latin", "Malayalam", "Myanmar",
+    "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -48,6 +55,51 @@ class Data(Section):
         "runs/datasets",
         description="folder where encoded datasets are kept, each under the hash of what it was made from",
     )
+
+
+class Screen(Section):
+    """Which records are kept, beyond the rules that always hold, and what is mended in them: see docs/screening.md."""
+
+    min_characters: int = Field(0, ge=0, description="shorter texts are refused; space around a text does not count")
+    max_characters: int = Field(0, ge=0, description="longer texts are refused; 0: no limit")
+    scripts: Annotated[tuple[Script, ...], Field(strict=False)] = Field(
+        (), description='scripts that letters should be of, for instance ["Latin", "Greek"]; empty: any'
+    )
+    script_share: Share = Field(0.5, description="scripts: smallest share of a text's letters that must be of them")
+    invisible: Literal["keep", "strip", "refuse"] = Field(
+        "keep", description="control and invisible characters; refuse: texts with more than invisible_share of them"
+    )
+    invisible_share: Share = Field(0.01, description="invisible: largest share of such characters that is let pass")
+    repeated_lines_share: Share = Field(
+        1.0, description="largest share of a text's lines that stood in it before; 1: any"
+    )
+    mojibake: Literal["keep", "mend", "refuse"] = Field(
+        "keep", description="UTF-8 that was read as something else, such as Ã© for é; mend and refuse need ftfy"
+    )
+    mail: Personal = Field("keep", description="mail addresses; mask: [mail] in their place")
+    card: Personal = Field("keep", description="numbers of payment cards, by length and check digit; mask: [card]")
+    phone: Personal = Field("keep", description="phone numbers as they are usually written; mask: [phone]")
+    near_duplicates: Literal["keep", "refuse"] = Field(
+        "keep", description="texts of which about 80 % is in an earlier text of their split, or in one of train"
+    )
+    contradicted: Literal["keep", "refuse"] = Field(
+        "keep", description="records whose near-duplicates mostly have another class"
+    )
+    contradicted_neighbours: int = Field(
+        3, ge=1, description="contradicted: near-duplicates that a record must have to be judged by them"
+    )
+    contradicted_share: Rate = Field(
+        0.5, description="contradicted: a record is refused if more than this share of them has another class"
+    )
+
+    @model_validator(mode="after")
+    def _some_length_is_allowed(self) -> Screen:
+        if 0 < self.max_characters < self.min_characters:
+            raise ValueError(
+                f"min_characters {self.min_characters} is above max_characters {self.max_characters}: no text could "
+                "be kept; lower the one or raise the other"
+            )
+        return self
 
 
 class Encode(Section):
