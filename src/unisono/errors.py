@@ -7,11 +7,13 @@ UnisonoError
 │   ├── DamagedError           a stored file is not what its checksum says
 │   ├── ModelError             a model folder cannot be used
 │   ├── RunFolderError         a run folder exists, or lacks what is needed
+│   ├── ParallelError          what was given to unisono.parallel cannot be used
 │   └── ContractError          the promise of equal bits cannot be kept
 │       ├── ImpureError        a contribution is no pure function of its inputs
 │       └── NumericsError      workers, or a checkpoint, compute with other numerics
 ├── DivergedError (exit code 3)   the loss or the gradient is no longer finite
 ├── WorkerError (exit code 1)     a worker failed; carries its rank and traceback
+├── TaskError (exit code 1)       a task of unisono.parallel failed; names its item
 ├── CorruptionError               a worker computed wrong bits: the worker is lost, not the run
 ├── LostPeerError                 another worker vanished during an exchange: a symptom, never the cause
 └── Interrupted (exit code 130)   the user stopped the run; a checkpoint was written
@@ -55,6 +57,10 @@ class RunFolderError(UserError):
     """A run folder is in the way, or is missing what the command needs."""
 
 
+class ParallelError(UserError):
+    """An argument of `unisono.parallel` cannot be used."""
+
+
 class ContractError(UserError):
     """The promise of equal bits cannot be kept for this run."""
 
@@ -75,6 +81,17 @@ class DivergedError(UnisonoError):
 
 class WorkerError(UnisonoError):
     """A worker failed. The message carries its rank and its traceback."""
+
+
+class TaskError(UnisonoError):
+    """A task failed: its function raised, or ended its worker. `number` is the item's place in the input, from 0.
+
+    What the function raised is the `__cause__`, where it could be sent.
+    """
+
+    def __init__(self, message: str, number: int = -1) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class CorruptionError(UnisonoError):

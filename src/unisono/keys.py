@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 
 import numpy as np
-import torch
 
 
 def key(seed: int, purpose: str, *numbers: int) -> int:
@@ -19,9 +19,10 @@ def key(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def seed_all(key: int) -> None:
-    """Seed every global generator (and CUDA's, where it is in use) from one key."""
-    torch.default_generator.manual_seed(key)  # torch.manual_seed takes ten times as long, for devices not in use
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(key)
+    """Seed every global generator (torch's where it is imported, CUDA's where it is in use) from one key."""
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.manual_seed(key)  # torch.manual_seed takes ten times as long, for devices not in use
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     random.seed(key)

@@ -1,0 +1,11 @@
+"""Any computation cut into tasks, run by many workers, put together again: with the result that one worker gives.
+
+`map` and `map_reduce` run a function over items; `add` and `matmul` are made of them. docs/parallel.md is the guide.
+"""
+
+from unisono.errors import ParallelError, TaskError
+from unisono.parallel.calls import map, map_reduce
+from unisono.parallel.sharing import Failure
+from unisono.parallel.tasks import key
+
+__all__ = ["Failure", "ParallelError", "TaskError", "key", "map", "map_reduce"]

@@ -1,0 +1,74 @@
+"""Results put together: in the order of their items, or in the fixed tree.
+
+Owns what waits for others to come. Neither depends on which worker was quicker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from unisono.nodes import Node
+
+_MISSING = object()
+
+
+class Ordered:
+    """Results by number, given out in rising order."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self._ready: dict[int, Any] = {}
+
+    def put(self, number: int, value: Any) -> None:
+        """Take a result."""
+        self._ready[number] = value
+
+    def __bool__(self) -> bool:
+        return self.next in self._ready
+
+    def pop(self) -> Any:
+        """The next result."""
+        value = self._ready.pop(self.next)
+        self.next += 1
+        return value
+
+
+class Combined:
+    """Nodes of the fixed tree, combined as soon as both siblings are there.
+
+    A leaf that is missing (its task failed, and was put into quarantine) leaves its sibling to go up as it is, as one
+    beyond the last does.
+    """
+
+    def __init__(self, combine: Callable[[Any, Any], Any]) -> None:
+        self._combine = combine
+        self._nodes: dict[Node, Any] = {}
+
+    def put(self, node: Node, value: Any) -> None:
+        """Take a complete node."""
+        while True:
+            sibling = Node(node.level, node.index ^ 1)
+            if sibling not in self._nodes:
+                self._nodes[node] = value
+                return
+            other = self._nodes.pop(sibling)
+            value = self._put_together(value, other) if node.index < sibling.index else self._put_together(other, value)
+            node = node.parent
+
+    def miss(self, number: int) -> None:
+        """Leaf `number` will not come."""
+        self.put(Node(0, number), _MISSING)
+
+    def finish(self) -> tuple[Any, bool]:
+        """The root over all leaves that came, and whether there was one."""
+        stack = sorted(self._nodes.items(), key=lambda one: one[0].index << one[0].level)
+        result: Any = _MISSING
+        for _, value in reversed(stack):  # what lacks its right sibling goes up as it is
+            result = self._put_together(value, result)
+        return result, result is not _MISSING
+
+    def _put_together(self, left: Any, right: Any) -> Any:
+        if left is _MISSING or right is _MISSING:
+            return right if left is _MISSING else left
+        return self._combine(left, right)

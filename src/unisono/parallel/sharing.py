@@ -1,0 +1,199 @@
+"""Which tasks go to workers next, and what is done about those that fail.
+
+Owns batches, retries and losses. Reads items only as far ahead as it must; knows workers only as a `Crew`. What it
+decides changes how long a call takes, never its result.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from unisono.errors import TaskError, WorkerError
+from unisono.nodes import Node
+from unisono.parallel.engine import Crew
+from unisono.parallel.tasks import Batch, Fault, Outcome
+
+AIM_SECONDS = 0.005
+"""How long a batch should take: long beside the cost of sending it, short beside the wait for an idle worker."""
+
+MOST_TASKS, MOST_BYTES = 4096, 8 << 20  # of a batch
+LOSSES = 3
+"""Workers that may be lost at one task: the next one would be, too."""
+
+AHEAD, AHEAD_TASKS, AHEAD_BYTES = 4, 16, 256 << 20
+"""Items are read so many batches per worker, but at least so many tasks and at most so many bytes of theirs, before the
+first of them is given out."""
+
+BARREN_LOSSES = 10
+"""Workers lost in a row with no result in between, at which a call ends: they cannot live here."""
+
+PATIENCE_SECONDS = 1.0  # between two looks at an idle crew; what arrives is seen at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A task that has failed for good.
+
+    number: place of its item in the input, from 0. error: in a line. trace: where it was raised; empty if its worker
+    was lost.
+    """
+
+    number: int
+    item: Any
+    error: str
+    trace: str = ""
+    exception: BaseException | None = None
+
+    def as_error(self) -> TaskError:
+        """The error that tells of it."""
+        told = f"task {self.number} failed: {self.error}\nits item: {shorten(self.item)}"
+        return TaskError(f"{told}\n{self.trace}".rstrip(), self.number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What is known for good since last time: results by number, complete nodes, failures."""
+
+    values: list[tuple[int, Any]]
+    nodes: list[tuple[Node, Any]]
+    failures: list[Failure]
+
+
+class Sharing:
+    """Hands a call's items to a crew.
+
+    `given`: how many items the caller is done with; it bounds how far ahead others are read.
+    """
+
+    def __init__(self, crew: Crew, items: Iterable[Any], workers: int, retries: int) -> None:
+        self.given = 0
+        self.taken = 0
+        self.exhausted = False
+        self._crew = crew
+        self._items = enumerate(items)
+        self._workers = workers
+        self._retries = retries
+        self._again: deque[tuple[int, Any]] = deque()  # to be done before any that are new
+        self._alone: deque[tuple[int, Any]] = deque()  # in a batch of their own: a worker was lost at them
+        self._flying: dict[int, dict[int, Any]] = {}  # items by number, by batch
+        self._tries: dict[int, int] = {}
+        self._losses: dict[int, int] = {}
+        self._size = 1
+        self._ahead = False
+        self._most_ahead = 2 * workers
+        self._batches = 0
+        self._barren = 0
+
+    def stop_reading(self) -> None:
+        """Take no further items."""
+        self.exhausted = True
+
+    def settle(self) -> Iterator[Settled]:
+        """Yield what becomes known, until all is."""
+        while True:
+            failures = self._submit()
+            if not (self._flying or failures or self._again or self._alone) and self.exhausted:
+                return
+            settled = Settled(values=[], nodes=[], failures=failures)
+            waits = bool(self._flying) and not failures
+            for outcome in self._crew.wait(PATIENCE_SECONDS if waits else 0.0):
+                self._take(outcome, settled)
+            yield settled
+
+    def _submit(self) -> list[Failure]:
+        failures: list[Failure] = []
+        for _ in range(self._crew.capacity(self._ahead)):
+            chosen = dict(self._choose())
+            if not chosen:
+                break
+            self._batches += 1
+            batch = Batch(id=self._batches, numbers=list(chosen), items=list(chosen.values()))
+            self._flying[batch.id] = chosen
+            for fault in self._crew.submit(batch):
+                item = chosen.pop(fault.number)
+                told = f"its item cannot be sent to a worker: {fault.error}"
+                failures.append(_fail(fault, item, told))
+        return failures
+
+    def _choose(self) -> Iterator[tuple[int, Any]]:
+        """The next batch's items."""
+        if self._alone:
+            yield self._alone.popleft()
+            return
+        for _ in range(self._size):
+            if self._again:
+                yield self._again.popleft()
+                continue
+            if self.exhausted or self.taken - self.given >= self._most_ahead:
+                return
+            try:
+                numbered = next(self._items)
+            except StopIteration:
+                self.exhausted = True
+                return
+            self.taken += 1
+            yield numbered
+
+    def _take(self, outcome: Outcome, settled: Settled) -> None:
+        """Note what became of a batch; what is left of it is done again."""
+        items = self._flying.pop(outcome.id)
+        settled.values.extend(outcome.values)
+        settled.nodes.extend(outcome.nodes)
+        left = dict(items)
+        for number in outcome.numbers:
+            left.pop(number, None)
+        for fault in outcome.faults:
+            self._tries[fault.number] = self._tries.get(fault.number, 0) + 1
+            if self._tries[fault.number] > self._retries:
+                settled.failures.append(_fail(fault, items[fault.number]))
+            else:
+                self._alone.append((fault.number, items[fault.number]))
+        if outcome.at in left:
+            self._lose(outcome, left.pop(outcome.at), settled)
+        self._again.extendleft(reversed(left.items()))
+        self._barren = self._barren + 1 if outcome.loss and not outcome.late else 0
+        if self._barren >= BARREN_LOSSES:
+            raise WorkerError(f"{self._barren} workers in a row were lost; the last one {outcome.loss}. No task is done.")
+        if not outcome.loss:
+            self._measure(outcome, len(items) - len(left))
+
+    def _lose(self, outcome: Outcome, item: Any, settled: Settled) -> None:
+        """A worker ended at a task, or was ended since it took too long."""
+        number = outcome.at
+        counts, most = (self._tries, self._retries + 1) if outcome.late else (self._losses, LOSSES)
+        counts[number] = counts.get(number, 0) + 1
+        if counts[number] < most:
+            self._alone.append((number, item))
+            return
+        told = "it took longer than timeout_seconds" if outcome.late else f"its worker {outcome.loss}, {LOSSES} times"
+        settled.failures.append(Failure(number=number, item=item, error=told))
+
+    def _measure(self, outcome: Outcome, done: int) -> None:
+        """Let the next batches take about as long, and be about as large, as they should."""
+        per_task = max(outcome.seconds / max(done, 1), 1e-7)
+        bytes_per_task = max(outcome.bytes_ // max(done, 1), 1)
+        by_bytes = MOST_BYTES // bytes_per_task
+        wanted = min(int(AIM_SECONDS / per_task), by_bytes, MOST_TASKS, 4 * self._size)
+        self._size = max(wanted, 1)
+        self._ahead = outcome.seconds < 10 * AIM_SECONDS
+        by_batches = max(AHEAD * self._size, AHEAD_TASKS) * self._workers
+        self._most_ahead = max(2 * self._workers, min(by_batches, AHEAD_BYTES // bytes_per_task))
+
+
+def _fail(fault: Fault, item: Any, told: str = "") -> Failure:
+    return Failure(
+        number=fault.number, item=item, error=told or fault.error, trace=fault.trace, exception=fault.exception
+    )
+
+
+def shorten(item: Any, most: int = 200) -> str:
+    """An item in a line."""
+    try:
+        told = repr(item)
+    except Exception as error:  # noqa: BLE001 - a user's class; its error must not hide the one that is told
+        told = f"<{type(item).__name__}, whose repr raised {error!r}>"
+    told = " ".join(told.split())
+    return told if len(told) <= most else f"{told[:most]}… ({len(told)} characters)"

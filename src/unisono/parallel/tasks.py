@@ -1,0 +1,169 @@
+"""Tasks: what one is, what it leaves behind, and how a batch of them is run, wherever that is.
+
+Owns a task's random key, and that whatever it raises is told with its number. Does not know engines or other workers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from typing import Any
+
+from unisono import keys
+from unisono.errors import ParallelError
+from unisono.nodes import Node
+
+SECONDS_PER_BATCH = 0.05
+"""A batch at work for longer is handed back: others may be free for the rest of its tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all tasks of a call have in common.
+
+    combine: puts two results together, where only one for all is wanted.
+    seed: with a task's number it gives the task's random key; None: generators are left alone.
+    """
+
+    function: Callable[[Any], Any]
+    combine: Callable[[Any, Any], Any] | None = None
+    seed: int | None = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some tasks for one worker: items and their numbers, rising."""
+
+    id: int
+    numbers: Sequence[int]
+    items: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What a task raised: in words, with its traceback, and itself where it can travel."""
+
+    number: int
+    error: str
+    trace: str
+    exception: BaseException | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What became of a batch.
+
+    values: results by number; empty where results are combined.
+    nodes: complete nodes of the tree over the tasks' numbers, where results are combined.
+    faults: tasks that raised. Numbers that are in none of these are to be done again: their worker was lost, or was at
+    work for long enough.
+    loss: how the worker was lost, and the number of the task that it was at (−1: none).
+    seconds: at work. bytes_: what travelled, both ways.
+    """
+
+    id: int
+    values: list[tuple[int, Any]] = field(default_factory=list)
+    nodes: list[tuple[Node, Any]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    loss: str = ""
+    at: int = -1
+    late: bool = False
+    seconds: float = 0.0
+    bytes_: int = 0
+
+    @property
+    def numbers(self) -> set[int]:
+        """The tasks of which there is a result or a fault."""
+        done = {number for number, _ in self.values} | {fault.number for fault in self.faults}
+        for node, _ in self.nodes:
+            done.update(range(node.index << node.level, (node.index + 1) << node.level))
+        return done
+
+
+_current: list[int] = []  # the random key of the task at work
+
+
+def key() -> int:
+    """Return the random key of the task at work, a 63-bit integer: equal for equal (seed, number of the task) only.
+
+    `numpy.random.default_rng(key())` is the task's own generator. The global generators of `random`, NumPy and torch
+    are seeded from the same key before each task.
+
+    Raises:
+        ParallelError: no task is at work here, or the call's seed is None.
+    """
+    if not _current:
+        raise ParallelError("there is no random key here. Call key() within a task of map or map_reduce with a seed.")
+    return _current[-1]
+
+
+def run(job: Job, batch: Batch, begin: Callable[[int], None]) -> Outcome:
+    """Run a batch's tasks one after the other. `begin` hears the number of each before it is run, and −1 at the end."""
+    outcome = Outcome(id=batch.id)
+    function, combine, seed = job.function, job.combine, job.seed
+    started = time.perf_counter()
+    for number, item in zip(batch.numbers, batch.items, strict=True):
+        begin(number)
+        if seed is not None:
+            _current.append(keys.key(seed, "task", number))
+            keys.seed_all(_current[-1])
+        try:
+            value = function(item)
+            if combine is None:
+                outcome.values.append((number, value))
+            else:
+                _put(outcome.nodes, Node(0, number), value, combine)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is told, with its item
+            outcome.faults.append(describe(number, error))
+        finally:
+            _current.clear()
+        if time.perf_counter() - started > SECONDS_PER_BATCH:
+            break
+    begin(-1)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def describe(number: int, error: BaseException) -> Fault:
+    """A task's error as what is told of it."""
+    told = "".join(traceback.format_exception_only(error)).strip()
+    return Fault(number=number, error=told, trace="".join(traceback.format_exception(error)), exception=error)
+
+
+def _put(nodes: list[tuple[Node, Any]], node: Node, value: Any, combine: Callable[[Any, Any], Any]) -> None:
+    """Add a leaf to complete nodes, and combine siblings while there are any."""
+    nodes.append((node, value))
+    while len(nodes) > 1 and nodes[-2][0].is_left_of(nodes[-1][0]):
+        left, a = nodes[-2]
+        nodes[-2:] = [(left.parent, combine(a, nodes[-1][1]))]
+
+
+class SeedTorch(MetaPathFinder):
+    """Seeds torch's generator when a task imports torch first: otherwise the task's result would depend on whether its
+    worker had imported it for an earlier one."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find torch as others do, and seed it once it is there."""
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def seeded(module: Any) -> None:
+                execute(module)
+                if _current:
+                    module.default_generator.manual_seed(_current[-1])
+
+            spec.loader.exec_module = seeded  # type: ignore[method-assign]
+        return spec
