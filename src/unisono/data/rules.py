@@ -37,7 +37,7 @@ REASONS = (EMPTY, UNLABELLED, UNKNOWN, MOJIBAKE, INVISIBLE, MAIL, CARD, PHONE, S
 """In the order in which they are looked for; a fault of reading comes before them all."""
 PERSONAL = frozenset({MAIL, CARD, PHONE})
 
-_INVISIBLE = re.compile(
+UNSEEN = re.compile(
     "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"  # control characters but tab, line ends, form feed
     "\xad\u061c\u180e\u200b\u202a-\u202e\u2060-\u206f\ufeff"  # soft hyphen, no width, direction overrides
     "\u115f\u1160\u3164\uffa0\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff"  # fillers, annotations, no characters
@@ -254,13 +254,13 @@ def _refuse_change(change: Callable[[str], str], text: str) -> str | None:
 
 
 def _refuse_invisible(text: str, share: float) -> str | None:
-    if not _INVISIBLE.search(text):
+    if not UNSEEN.search(text):
         return text
     return text if len(text) - len(_strip(text)) <= share * len(text) else None
 
 
 def _strip(text: str) -> str:
-    return _INVISIBLE.sub("", text)
+    return UNSEEN.sub("", text)
 
 
 def _mend(text: str) -> str:
