@@ -1,9 +1,15 @@
-"""Tables out: CSV, TSV, JSONL, Parquet, by the file's name."""
+"""Tables out: CSV, TSV, JSONL, Parquet, by the file's name.
+
+Owns what stands in a cell. In CSV and TSV, a text that a spreadsheet would run as a formula is written with a single
+quote before it (OWASP, CSV Injection), so that nobody who opens the predictions runs what a record said. JSONL and
+Parquet hold every text as it is.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +17,9 @@ import pyarrow as pa
 from unisono.errors import DataError
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+_RUN = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are = + - @ in full width
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def check_target(path: Path) -> None:
@@ -25,7 +34,7 @@ def check_target(path: Path) -> None:
 
 def write_table(table: pa.Table, path: Path, suffix: str) -> None:
     """Write a table in the format of `suffix`, one of FORMATS. Numbers are written so that they read back to the same
-    bits."""
+    bits; texts, too, but those that a spreadsheet would run."""
     if suffix == ".parquet":
         from pyarrow import parquet
 
@@ -39,10 +48,19 @@ def write_table(table: pa.Table, path: Path, suffix: str) -> None:
         plain = suffix == ".csv"
         writer = csv.writer(file) if plain else None
         for row in [table.column_names, *(list(row.values()) for row in table.to_pylist())]:
-            cells = ["" if cell is None else str(cell) for cell in row]
+            cells = [_spell(cell) for cell in row]
             if writer:
                 writer.writerow(cells)
             else:  # a TSV has no quoting: what would break a row becomes a space
                 file.write(
                     "\t".join(cell.replace("\t", " ").replace("\n", " ").replace("\r", " ") for cell in cells) + "\n"
                 )
+
+
+def _spell(cell: object) -> str:
+    """Return what stands in a cell of a CSV or TSV: never a text that begins like a formula, unless it is a number."""
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        return str(cell)
+    return "'" + cell if cell[:1] in _RUN and not _NUMBER.fullmatch(cell) else cell
