@@ -151,14 +151,10 @@ def _map(
         with _show(progress, items) as show:
             sharing = Sharing(crew, items, count, retries)
             for settled in sharing.settle():
-                for number, value in settled.values:
-                    ordered.put(number, value)
-                for failure in settled.failures:
-                    ordered.put(failure.number, failure)
+                ordered.put_all(settled.values)
+                ordered.put_all((failure.number, failure) for failure in settled.failures)
                 del settled
-                while ordered:
-                    value = ordered.pop()
-                    sharing.given += 1
+                for value in ordered.drain():
                     if not isinstance(value, Failure):
                         yield value
                     elif quarantine is None:
@@ -166,6 +162,7 @@ def _map(
                     else:
                         quarantine.append(value)
                     value = None
+                sharing.given = ordered.next
                 show(sharing.given)
         done = True
     finally:

@@ -5,7 +5,7 @@ Owns what waits for others to come. Neither depends on which worker was quicker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from unisono.nodes import Node
@@ -24,14 +24,15 @@ class Ordered:
         """Take a result."""
         self._ready[number] = value
 
-    def __bool__(self) -> bool:
-        return self.next in self._ready
+    def put_all(self, values: Iterable[tuple[int, Any]]) -> None:
+        """Take results by number."""
+        self._ready.update(values)
 
-    def pop(self) -> Any:
-        """The next result."""
-        value = self._ready.pop(self.next)
-        self.next += 1
-        return value
+    def drain(self) -> Iterator[Any]:
+        """The results that are next, as long as they are there. None of them is held after it was given out."""
+        while self.next in self._ready:
+            self.next += 1
+            yield self._ready.pop(self.next - 1)
 
 
 class Combined:

@@ -7,6 +7,7 @@ replaced; what it had not given back is told.
 
 from __future__ import annotations
 
+import mmap
 import os
 import selectors
 import signal
@@ -17,10 +18,11 @@ import time
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from unisono.errors import ParallelError
 from unisono.parallel.arena import Arena
@@ -32,7 +34,6 @@ ARENA_BYTES = 128 << 20
 """Shared memory each way for each worker; only what has been used takes space. What does not fit goes by the socket."""
 
 _HEAD = struct.Struct("<QQQQQ")  # batch, tasks, ranges of the body, ranges given back, bytes of the body
-_BOARD = struct.Struct("<qd")  # the task at work (−1: none), since when
 _HELD = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -122,7 +123,7 @@ class LocalCrew:
         """Tell of a worker that has ended; start another."""
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
-        at, _ = _BOARD.unpack_from(worker.board.view)
+        at = worker.board[0]
         worker.close(at_once=True)
         how = describe_end(worker.process.exitcode or 0)
         self._hire()
@@ -134,8 +135,8 @@ class LocalCrew:
         outcomes: list[Outcome] = []
         assert self._timeout_seconds is not None
         for worker in list(self._workers):
-            at, since = _BOARD.unpack_from(worker.board.view)
-            if at >= 0 and time.monotonic() - since > self._timeout_seconds:
+            at, since = worker.board
+            if at >= 0 and time.monotonic_ns() - since > self._timeout_seconds * 1e9:
                 outcomes += self._replace(worker, late=True)
         return outcomes
 
@@ -146,8 +147,8 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
-        self.board = Arena(4096)
-        _BOARD.pack_into(self.board.view, 0, -1, 0.0)
+        self.board = Arena(mmap.PAGESIZE).view[:16].cast("q")  # the task at work (−1: none), since when (nanoseconds)
+        self.board[0] = -1
         self._items, self._results = Arena(ARENA_BYTES), Arena(ARENA_BYTES)
         self.batches: deque[Batch] = deque()
         self.outgoing: deque[memoryview] = deque()
@@ -278,7 +279,7 @@ def _pack_into(arena: Arena, value: object) -> tuple[memoryview, array]:
 
 
 def _serve(
-    job: Job, end: socket.socket, other: socket.socket, board: Arena, items: Arena, results: Arena, parent: int
+    job: Job, end: socket.socket, other: socket.socket, board: memoryview, items: Arena, results: Arena, parent: int
 ) -> None:
     """A worker's life: batches in, outcomes out, until the parent closes its end."""
     end_with_parent(parent)
@@ -289,16 +290,12 @@ def _serve(
     _limit_threads(job.threads)
     sys.meta_path.insert(0, SeedTorch())
     freed = array("Q")  # ranges of items that nothing refers to any more
-
-    def begin(number: int) -> None:
-        _BOARD.pack_into(board.view, 0, number, time.monotonic())
-
     while (packed := _receive(end, _HEAD.size)) is not None:
         head = _HEAD.unpack(packed)
         numbers, ranges, back = _cut(head, bytes(_receive(end, 8 * _count_numbers(head)) or b""))
         for offset, length in _pairs(back):
             results.give_back(offset, length)
-        outcome = _run(job, head[0], numbers, _receive(end, head[-1]) or b"", _lend(items, ranges, freed), begin)
+        outcome = _run(job, head[0], numbers, _receive(end, head[-1]) or b"", _lend(items, ranges, freed), board)
         body, given = _pack_outcome(results, outcome)
         gone, freed[:] = freed[:], array("Q")
         with suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
@@ -311,7 +308,7 @@ def _serve(
 
 
 def _run(
-    job: Job, id_: int, numbers: array, body: bytes | bytearray, buffers: list[np.ndarray], begin: Callable[[int], None]
+    job: Job, id_: int, numbers: array, body: bytes | bytearray, buffers: list[np.ndarray], board: memoryview
 ) -> Outcome:
     try:
         items = unpack(body, buffers)
@@ -319,7 +316,7 @@ def _run(
         told = f"it was sent, but cannot be put together again: {error!r}"
         return Outcome(id=id_, faults=[Fault(number=number, error=told, trace=told) for number in numbers])
     buffers.clear()
-    outcome = run(job, Batch(id=id_, numbers=numbers, items=items), begin)
+    outcome = run(job, Batch(id=id_, numbers=numbers, items=items), board)
     for place, fault in enumerate(outcome.faults):
         if _find_fault(fault.number, fault.exception):
             outcome.faults[place] = Fault(number=fault.number, error=fault.error, trace=fault.trace)
@@ -368,11 +365,12 @@ def _pack_outcome(arena: Arena, outcome: Outcome) -> tuple[memoryview, array]:
         return _pack_into(arena, outcome)
     except Exception:  # noqa: BLE001 - which value it was is found out below
         small = Outcome(id=outcome.id, seconds=outcome.seconds)
-    for number, value in outcome.values:
+    for number, value in zip(outcome.done, outcome.values, strict=True):
         if fault := _find_fault(number, value):
             small.faults.append(fault)
         else:
-            small.values.append((number, value))
+            small.done.append(number)
+            small.values.append(value)
     for node, value in outcome.nodes:
         if fault := _find_fault(node.index << node.level, value):
             small.faults.append(fault)
@@ -410,8 +408,4 @@ def _limit_threads(threads: int) -> None:
         os.environ[name] = str(threads)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
-    from threadpoolctl import threadpool_limits
-
     threadpool_limits(threads)
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from unisono.errors import TaskError, WorkerError
@@ -19,7 +20,7 @@ from unisono.parallel.tasks import Batch, Fault, Outcome
 AIM_SECONDS = 0.005
 """How long a batch should take: long beside the cost of sending it, short beside the wait for an idle worker."""
 
-MOST_TASKS, MOST_BYTES = 4096, 8 << 20  # of a batch
+MOST_TASKS, MOST_BYTES = 4096, 2 << 20  # of a batch
 LOSSES = 3
 """Workers that may be lost at one task: the next one would be, too."""
 
@@ -106,7 +107,7 @@ class Sharing:
     def _submit(self) -> list[Failure]:
         failures: list[Failure] = []
         for _ in range(self._crew.capacity(self._ahead)):
-            chosen = dict(self._choose())
+            chosen = self._choose()
             if not chosen:
                 break
             self._batches += 1
@@ -118,33 +119,28 @@ class Sharing:
                 failures.append(_fail(fault, item, told))
         return failures
 
-    def _choose(self) -> Iterator[tuple[int, Any]]:
-        """The next batch's items."""
+    def _choose(self) -> dict[int, Any]:
+        """The next batch's items, by number."""
         if self._alone:
-            yield self._alone.popleft()
-            return
-        for _ in range(self._size):
-            if self._again:
-                yield self._again.popleft()
-                continue
-            if self.exhausted or self.taken - self.given >= self._most_ahead:
-                return
-            try:
-                numbered = next(self._items)
-            except StopIteration:
-                self.exhausted = True
-                return
-            self.taken += 1
-            yield numbered
+            return dict([self._alone.popleft()])
+        chosen = [self._again.popleft() for _ in range(min(self._size, len(self._again)))]
+        room = min(self._size - len(chosen), self._most_ahead - (self.taken - self.given))
+        if room > 0 and not self.exhausted:
+            new = list(islice(self._items, room))
+            self.exhausted = len(new) < room
+            self.taken += len(new)
+            chosen += new
+        return dict(chosen)
 
     def _take(self, outcome: Outcome, settled: Settled) -> None:
         """Note what became of a batch; what is left of it is done again."""
         items = self._flying.pop(outcome.id)
-        settled.values.extend(outcome.values)
+        settled.values.extend(zip(outcome.done, outcome.values, strict=True))
         settled.nodes.extend(outcome.nodes)
-        left = dict(items)
-        for number in outcome.numbers:
-            left.pop(number, None)
+        left = {}
+        if len(outcome.done) < len(items):
+            finished = outcome.numbers
+            left = {number: item for number, item in items.items() if number not in finished}
         for fault in outcome.faults:
             self._tries[fault.number] = self._tries.get(fault.number, 0) + 1
             if self._tries[fault.number] > self._retries:
@@ -156,7 +152,9 @@ class Sharing:
         self._again.extendleft(reversed(left.items()))
         self._barren = self._barren + 1 if outcome.loss and not outcome.late else 0
         if self._barren >= BARREN_LOSSES:
-            raise WorkerError(f"{self._barren} workers in a row were lost; the last one {outcome.loss}. No task is done.")
+            raise WorkerError(
+                f"{self._barren} workers in a row were lost; the last one {outcome.loss}. No task is done."
+            )
         if not outcome.loss:
             self._measure(outcome, len(items) - len(left))
 

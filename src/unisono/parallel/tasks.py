@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -60,7 +60,7 @@ class Fault:
 class Outcome:
     """What became of a batch.
 
-    values: results by number; empty where results are combined.
+    done, values: tasks and their results; none where results are combined.
     nodes: complete nodes of the tree over the tasks' numbers, where results are combined.
     faults: tasks that raised. Numbers that are in none of these are to be done again: their worker was lost, or was at
     work for long enough.
@@ -69,7 +69,8 @@ class Outcome:
     """
 
     id: int
-    values: list[tuple[int, Any]] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     nodes: list[tuple[Node, Any]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     loss: str = ""
@@ -81,7 +82,7 @@ class Outcome:
     @property
     def numbers(self) -> set[int]:
         """The tasks of which there is a result or a fault."""
-        done = {number for number, _ in self.values} | {fault.number for fault in self.faults}
+        done = {*self.done, *(fault.number for fault in self.faults)}
         for node, _ in self.nodes:
             done.update(range(node.index << node.level, (node.index + 1) << node.level))
         return done
@@ -101,35 +102,42 @@ def key() -> int:
     """
     if not _current:
         raise ParallelError("there is no random key here. Call key() within a task of map or map_reduce with a seed.")
-    return _current[-1]
+    return _current[0]
 
 
-def run(job: Job, batch: Batch, begin: Callable[[int], None]) -> Outcome:
-    """Run a batch's tasks one after the other. `begin` hears the number of each before it is run, and −1 at the end."""
+def run(job: Job, batch: Batch, board: MutableSequence[int]) -> Outcome:
+    """Run a batch's tasks one after the other, until they have taken long enough.
+
+    On the board stands the number of the task at work, and since when (nanoseconds); at the end −1.
+    """
     outcome = Outcome(id=batch.id)
     function, combine, seed = job.function, job.combine, job.seed
-    started = time.perf_counter()
+    clock = time.monotonic_ns
+    now = started = clock()
+    latest = started + int(SECONDS_PER_BATCH * 1e9)
     for number, item in zip(batch.numbers, batch.items, strict=True):
-        begin(number)
+        board[1] = now
+        board[0] = number
         if seed is not None:
-            _current.append(keys.key(seed, "task", number))
-            keys.seed_all(_current[-1])
+            _current[:] = [keys.key(seed, "task", number)]
+            keys.seed_all(_current[0])
         try:
             value = function(item)
             if combine is None:
-                outcome.values.append((number, value))
+                outcome.done.append(number)
+                outcome.values.append(value)
             else:
                 _put(outcome.nodes, Node(0, number), value, combine)
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is told, with its item
             outcome.faults.append(describe(number, error))
-        finally:
-            _current.clear()
-        if time.perf_counter() - started > SECONDS_PER_BATCH:
+        now = clock()
+        if now > latest:
             break
-    begin(-1)
-    outcome.seconds = time.perf_counter() - started
+    board[0] = -1
+    _current.clear()
+    outcome.seconds = (now - started) / 1e9
     return outcome
 
 
@@ -163,7 +171,7 @@ class SeedTorch(MetaPathFinder):
             def seeded(module: Any) -> None:
                 execute(module)
                 if _current:
-                    module.default_generator.manual_seed(_current[-1])
+                    module.default_generator.manual_seed(_current[0])
 
             spec.loader.exec_module = seeded  # type: ignore[method-assign]
         return spec
