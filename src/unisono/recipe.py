@@ -6,6 +6,7 @@ Owns reading, overrides, checks and their messages; the keys are in `sections.py
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Recipe(Section):
 
 
 PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("encode", "tokenizer"), ("model", "folder"))
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
 
 
@@ -126,10 +128,15 @@ def _allowed(section: type[BaseModel], name: str) -> str:
     return ", ".join(limits) + ": " if limits else ""
 
 
+def is_url(location: str) -> bool:
+    """Whether a location is a URL (s3://…, https://…, hf://…), and so relative to no folder."""
+    return URL.match(location) is not None
+
+
 def _anchor(table: dict[str, Any], folder: Path) -> None:
     for section, key in PATHS:
         value = table.get(section)
-        if isinstance(value, dict) and isinstance(value.get(key), str) and value[key]:
+        if isinstance(value, dict) and isinstance(value.get(key), str) and value[key] and not is_url(value[key]):
             value[key] = str((folder / Path(value[key]).expanduser()).resolve())
 
 

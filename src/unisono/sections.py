@@ -30,10 +30,12 @@ class Data(Section):
     """Where the records are, and what is taken from each."""
 
     train: str = Field(
-        "", description="file (or folder with one sub-folder per class) to train on; relative to the recipe"
+        "",
+        description="what to train on: a file, a folder with one sub-folder per class, a pattern (reviews/*.jsonl.gz), a "
+        "URL (s3://…, https://…) or a dataset (hf://name:split); paths are relative to the recipe; docs/sources.md",
     )
-    validation: str = Field("", description="file for evaluation while training; empty: see validation_fraction")
-    test: str = Field("", description="file for the test after training; empty: see test_fraction")
+    validation: str = Field("", description="the same for evaluation while training; empty: see validation_fraction")
+    test: str = Field("", description="the same for the test after training; empty: see test_fraction")
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
         "auto", description="auto goes by the file's name"
     )
@@ -49,6 +51,15 @@ class Data(Section):
     )
     test_fraction: Rate = Field(
         0.0, description="share of the training records kept for the test, cut by a hash of their content"
+    )
+    max_record_bytes: int = Field(
+        16 * 2**20, ge=1024, le=2**30, description="a larger record is quarantined, and never held in memory whole"
+    )
+    max_depth: int = Field(
+        64, ge=1, le=500, description="JSONL: a record with more brackets in one another is quarantined"
+    )
+    max_expansion: float = Field(
+        200.0, gt=1, description="a compressed file that unpacks to more than so many times its size is refused"
     )
     strict: bool = Field(False, description="true: a quarantined record is an error")
     store: str = Field(

@@ -1,8 +1,8 @@
 """Records: the text and the class of each row of the user's input.
 
-Owns what counts as a text, a class and their absence. Does not know the formats (`data/formats.py`) and does
-not judge the records (`data/screen.py`): each row becomes one record, in order, and what cannot be used says
-why.
+Owns what counts as a text, a class and their absence. Does not know places and formats (`data/pieces.py`) and
+does not judge the records (`data/screen.py`): each row becomes one record, in order, and what cannot be used
+says why.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from unisono.data.formats import Column, Sheet, read_file, read_frame
+from unisono.data.pieces import find_pieces, read_file, read_piece
+from unisono.data.sheets import Column, Sheet, list_values
+from unisono.data.tables import read_frame
 from unisono.errors import DataError
 from unisono.sections import Data
 
@@ -53,55 +55,90 @@ class Texts:
         return np.flatnonzero([not fault for fault in self.faults])
 
 
-def read_sheet(source: object, data: Data, name: str = "frame") -> Sheet:
-    """Read a path (str or Path) or a frame, whose `name` stands in messages. Raises DataError."""
-    return read_file(Path(source), data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
-
-
 def read_records(source: object, data: Data, name: str = "frame") -> list[Record]:
-    """Return every row of a file or frame as a record, in order.
+    """Return every row of a location (str or Path) or of a frame, whose `name` stands in messages, in order.
 
     Raises:
         DataError: the source cannot be read, is empty, or lacks the column of the texts or of the classes.
     """
-    sheet = read_sheet(source, data, name)
-    texts, labels = _column(sheet, data.text, "text"), _column(sheet, data.label, "label")
-    records = []
-    for row, (given_text, given_label) in enumerate(zip(texts, labels, strict=True)):
-        file = sheet.files[row] if sheet.files else sheet.name
-        if row in sheet.faults:
-            fault = sheet.faults[row]
-            records.append(Record(file=file, row=row + 1, text=_as_text(fault.raw)[0], label=None, fault=fault.reason))
-            continue
-        text, text_fault = _as_text(given_text)
-        label, label_fault = _as_text(given_label)
-        fault_ = text_fault or label_fault
-        records.append(Record(file=file, row=row + 1, text=text, label=label.strip() or None, fault=fault_))
+    if not isinstance(source, (str, Path)):
+        return list(take_records(read_frame(source, data, name), data))
+    sheets = (sheet for piece in find_pieces(source, data) for sheet in read_piece(piece, data))
+    records = list(_number(sheets, data))
+    if not records:
+        read_file(source, data)  # says so
     return records
 
 
+def _number(sheets: Iterable[Sheet], data: Data) -> Iterator[Record]:
+    """Records of sheets, their rows numbered within each source."""
+    name, row = "", 1
+    lacking: Sheet | None = None
+    found = {data.text: False, data.label: False}
+    for sheet in sheets:
+        name, row = sheet.name, row if sheet.name == name else 1
+        for column in found:
+            found[column] |= column in sheet.columns
+        if not found.keys() <= sheet.columns.keys():
+            lacking = lacking or sheet
+        yield from take_records(sheet, data, first_row=row, lenient=True)
+        row += sheet.rows
+    if lacking and not all(found.values()):
+        list(take_records(lacking, data))  # says which
+
+
+def take_records(sheet: Sheet, data: Data, *, first_row: int = 1, lenient: bool = False) -> Iterator[Record]:
+    """Every row of a sheet as a record, in order.
+
+    Args:
+        first_row: number of the sheet's first row in its source, from 1.
+        lenient: a column that the sheet lacks is empty. In JSONL each row names its own, so that only all sheets
+            of a source together tell whether a column is missing.
+
+    Raises:
+        DataError: the column of the texts or of the classes is missing, and not lenient.
+    """
+    if lenient:
+        texts, labels = (
+            list_values(sheet.columns.get(column, [None] * sheet.rows)) for column in (data.text, data.label)
+        )
+    else:
+        texts, labels = find_column(sheet, data.text, "text"), find_column(sheet, data.label, "label")
+    for row, (given_text, given_label) in enumerate(zip(texts, labels, strict=True)):
+        file = sheet.files[row] if sheet.files else sheet.name
+        number = first_row + row
+        if row in sheet.faults:
+            fault = sheet.faults[row]
+            yield Record(file=file, row=number, text=as_text(fault.raw)[0], label=None, fault=fault.reason)
+            continue
+        text, text_fault = as_text(given_text)
+        label, label_fault = as_text(given_label)
+        yield Record(file=file, row=number, text=text, label=label.strip() or None, fault=text_fault or label_fault)
+
+
 def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
-    """Return every row of a file or frame to predict on; the column of classes may be missing.
+    """Return every row of a location or frame to predict on; the column of classes may be missing.
 
     Raises:
         DataError: the source cannot be read, is empty, or lacks the column of the texts.
     """
-    sheet = read_sheet(source, data, name)
+    sheet = read_file(source, data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
     texts, faults = [], []
-    for row, value in enumerate(_column(sheet, data.text, "text")):
-        text, fault = _as_text(value)
+    for row, value in enumerate(find_column(sheet, data.text, "text")):
+        text, fault = as_text(value)
         if row in sheet.faults:
-            text, fault = _as_text(sheet.faults[row].raw)[0], sheet.faults[row].reason
+            text, fault = as_text(sheet.faults[row].raw)[0], sheet.faults[row].reason
         texts.append(text)
         faults.append(fault or ("" if text.strip() else "empty"))
     labels = None
     if data.label in sheet.columns:
-        labels = tuple(_as_text(value)[0].strip() or None for value in _column(sheet, data.label, "label"))
+        labels = tuple(as_text(value)[0].strip() or None for value in find_column(sheet, data.label, "label"))
     table = pa.table({key: _as_arrow(column) for key, column in sheet.columns.items()})
     return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), table=table)
 
 
-def _column(sheet: Sheet, name: str, key: str) -> list[object]:
+def find_column(sheet: Sheet, name: str, key: str) -> list[object]:
+    """Return the values of a column, named by data.`key`. Raises DataError if there is none."""
     if name not in sheet.columns:
         names = list(sheet.columns)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -110,27 +147,10 @@ def _column(sheet: Sheet, name: str, key: str) -> list[object]:
         there = ", ".join(map(repr, names))
         message = f"{sheet.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
         raise DataError(message)
-    return _values(sheet.columns[name])
+    return list_values(sheet.columns[name])
 
 
-def _values(column: Column) -> list[object]:
-    """Python values of a column. Arrow strings come as bytes: Arrow does not check that they are UTF-8."""
-    if isinstance(column, list):
-        return column
-    values: list[object] = []
-    for chunk in column.chunks:
-        kind = chunk.type
-        if pa.types.is_dictionary(kind):
-            words = _values(pa.chunked_array([chunk.dictionary]))
-            values += [None if index is None else words[index] for index in chunk.indices.to_pylist()]
-        elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-            values += chunk.cast(pa.large_binary()).to_pylist()
-        else:
-            values += chunk.to_pylist()
-    return values
-
-
-def _as_text(value: object) -> tuple[str, str]:
+def as_text(value: object) -> tuple[str, str]:
     """Return a value as text, and what is wrong with it.
 
     None and NaN are empty. 3.0 is '3': a frame turns integers into floats when one of them is missing.
@@ -168,8 +188,8 @@ def _as_arrow(column: Column) -> pa.Array | pa.ChunkedArray:
     """A column as Arrow, whatever its values: mixed ones become text."""
     if not isinstance(column, list):
         return column
-    clean: Sequence[object] = [_as_text(value)[0] if isinstance(value, str) else value for value in column]
+    clean: Sequence[object] = [as_text(value)[0] if isinstance(value, str) else value for value in column]
     try:
         return pa.array(clean)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        return pa.array([None if value is None else _as_text(value)[0] for value in clean], type=pa.string())
+        return pa.array([None if value is None else as_text(value)[0] for value in clean], type=pa.string())

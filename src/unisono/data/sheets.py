@@ -1,0 +1,113 @@
+"""Sheets: some rows of a source, as columns of equal length.
+
+Owns what readers hand on, and how sheets are cut and joined. Knows no format and no file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import pyarrow as pa
+
+from unisono.errors import DataError
+
+SHEET_BYTES = 8 * 2**20
+"""A sheet that is read from a file ends with the row that reaches this size."""
+SHEET_ROWS = 65_536
+
+Column: TypeAlias = list[object] | pa.ChunkedArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Why a row could not be cut into fields, and the row as it stood (of a very large one, its beginning)."""
+
+    reason: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """Some rows of one source, as columns of equal length."""
+
+    name: str
+    rows: int
+    columns: Mapping[str, Column]
+    """JSONL: those that some row of the sheet has, in order of first appearance."""
+    faults: Mapping[int, Fault] = field(default_factory=dict)
+    """By row number from 0; such a row's fields are filled with None."""
+    files: Sequence[str] | None = None
+    """The file of each row, where rows come from many."""
+
+
+def cut_sheet(sheet: Sheet, rows: int = SHEET_ROWS) -> Iterator[Sheet]:
+    """Cut a sheet into sheets of at most `rows` rows, in order. Arrow columns are not copied, lists by reference."""
+    for start in range(0, sheet.rows, rows):
+        stop = min(start + rows, sheet.rows)
+        yield Sheet(
+            name=sheet.name,
+            rows=stop - start,
+            columns={name: column[start:stop] for name, column in sheet.columns.items()},
+            faults={row - start: fault for row, fault in sheet.faults.items() if start <= row < stop},
+            files=sheet.files[start:stop] if sheet.files else None,
+        )
+
+
+def join_sheets(sheets: Sequence[Sheet], name: str) -> Sheet:
+    """Put sheets one below the other. A column that one of them lacks is None there."""
+    if len(sheets) == 1:
+        return sheets[0]
+    names = dict.fromkeys(column for sheet in sheets for column in sheet.columns)
+    faults: dict[int, Fault] = {}
+    files: list[str] = []
+    rows = 0
+    for sheet in sheets:
+        faults.update({rows + row: fault for row, fault in sheet.faults.items()})
+        files += sheet.files or [sheet.name] * sheet.rows
+        rows += sheet.rows
+    many = len({sheet.name for sheet in sheets}) > 1 or any(sheet.files for sheet in sheets)
+    columns = {column: _join([sheet.columns.get(column) for sheet in sheets], sheets) for column in names}
+    return Sheet(name=name, rows=rows, columns=columns, faults=faults, files=files if many else None)
+
+
+def _join(parts: Sequence[Column | None], sheets: Sequence[Sheet]) -> Column:
+    kinds = {part.type if isinstance(part, pa.ChunkedArray) else None for part in parts}
+    if len(kinds) == 1 and None not in kinds:
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], kinds.pop())  # type: ignore[union-attr]
+    joined: list[object] = []
+    for part, sheet in zip(parts, sheets, strict=True):
+        joined += [None] * sheet.rows if part is None else list_values(part)
+    return joined
+
+
+def list_values(column: Column) -> list[object]:
+    """Python values of a column. Arrow strings come as bytes: Arrow does not check that they are UTF-8."""
+    if isinstance(column, list):
+        return column
+    values: list[object] = []
+    for chunk in column.chunks:
+        kind = chunk.type
+        if pa.types.is_dictionary(kind):
+            words = list_values(pa.chunked_array([chunk.dictionary]))
+            values += [None if index is None else words[index] for index in chunk.indices.to_pylist()]
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+            values += chunk.cast(pa.large_binary()).to_pylist()
+        else:
+            values += chunk.to_pylist()
+    return values
+
+
+def transpose(rows: Sequence[Mapping]) -> dict[str, Column]:
+    """Turn mappings into columns, named in order of first appearance; what a row lacks is None."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {str(name): [row.get(name) for row in rows] for name in names}
+
+
+def check_names(name: str, columns: Sequence[str]) -> None:
+    """Raise DataError if two columns have one name."""
+    twice = [column for column, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise DataError(f"{name}: two columns are named {twice[0]!r}. Rename one, or set data.columns.")
