@@ -6,7 +6,7 @@ Owns the arguments and their checks, quarantine and progress.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
@@ -209,7 +209,7 @@ def find_engine(engine: str | Engine) -> Engine:
 
 def _show(progress: Progress, items: Iterable[Any]) -> AbstractContextManager[Callable[[int], None]]:
     """What is told how many items are done."""
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     if callable(progress):
         return nullcontext(lambda done: progress(done, total))
     if progress is False or (progress is None and not sys.stderr.isatty()):

@@ -28,7 +28,7 @@ from unisono.errors import ParallelError
 from unisono.parallel.arena import Arena
 from unisono.parallel.tasks import Batch, Fault, Job, Outcome, SeedTorch, describe, run
 from unisono.parallel.wire import pack, unpack
-from unisono.processes import describe_end, end_with_parent, fork, forget_kernel_buffers
+from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers, fork
 
 ARENA_BYTES = 128 << 20
 """Shared memory each way for each worker; only what has been used takes space. What does not fit goes by the socket."""

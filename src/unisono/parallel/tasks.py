@@ -105,7 +105,7 @@ def key() -> int:
     return _current[0]
 
 
-def run(job: Job, batch: Batch, board: MutableSequence[int]) -> Outcome:
+def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview) -> Outcome:
     """Run a batch's tasks one after the other, until they have taken long enough.
 
     On the board stands the number of the task at work, and since when (nanoseconds); at the end −1.

@@ -38,7 +38,7 @@ def pack(value: object, keep: Keep) -> memoryview:
     return file.getbuffer()
 
 
-def unpack(content: bytes | memoryview, buffers: Sequence[object]) -> Any:
+def unpack(content: bytes | bytearray | memoryview, buffers: Sequence[object]) -> Any:
     """Make the value again; its arrays lie in the given buffers."""
     return pickle.loads(content, buffers=buffers)
 
@@ -100,7 +100,7 @@ def _frame(table: Any) -> Any:
 
 
 def _reduce_tensor(value: Any) -> Any:
-    """A plain tensor in host memory as its bytes; what is more (a gradient's history, a device) goes torch's own way."""
+    """A plain tensor in host memory as its bytes; what is more (a history, a device) goes torch's own way."""
     torch = sys.modules["torch"]
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.requires_grad or value.is_conj() or value.is_neg():
