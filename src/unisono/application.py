@@ -20,6 +20,7 @@ from torch import nn
 from unisono import recipe as recipes
 from unisono.data.encode import load_encoder
 from unisono.data.read import Texts, read_texts
+from unisono.data.rules import Examiner
 from unisono.data.samples import EncodedSamples, encode_samples
 from unisono.data.store import open_dataset
 from unisono.errors import DataError, ModelError
@@ -61,11 +62,16 @@ class Classifier:
         """float64 [texts, classes]: how likely each class is for each text, the same bits on any number of workers."""
         if not len(texts):
             return np.zeros((0, len(self.labels)))
-        source = encode_samples(self.encoder, texts)
+        source = self.encode(texts)
         results = self._measure(
             source, lambda module, microbatch: {"p": self.task.probabilities(module, microbatch)}, exchange, device
         )
         return results["p"]
+
+    def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> EncodedSamples:
+        """Encode new texts, mended and masked as those were that the model learned from; `labels` are class numbers."""
+        treat = Examiner(self.recipe.screen, self.labels).treat
+        return encode_samples(self.encoder, [treat(text)[0] for text in texts], labels)
 
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The most likely class of each text."""
@@ -171,8 +177,8 @@ def predict(run: str | Path, source: str | Path, target: str | Path, *, workers:
     """Write `target`: the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row
     has none).
 
-    Rows stay in order and none is dropped. The format goes by the name: .csv, .tsv, .jsonl or .parquet. Returns the
-    number of rows.
+    Rows stay in order and none is dropped. The format goes by the name: .csv, .tsv, .jsonl or .parquet. In CSV and TSV
+    a text that a spreadsheet would run has a single quote before it. Returns the number of rows.
 
     Raises:
         DataError: the source cannot be read, or the target's format is unknown.
@@ -237,9 +243,8 @@ def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedS
             kept.append(row)
     if not kept:
         raise DataError(f"no row can be scored: {left_out}. The model's classes are {', '.join(classifier.labels)}.")
-    return encode_samples(
-        classifier.encoder, [texts.texts[row] for row in kept], [numbers[str(texts.labels[row])] for row in kept]
-    ), left_out
+    samples = classifier.encode([texts.texts[row] for row in kept], [numbers[str(texts.labels[row])] for row in kept])
+    return samples, left_out
 
 
 def _report(classifier: Classifier, results: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -330,3 +331,23 @@ def test_time_grows_with_the_text_and_not_with_its_square(piece: str) -> None:
     start = time.process_time()
     examiner.examine(record("a@" + piece * (200_000 // len(piece))))
     assert time.process_time() - start < 5
+
+
+def test_new_texts_are_treated_like_those_learned_from() -> None:
+    """Fails if prediction or evaluation on new data encoded texts that are not masked."""
+    from unisono.application import Classifier
+    from unisono.recipe import Recipe
+
+    class Spy:
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
+            seen.extend(texts)
+            return [np.ones(1, np.int32) for _ in texts]
+
+    seen: list[str] = []
+    recipe = Recipe(screen=Screen(mail="mask", invisible="strip"))
+    classifier = Classifier(
+        module=None, task=None, encoder=Spy(), labels=("x", "y"), recipe=recipe, dataset=""  # type: ignore[arg-type]
+    )  # fmt: skip
+    source = classifier.encode(["to bob@example.org", "a\u200bb", ""], [1, 0, 1])
+    assert seen == ["to [mail]", "ab", ""]
+    assert source.labels is not None and source.labels.tolist() == [1, 0, 1]
