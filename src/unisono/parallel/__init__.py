@@ -4,8 +4,9 @@
 """
 
 from unisono.errors import ParallelError, TaskError
+from unisono.parallel.algebra import add, matmul
 from unisono.parallel.calls import map, map_reduce
 from unisono.parallel.sharing import Failure
 from unisono.parallel.tasks import key
 
-__all__ = ["Failure", "ParallelError", "TaskError", "key", "map", "map_reduce"]
+__all__ = ["Failure", "ParallelError", "TaskError", "add", "key", "map", "map_reduce", "matmul"]

@@ -57,6 +57,10 @@ class Combined:
             value = self._put_together(value, other) if node.index < sibling.index else self._put_together(other, value)
             node = node.parent
 
+    def put_leaf(self, number: int, value: Any) -> None:
+        """Take leaf `number`."""
+        self.put(Node(0, number), value)
+
     def miss(self, number: int) -> None:
         """Leaf `number` will not come."""
         self.put(Node(0, number), _MISSING)
