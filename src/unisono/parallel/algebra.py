@@ -8,7 +8,7 @@ or how the operands lie in memory can move a bit.
   summation: the error grows with log2 of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms,
   2nd ed., section 4.2).
 - `matmul`: the blocked algorithm (Golub and Van Loan, Matrix Computations, 4th ed., section 1.5.4). A block of the
-  result is the sum of products of panels, up to `PANEL` columns of the left operand times as many rows of the right one,
+  result is the sum of products of panels, up to `PANEL` columns of the left operand by as many rows of the right one,
   added in the same tree; a product is one call of the library's own (NumPy's BLAS for arrays, torch's for tensors).
 
 What travels: with local processes the numbers of blocks and nothing else, since workers inherit the operands and write
