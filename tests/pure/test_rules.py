@@ -282,6 +282,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             Examiner(Screen(mojibake=wanted), ())
 
 
+def test_treatments_are_told() -> None:
+    assert rules.describe_treatments(Screen(mail="refuse", mojibake="refuse")) == ""
+    told = rules.describe_treatments(Screen(mail="mask", mojibake="mend"))
+    assert told == "In the texts mojibake is mended, mail addresses are masked."
+
+
 def test_versions_are_named_where_they_decide() -> None:
     assert find_versions(Screen(min_characters=3, invisible="strip", card="mask")) == {}
     assert set(find_versions(Screen(mojibake="mend"))) == {"ftfy"}

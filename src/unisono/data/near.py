@@ -3,7 +3,8 @@
 Owns the sketch of a text and what is decided from sketches: which records repeat an earlier one, and which have a class
 that their near-duplicates have not. Reads no files and sees no records but as rows of arrays.
 
-A text is the set of its shingles: the runs of SHINGLE bytes in it, after case, punctuation and spaces are evened out.
+A text is the set of its shingles: the runs of SHINGLE letters in it, after case, punctuation and spaces are evened out.
+Chinese, Japanese and Korean characters count as two letters each, for they say about as much.
 MinHash (Broder, 1997, On the resemblance and containment of documents): under a random order of all shingles, two sets
 have the same least shingle with probability J, their Jaccard similarity |A ∩ B| / |A ∪ B|. A text here has BINS =
 ROWS · BANDS least shingles, from one pass: a shingle's hash, SplitMix64's finaliser, says in which bin it stands, and
@@ -16,10 +17,10 @@ and texts that share a band are near-duplicates: with probability 1 - (1 - J^ROW
     J            0.5    0.6    0.7    0.75   0.8    0.85   0.9    0.95
     probability  0.01   0.07   0.29   0.50   0.74   0.93   0.99   1.00
 
-Texts of a few words, with fewer shingles than bins, are found more rarely than that where they differ at all.
+Texts of a few words, with fewer shingles than bins, are found more rarely than that where they differ at all. Texts
+with a third in common, as forms have, are found by chance where there are tens of thousands (J = 0.3: 0.00007).
 
-Shingles are of bytes of UTF-8: 8 letters of English, 4 of Russian, 2 or 3 characters of Chinese, which say about as
-much. The keys are constants and the arithmetic is that of integers, so a sketch is the same on every machine.
+The keys are constants and the arithmetic is that of integers, so a sketch is the same on every machine.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ _TEXTS_AT_ONCE = 2**12  # their bins take 4 MB
 _GAP = re.compile("[\0-/:-@\\[-`{-\xa9\xab-\xb4\xb6-\xb9\xbb-\xbf\u2000-\u206f\u3000-\u303f]+")
 _GAPS_OF_ASCII = bytes(0x20 if _GAP.match(chr(code)) else code for code in range(128)) + bytes(128)
 
-_KEY = np.uint64(0x9E3779B97F4A7C15)
+_WIDE = 0x2E80  # from here on: Chinese, Japanese, Korean, and halves of what is beyond 16 bits
+_KEY_1 = np.uint64(0x9E3779B97F4A7C15)
+_KEY_2 = np.uint64(0xC2B2AE3D27D4EB4F)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _PRIME = np.uint64(0x100000001B3)
@@ -158,13 +161,13 @@ def _groups(texts: Sequence[str]) -> Iterator[slice]:
 
 
 def _spell(text: str) -> bytes:
-    """Return a text in lower case, with one space for what stands between words. One without words stays as it is."""
+    """Return a text in UTF-16 and lower case, with one space between words; one without words as it is."""
     lower = text.lower()
     if lower.isascii():
-        spelled = b" ".join(lower.encode("ascii").translate(_GAPS_OF_ASCII).split())
+        spelled = b" ".join(lower.encode("ascii").translate(_GAPS_OF_ASCII).split()).decode("ascii")
     else:
-        spelled = _GAP.sub(" ", lower).strip(" ").encode("utf-8", "surrogatepass")
-    return spelled or text.strip().encode("utf-8", "surrogatepass")
+        spelled = _GAP.sub(" ", lower).strip(" ")
+    return (spelled or text.strip()).encode("utf-16-le", "surrogatepass")
 
 
 def _find_minima(spelled: Sequence[bytes]) -> np.ndarray:
@@ -172,17 +175,31 @@ def _find_minima(spelled: Sequence[bytes]) -> np.ndarray:
 
     A text shorter than a shingle is one shingle, filled up with zeros.
     """
-    buffer = b"".join([*(text + bytes(SHINGLE) for text in spelled), bytes(SHINGLE - 1)])
-    lengths = np.fromiter(map(len, spelled), np.int64, len(spelled)) + SHINGLE
-    shingles = np.maximum(lengths - 2 * SHINGLE + 1, 1)
-    windows = np.ndarray(lengths.sum(), "<u8", buffer, strides=(1,))
-    hashes = _mix(windows.astype(np.uint64) ^ _KEY)
-    bins = ((hashes >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)).astype(np.int64)
-    rest = lengths - shingles  # windows that reach over a text's end: few, so sooner overwritten than left out
+    units = np.frombuffer(b"".join(text + bytes(2 * SHINGLE) for text in spelled), "<u2")
+    lengths = np.fromiter(map(len, spelled), np.int64, len(spelled)) // 2 + SHINGLE
+    wide = units >= _WIDE
+    if wide.any():
+        units = np.repeat(units, 1 + wide)
+        lengths += np.add.reduceat(wide, np.cumsum(lengths) - lengths, dtype=np.int64)
+    buffer = units.tobytes() + bytes(2 * SHINGLE)
+    first, second = (
+        np.ndarray(lengths.sum(), "<u8", buffer, offset, strides=(2,)).astype(np.uint64) for offset in (0, SHINGLE)
+    )
+    first *= _KEY_1
+    second *= _KEY_2
+    first += second
+    hashes = _mix(first)
+    bins = hashes >> np.uint64(32)
+    bins *= np.uint64(BINS)
+    bins >>= np.uint64(32)
+    rest = np.minimum(
+        lengths - 1, 2 * SHINGLE - 1
+    )  # windows that reach over a text's end: sooner blanked than left out
     ends = np.cumsum(lengths) - np.cumsum(rest)
     hashes[np.arange(rest.sum()) + np.repeat(ends, rest)] = _NONE
     minima = np.full(len(spelled) * BINS, _NONE)
-    np.minimum.at(minima, bins + np.repeat(np.arange(len(spelled)) * BINS, lengths), hashes)
+    bins += np.repeat(np.arange(len(spelled), dtype=np.uint64) * np.uint64(BINS), lengths)
+    np.minimum.at(minima, bins.view(np.int64), hashes)
     return minima.reshape(len(spelled), BINS)
 
 
@@ -209,7 +226,10 @@ def _join_rows(bins: np.ndarray) -> np.ndarray:
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64; uint64 in and out. SplitMix64's finaliser (Steele et al., 2014)."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
-    return numbers ^ (numbers >> np.uint64(31))
+    """Spread every bit of these uint64 over all 64, in place. SplitMix64's finaliser (Steele et al., 2014)."""
+    numbers ^= numbers >> np.uint64(30)
+    numbers *= _MIX_1
+    numbers ^= numbers >> np.uint64(27)
+    numbers *= _MIX_2
+    numbers ^= numbers >> np.uint64(31)
+    return numbers

@@ -35,7 +35,9 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.25rem}
 th,td{text-align:left;padding:.35rem .75rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:middle}
 th{color:var(--soft);font-weight:500;white-space:nowrap}tbody th{color:var(--ink);white-space:normal;
-overflow-wrap:anywhere}.n{text-align:right;white-space:nowrap}.bars{padding-right:0;width:38%;min-width:8rem}.fact{overflow-wrap:anywhere}
+overflow-wrap:anywhere;min-width:7rem}
+.n{text-align:right;white-space:nowrap}
+.bars{padding-right:0;width:38%;min-width:8rem}.fact{overflow-wrap:anywhere}
 .bar{display:flex;height:.7rem;border-radius:.2rem;overflow:hidden;background:var(--line);margin:.12rem 0;gap:2px}
 .bar.thin{height:.4rem;background:none}.bar i{display:block;height:100%}
 .stay{background:var(--stay);fill:var(--stay)}.gone{background:var(--gone)}.was{background:var(--was);fill:var(--was)}
@@ -45,7 +47,8 @@ details{margin:.4rem 0}summary{cursor:pointer}
 blockquote{margin:.4rem 0 .6rem;padding:.5rem .75rem;background:var(--card);border:1px solid var(--line);
 border-radius:.4rem}blockquote p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 blockquote footer{color:var(--soft);font-size:.85rem;overflow-wrap:anywhere}
-figure{margin:.75rem 0 1.5rem}svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
+figure{margin:.75rem 0 1.5rem;overflow-x:auto}
+svg{display:block;width:100%;min-width:32rem;height:auto}svg text{fill:var(--soft);font-size:11px}
 svg line{stroke:var(--line)}svg .limit{stroke:var(--gone);stroke-dasharray:4 3;stroke-width:1.5}
 """
 

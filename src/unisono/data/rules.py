@@ -161,6 +161,22 @@ def find_versions(screen: Screen) -> dict[str, str]:
     return versions
 
 
+def describe_treatments(screen: Screen) -> str:
+    """Return a sentence on what these settings change in texts; empty if nothing."""
+    done = [
+        told
+        for told, wanted in (
+            ("mojibake is mended", screen.mojibake == "mend"),
+            ("invisible characters are taken out", screen.invisible == "strip"),
+            ("mail addresses are masked", screen.mail == "mask"),
+            ("card numbers are masked", screen.card == "mask"),
+            ("phone numbers are masked", screen.phone == "mask"),
+        )
+        if wanted
+    ]
+    return f"In the texts {', '.join(done)}." if done else ""
+
+
 def mask_mail(text: str) -> str:
     """Put [mail] in the place of mail addresses."""
     return _MAIL.sub("[mail]", text) if "@" in text else text
