@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unisono import parallel
     from unisono.api import Trained, train
     from unisono.application import Classifier, evaluate, load, predict
     from unisono.errors import (
@@ -54,6 +55,8 @@ _HOMES = {
     ),
 }
 
+_MODULES = ("parallel",)
+
 __all__ = [
     "Classifier",
     "ContractError",
@@ -70,6 +73,7 @@ __all__ = [
     "WorkerError",
     "evaluate",
     "load",
+    "parallel",
     "predict",
     "prepare",
     "train",
@@ -78,6 +82,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"unisono.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'unisono' has no attribute {name!r}")
     return getattr(import_module(f"unisono.{_HOMES[name]}"), name)

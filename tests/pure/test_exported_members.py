@@ -35,10 +35,14 @@ PUBLIC = {
 }
 
 
+MODULES = {"parallel"}
+
+
 def test_public_names_are_the_documented_ones() -> None:
-    assert set(unisono.__all__) == PUBLIC
+    assert set(unisono.__all__) == PUBLIC | MODULES
     assert dir(unisono) == sorted(unisono.__all__)
     assert set(unisono._HOMES) == PUBLIC
+    assert set(unisono._MODULES) == MODULES
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -47,6 +51,12 @@ def test_name_resolves_and_is_documented(name: str) -> None:
     assert found.__name__ == name
     assert found.__module__ == f"unisono.{unisono._HOMES[name]}"
     assert found.__doc__ and not found.__doc__.startswith(f"{name}(")  # its own, not the one that dataclasses make
+
+
+def test_modules_resolve_without_being_imported_first() -> None:
+    asked = "import unisono; print(unisono.parallel.map.__module__)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert done.stdout.strip() == "unisono.parallel.calls", done.stderr
 
 
 @pytest.mark.parametrize("name", ["evaluate", "load", "predict", "prepare", "train", "verify"])
@@ -97,7 +107,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 def test_type_checkers_and_users_see_the_same_names() -> None:
     source = inspect.getsource(unisono).partition("if TYPE_CHECKING:")[2].partition("_HOMES")[0]
-    assert all(name in source for name in PUBLIC)
+    assert all(name in source for name in PUBLIC | MODULES)
     assert typing.TYPE_CHECKING is False
 
 
