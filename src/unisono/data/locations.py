@@ -112,7 +112,11 @@ def list_folder(location: str) -> list[File]:
 
 def find_version(file: str) -> str:
     """Return the version of a file as it is now, as in `File.version`."""
-    return find_files(file)[0].version if is_url(file) else _local(Path(file), "").version
+    if not is_url(file):
+        return _local(Path(file), "").version
+    system, path = _connect(file)
+    system.invalidate_cache(path)
+    return _version(system.info(path))
 
 
 @contextmanager
@@ -215,18 +219,32 @@ def _find_remote(location: str) -> list[File]:
 
 
 def _remote(system: Any, path: str, info: dict[str, Any], name: str) -> File:
-    http = "http" in system.protocol or "https" in system.protocol
     if info.get("type") == "directory":
         raise FileNotFoundError(path)
-    version = next((f"{key}={info[key]}" for key in VERSIONS if info.get(key)), "")
+    http = "http" in system.protocol or "https" in system.protocol
     size = info.get("size")
     return File(
         location=path if http else system.unstrip_protocol(path),
         name=name,
         size=size or 0,
-        version=f"{version} size={size}" if version else "",
-        ranged=size is not None and (not http or bool(info.get("partial"))),
+        version=_version(info),
+        ranged=size is not None and (not http or _has_ranges(system, path, size)),
     )
+
+
+def _version(info: dict[str, Any]) -> str:
+    version = next((f"{key}={info[key]}" for key in VERSIONS if info.get(key)), "")
+    return f"{version} size={info.get('size')}" if version else ""
+
+
+def _has_ranges(system: Any, path: str, size: int) -> bool:
+    """Whether a web server sends a part of a file when asked for it; only asking tells."""
+    try:
+        with system.open(path, "rb", block_size=1, cache_type="none", size=size) as file:
+            file.seek(1)
+            return len(file.read(1)) == 1
+    except (AttributeError, ValueError):  # no seek, or the whole file came
+        return False
 
 
 def _local(path: Path, name: str) -> File:

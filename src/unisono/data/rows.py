@@ -28,6 +28,7 @@ TOO_LARGE = "larger than data.max_record_bytes"
 TOO_DEEP = "nested deeper than data.max_depth"
 SHEET_CELLS = 64 * SHEET_ROWS
 """Objects of all different keys would make columns of their number squared."""
+SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
@@ -42,18 +43,13 @@ def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator
             row: Any = Fault(reason=TOO_LARGE, raw=decode_head(line.head))
         else:
             text = decode(line)
-            if not text.strip():
+            if not text or text.isspace():
                 continue
             size += len(line)
             if text.count("{") + text.count("[") > depth and measure_depth(text) > depth:
                 row = Fault(reason=TOO_DEEP, raw=text)
             else:
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    row = Fault(reason="not JSON", raw=text)
+                row = _parse(text)
         if isinstance(row, Fault):
             faults[len(rows)] = row
             row = {}
@@ -64,6 +60,20 @@ def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator
             rows, faults, names, size = [], {}, set(), 0
     if rows:
         yield Sheet(name=name, rows=len(rows), columns=transpose(rows), faults=faults)
+
+
+def _parse(text: str) -> dict[object, object] | Fault:
+    """Parse an object, as json.loads does, which spends a third of its time on the spaces around it."""
+    try:
+        row, end = SCAN(text, 0)
+    except (ValueError, RecursionError, StopIteration):
+        end = -1
+    if end != len(text):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+    return row if isinstance(row, dict) else Fault(reason="not JSON", raw=text)
 
 
 def measure_depth(text: str) -> int:
