@@ -197,6 +197,9 @@ def test_pages_of_little() -> None:
     told = read_page(make_part([(0, 0, 0, 10, 8)] * 3, 0))
     assert "None was." in told and "The shares of the classes are as they came in." in told and "max_tokens" not in told
     assert "0 stayed: 0.0%" in read_page(make_part([(0, 1, 0, 10, 8)] * 3, 0))
+    alone = Review()
+    alone.count_tokens("test", np.array([3, 4]))
+    assert "test: samples by tokens" in read_page(alone)
     many = Review()
     many.count_records(
         splits=np.zeros(100, np.int8), reasons=np.zeros(100, np.int8), labels=np.arange(100), characters=np.arange(100),

@@ -293,6 +293,8 @@ def _is_longer(text: str, limit: int) -> bool:
 
 def _is_foreign(text: str, letters: re.Pattern[str], ascii_share: float, least: float) -> bool:
     """Too few of the text's letters match `letters`. A text without letters has none that are wrong."""
+    if ascii_share >= least and text.isascii():
+        return False
     found = "".join(_LETTERS.findall(text))
     if not found:
         return False
