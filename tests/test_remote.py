@@ -63,6 +63,7 @@ def bucket() -> Iterator[str]:
             )
         store.pipe("reviews/classes/x/1.txt", b"one")
         store.pipe("reviews/classes/y/deep/2.txt", b"two")
+        store.touch("reviews/classes/y/empty.txt")
         sink = pa.BufferOutputStream()
         pq.write_table(
             pa.table(dict(zip(("text", "label"), zip(*EXPECTED, strict=True), strict=True))), sink, row_group_size=300
@@ -94,7 +95,10 @@ def test_folder_of_classes(bucket: str) -> None:
     assert [(one.file, one.label, one.text) for one in records] == [
         ("x/1.txt", "x", "one"),
         ("y/deep/2.txt", "y", "two"),
+        ("y/empty.txt", "y", ""),
     ]
+    (piece,) = find_pieces(f"{bucket}/classes", DATA)
+    assert hash_piece(piece) == hash_piece(piece)
 
 
 def test_objects_that_change_are_noticed(bucket: str) -> None:

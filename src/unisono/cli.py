@@ -133,7 +133,8 @@ def prepare(recipe: RecipePath, workers: Workers = "auto", set_: Set = None, str
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
     data: Annotated[
-        Path | None, typer.Argument(metavar="[DATA]", help="labelled file; default: the run's own test samples")
+        str | None,
+        typer.Argument(metavar="[DATA]", help="labelled file, pattern or URL; default: the run's own test samples"),
     ] = None,
     workers: Workers = "auto",
     as_json: Json = False,
@@ -149,7 +150,10 @@ def evaluate(
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="CSV, TSV, JSONL or Parquet with the column of the texts")
+        str,
+        typer.Argument(
+            metavar="INPUT", help="CSV, TSV, JSONL or Parquet (or a pattern, a URL) with the column of the texts"
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="CSV, JSONL or Parquet to write; rows in order")],
     workers: Workers = "auto",

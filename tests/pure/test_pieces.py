@@ -616,3 +616,15 @@ def test_speed_is_not_lost_to_a_slow_path() -> None:
     begin = time.process_time()
     assert sum(sheet.rows for sheet in rows.read_jsonl(cut, "a", DATA)) == 20_000
     assert len(line) * 20_000 / (time.process_time() - begin) > 40e6
+
+
+def test_dataset_that_is_saved_again_is_read_again(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pieces = []
+    for text in "ab":
+        datasets.Dataset.from_dict({"text": [text], "label": ["x"]}).save_to_disk(tmp_path / "one")
+        pieces += find_pieces(tmp_path / "one", DATA)
+        assert [record.text for record in read_records(tmp_path / "one", DATA)] == [text]
+    assert hash_piece(pieces[0]) != hash_piece(pieces[1])
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(read_piece(pieces[0], DATA))

@@ -8,7 +8,6 @@ Owns what `hf://` means and how such a dataset is cut by rows. `datasets` is an 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from unisono.sections import Data
 
 HUB = re.compile(r"hf://(?P<name>[^/:@]+(/[^/:@]+)?)(/(?P<config>[^/:@]+))?(@(?P<revision>[^:]+))?(:(?P<split>[^:]+))?")
 SAVED = ("dataset_info.json", "dataset_dict.json")
+OPENED: dict[str, Any] = {}
+"""Datasets that this process has opened; processes that it forks inherit them."""
 FORMS = "hf://owner/name[/config][@revision][:split] or hf:///path[:split]"
 
 
@@ -39,15 +40,23 @@ def measure_dataset(location: str) -> tuple[int, int, str, tuple[str, ...]]:
     Raises:
         DataError: there is no such dataset or split, or `datasets` is not installed.
     """
-    dataset = _load(location)
+    dataset = OPENED[location] = _load(location)
     return dataset.num_rows, dataset.data.nbytes, dataset._fingerprint, tuple(dataset.column_names)
 
 
 def read_dataset(
-    location: str, name: str, rows: range, data: Data, columns: Sequence[str] | None = None
+    location: str, name: str, rows: range, fingerprint: str, data: Data, columns: Sequence[str] | None = None
 ) -> Iterator[Sheet]:
-    """Sheets of a range of rows, of all columns or those of `columns` that there are."""
-    dataset = _load(location)
+    """Sheets of a range of rows, of all columns or those of `columns` that there are.
+
+    Raises:
+        DataError: the dataset has gone, or is another than that with this fingerprint.
+    """
+    if location not in OPENED:
+        OPENED[location] = _load(location)
+    dataset = OPENED[location]
+    if dataset._fingerprint != fingerprint:
+        raise DataError(f"{location!r}: changed while it was read. Start again when it is complete.")
     if columns is not None:
         dataset = dataset.select_columns([column for column in dataset.column_names if column in columns])
     tables = dataset.with_format("arrow")
@@ -56,9 +65,8 @@ def read_dataset(
         yield from cut_table(_name_classes(table, dataset.features), name, data)
 
 
-@functools.lru_cache(maxsize=8)
 def _load(location: str) -> Any:
-    """Open a dataset, memory-mapped; once per process, and forked ones inherit it."""
+    """Open a dataset, memory-mapped."""
     try:
         import datasets
     except ModuleNotFoundError:

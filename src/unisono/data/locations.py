@@ -101,6 +101,7 @@ def list_folder(location: str) -> list[File]:
     if is_url(location):
         with explain(location):
             system, root = _connect(location)
+            system.invalidate_cache()
             found = system.find(root, detail=True)
         files = [_remote(system, path, info, path[len(root) :].lstrip("/")) for path, info in found.items()]
     else:
@@ -133,15 +134,16 @@ def open_file(location: str, *, ranged: bool = True) -> Iterator[BinaryIO]:
                 yield file
 
 
-def read_heads(folder: str, names: Sequence[str], limit: int) -> list[bytes]:
-    """Return the first `limit` bytes of files in a folder; remote ones are fetched side by side."""
+def read_heads(folder: str, files: Sequence[tuple[str, int]], limit: int) -> list[bytes]:
+    """Return the first `limit` bytes of files in a folder, by name and size; remote ones are fetched side by side."""
     with explain(folder):
         if is_url(folder):
             system, root = _connect(folder)
-            paths = [f"{root.rstrip('/')}/{name}" for name in names]
-            return [bytes(head) for head in system.cat_ranges(paths, 0, limit, on_error="raise")]
+            paths = [f"{root.rstrip('/')}/{name}" for name, size in files if size]  # of an empty one there is no range
+            fetched = iter(system.cat_ranges(paths, 0, limit, on_error="raise"))
+            return [bytes(next(fetched)) if size else b"" for _, size in files]
         heads = []
-        for name in names:
+        for name, _ in files:
             with (Path(folder) / name).open("rb") as file:
                 heads.append(file.read(limit))
         return heads

@@ -103,7 +103,8 @@ def read_piece(piece: Piece, data: Data, columns: Sequence[str] | None = None) -
         DataError: the file has gone, is damaged or unreadable, or has changed since it was cut.
     """
     if piece.kind == "dataset":
-        yield from hub.read_dataset(piece.location, piece.source, range(piece.start, piece.stop), data, columns)
+        numbers = range(piece.start, piece.stop)
+        yield from hub.read_dataset(piece.location, piece.source, numbers, piece.version, data, columns)
     elif piece.kind == "folder":
         yield from _read_folder(piece, data)
     else:
@@ -277,18 +278,19 @@ def _cut_folder(location: str, piece_bytes: int) -> list[Piece]:
 
 def _read_folder(piece: Piece, data: Data) -> Iterator[Sheet]:
     """One record per file; its class is its first folder below the piece's location."""
-    group: list[str] = []
+    group: list[tuple[str, int]] = []
     size = 0
-    for number, (name, bytes_) in enumerate(piece.files, 1):
-        group.append(name)
-        size += min(bytes_, data.max_record_bytes)
+    for number, file in enumerate(piece.files, 1):
+        group.append(file)
+        size += min(file[1], data.max_record_bytes)
         if size >= SHEET_BYTES or number == len(piece.files):
             yield _stand_files(piece, group, data)
             group, size = [], 0
 
 
-def _stand_files(piece: Piece, names: list[str], data: Data) -> Sheet:
-    heads = locations.read_heads(piece.location, names, data.max_record_bytes + 1)
+def _stand_files(piece: Piece, files: list[tuple[str, int]], data: Data) -> Sheet:
+    heads = locations.read_heads(piece.location, files, data.max_record_bytes + 1)
+    names = [name for name, _ in files]
     faults = {
         row: Fault(reason=rows.TOO_LARGE, raw=decode_head(head))
         for row, head in enumerate(heads)
