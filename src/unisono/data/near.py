@@ -192,9 +192,7 @@ def _find_minima(spelled: Sequence[bytes]) -> np.ndarray:
     bins = hashes >> np.uint64(32)
     bins *= np.uint64(BINS)
     bins >>= np.uint64(32)
-    rest = np.minimum(
-        lengths - 1, 2 * SHINGLE - 1
-    )  # windows that reach over a text's end: sooner blanked than left out
+    rest = np.minimum(lengths - 1, 2 * SHINGLE - 1)  # windows over a text's end: sooner blanked than left out
     ends = np.cumsum(lengths) - np.cumsum(rest)
     hashes[np.arange(rest.sum()) + np.repeat(ends, rest)] = _NONE
     minima = np.full(len(spelled) * BINS, _NONE)
