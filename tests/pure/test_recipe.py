@@ -142,6 +142,15 @@ def test_paths_are_relative_to_the_recipe_or_the_current_folder(
     assert recipe.encode.tokenizer == ""
 
 
+def test_patterns_have_a_folder_and_urls_have_none(tmp_path: Path) -> None:
+    places = ["s3://bucket/part-*.csv", "https://host/a.csv?x=/y", "hf://owner/name:train", "hf:///saved:test"]
+    for place in places:
+        assert load(write(tmp_path, f'[data]\ntrain = "{place}"\n')).data.train == place
+        assert load(write(tmp_path, ""), (f"data.test={place}",)).data.test == place
+    recipe = load(write(tmp_path, '[data]\ntrain = "reviews/**/*.jsonl.gz"\n'))
+    assert recipe.data.train == str(tmp_path / "reviews" / "**" / "*.jsonl.gz")
+
+
 @pytest.mark.parametrize("text", ["[data", "a = ", "[train]\nseed = 1\nseed = 2\n", "\x00"])
 def test_no_toml_is_explained(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError, match="not readable as TOML"):
