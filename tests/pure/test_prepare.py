@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from unisono.data import encode
+from unisono.data import encode, inputs, rows
+from unisono.data.pieces import find_pieces
 from unisono.data.prepare import prepare
 from unisono.data.store import read_quarantine
 from unisono.errors import DamagedError, DataError, RecipeError
 from unisono.recipe import Recipe, check
+from unisono.sections import Data
 
 
 def lines(count: int = 40, start: int = 0) -> list[str]:
@@ -25,9 +28,16 @@ def write(path: Path, rows: list[str]) -> str:
     return str(path)
 
 
-def recipe(folder: Path, model: str = "bag", encode_: dict[str, object] | None = None, **data: object) -> Recipe:
+def recipe(
+    folder: Path,
+    model: str = "bag",
+    encode_: dict[str, object] | None = None,
+    screen: dict[str, object] | None = None,
+    **data: object,
+) -> Recipe:
     encode_ = {"vocabulary_size": 100} | (encode_ or {})
-    return check({"data": {"store": str(folder / "store"), **data}, "encode": encode_, "model": {"kind": model}})
+    data = {"store": str(folder / "store"), **data}
+    return check({"data": data, "encode": encode_, "model": {"kind": model}, "screen": screen or {}})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -40,14 +50,21 @@ def nothing_written(folder: Path) -> bool:
 
 @pytest.mark.parametrize(("model", "kind"), [("bag", "ngrams"), ("transformer", "wordpiece"), ("transformer", "bpe")])
 def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
-    monkeypatch.setattr(encode, "SAMPLES_PER_CHUNK", 8)
-    train = write(tmp_path / "train.csv", lines())
+    monkeypatch.setattr(rows, "SHEET_ROWS", 8)
+    monkeypatch.setattr(inputs, "find_pieces", partial(find_pieces, piece_bytes=200))
+    train, test = str(tmp_path / "train.jsonl"), write(tmp_path / "test.csv", lines(30, 1000))
+    records = [dict(zip(("text", "label"), line.split(","), strict=True)) for line in [*lines(), *lines(5)]]
+    Path(train).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert len(inputs.find_pieces(train, Data())) > 8
     made = []
-    for workers in (1, 3, 7):
+    for workers in (1, 2, 3, 5, 8):
         store = str(tmp_path / str(workers))
-        asked = recipe(tmp_path, model, {"kind": kind}, train=train, test_fraction=0.2, store=store)
+        data = {"train": train, "test": test, "validation_fraction": 0.2, "store": store}
+        screen = {"near_duplicates": "refuse", "mail": "mask"}
+        asked = recipe(tmp_path, model, {"kind": kind}, screen, **data)
         made.append(content(prepare(asked, workers=workers).folder))
-    assert made[0] == made[1] == made[2]
+    assert all(one == made[0] for one in made)
+    assert {"report.html", "train.arrow", "validation.arrow", "test.arrow", "quarantine.jsonl"} <= made[0].keys()
 
 
 def test_splits_labels_and_quarantine(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_the_lock_admits_one(tmp_path: Path) -> None:
             status = 1
             try:
                 for _ in range(25):
-                    with store._alone(tmp_path / "lock"):
+                    with store.alone(tmp_path / "lock"):
                         counter.write_text(str(int(counter.read_text()) + 1))
                 status = 0
             finally:

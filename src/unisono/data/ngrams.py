@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from unisono import parallel
 from unisono.errors import DataError, ModelError
 
 KIND = "ngrams"
@@ -51,7 +52,7 @@ _POWERS = np.cumprod(np.full(_LONGEST, _PRIME))
 _TEXTS_AT_ONCE = 2**16  # the low 16 bits of a hash make room for the number of a text
 _LETTERS_AT_ONCE = 2**20
 _LOW = np.uint64(_TEXTS_AT_ONCE - 1)
-_MOST_COUNTED = 2**24  # features; while more are counted, the rarest are forgotten
+_MOST_COUNTED = 2**23  # features; while more are counted, the rarest are forgotten
 
 
 class NGrams:
@@ -88,15 +89,33 @@ class NGrams:
 
     @classmethod
     def learn(
-        cls, texts: Sequence[str], features: int, *, words: int, order: int, lowercase: bool, prefix: int = 0
+        cls,
+        texts: Iterable[Sequence[str]],
+        features: int,
+        *,
+        words: int,
+        order: int,
+        lowercase: bool,
+        prefix: int = 0,
+        workers: int = 1,
     ) -> Self:
-        """Make an encoder that knows the features of these texts: of more than `features`, those in most texts."""
+        """Make an encoder that knows the features of these texts: of more than `features`, those in most texts.
+
+        The texts come in lists, of which each is counted by one of so many processes.
+        """
         unknowing = cls(np.empty(0, np.uint64), words=words, order=order, lowercase=lowercase, prefix=prefix)
         counted = _Counts()
-        for group in _groups(texts):
-            counted.add(unknowing._find(texts[group]))
+        for hashes, times in parallel.map(unknowing._count, texts, workers=workers, seed=None, progress=False):
+            counted.add(hashes, times)
         known = counted.most_frequent(features)
         return cls(known, words=words, order=order, lowercase=lowercase, prefix=prefix)
+
+    def _count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the hashes of these texts' features, rising (uint64), and in how many texts each stands (int64)."""
+        counted = _Counts()
+        for group in _groups(texts):
+            counted.add(*_runs(self._find(texts[group]).hashes))
+        return counted.merge()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [distinct features] array per text, never empty: a token for each, ascending."""
@@ -243,23 +262,22 @@ class _Counts:
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def add(self, found: _Occurrences) -> None:
-        self._parts.append(_runs(found.hashes))
+    def add(self, hashes: np.ndarray, texts: np.ndarray) -> None:
+        """Take some features, by rising hash, and in how many further texts each stands."""
+        self._parts.append((hashes, texts))
         if sum(len(hashes) for hashes, _ in self._parts) > _MOST_COUNTED:
-            self._merge()
-            hashes, texts = self._parts[0]
+            hashes, texts = self.merge()
             kept = np.argsort(-texts, kind="stable")[: _MOST_COUNTED // 2]
             kept.sort()
             self._parts = [(hashes[kept], texts[kept])]
 
     def most_frequent(self, features: int) -> np.ndarray:
         """Return uint64 [at most `features`]: the hashes of the most frequent ones, the most frequent first."""
-        self._merge()
-        hashes, texts = self._parts[0]
+        hashes, texts = self.merge()
         return hashes[np.argsort(-texts, kind="stable")[:features]]
 
-    def _merge(self) -> None:
-        """Make one part of all, by rising hash."""
+    def merge(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all features by rising hash (uint64), and in how many texts each stands (int64)."""
         hashes = np.concatenate([np.empty(0, np.uint64), *(hashes for hashes, _ in self._parts)])
         texts = np.concatenate([np.empty(0, np.int64), *(texts for _, texts in self._parts)])
         order = np.argsort(hashes, kind="stable")
@@ -267,6 +285,7 @@ class _Counts:
         if len(hashes):
             texts = np.add.reduceat(texts[order], np.cumsum(repeats) - repeats)
         self._parts = [(hashes, texts)]
+        return self._parts[0]
 
 
 def _groups(texts: Sequence[str]) -> Iterator[slice]:

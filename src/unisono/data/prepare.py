@@ -1,42 +1,46 @@
-"""From what a recipe names to a dataset: read, screen, encode, store.
+"""From what a recipe names to a dataset: read and examine, decide, learn the encoder, encode, store.
 
-Owns the order of the stages, the classes, and when a dataset made before can be used again. Each stage has
-its own module.
+Owns the order of the stages, the classes, and when what was made before is used again. Each stage has its own module.
+
+1. *Spool*: every part of the input is read, its records examined (`rules.py`) and left in a file (`spool.py`).
+2. *Decide*: what takes all records is decided from a few numbers of each (`screen.py`); texts are not looked at.
+3. *Learn*: the encoder, where it is learned, from the spooled training texts (`encode.py`).
+4. *Encode*: what is kept is encoded, a record batch of the spool at a time (`parts.py`).
+5. *Store*: the parts are put one after the other (`store.py`).
+
+1, 4 and much of 3 are shared out to processes. Parts are cut by the input's bytes, and taken up in its order, so the
+dataset does not depend on their number. What 1, 3 and 4 have finished lies in a hidden folder beside the dataset's, and
+a preparation that was killed goes on with it.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from collections import Counter
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from unisono.data import encode, screen, store
-from unisono.data.formats import find_format
-from unisono.data.read import Record, read_records
-from unisono.data.screen import Screened
-from unisono.errors import DataError, RecipeError
+from unisono.data import encode, store
+from unisono.data.decided import Decided, load_records, refuse, refuse_absent_labels, show, tell_counts
+from unisono.data.encoder import Encoder
+from unisono.data.inputs import Input, find_inputs, hash_facts, make_key
+from unisono.data.page import render
+from unisono.data.parts import add_reviews, read_parts, write_part
+from unisono.data.pieces import read_piece
+from unisono.data.read import find_column
+from unisono.data.rules import Examiner, describe_treatments
+from unisono.data.screen import SPLITS, screen
+from unisono.data.share import Share
+from unisono.data.sheets import Sheet
+from unisono.data.spool import Spooled, spool
+from unisono.errors import DataError, RunFolderError, UnisonoError
+from unisono.files import remove_leftovers, whole_folder
 from unisono.recipe import Recipe
-from unisono.sections import Data
+from unisono.sections import Screen
 
-SPLITS = ("train", "validation", "test")
-SEEN = ("text", "label", "header_lines", "columns", "labels", "validation_fraction", "test_fraction")
-"""Keys of [data] that decide a dataset, besides the bytes of its files."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Input:
-    """What one split is made from."""
-
-    name: str
-    kind: str
-    sha256: str
-    source: Path | list[Record]
+REPORT = "report.html"
+DEFAULTS = Screen().model_dump()
 
 
 def ignore(message: str) -> None:
@@ -49,203 +53,207 @@ def prepare(
     workers: int = 1,
     frames: Mapping[str, object] | None = None,
     notify: Callable[[str], None] = ignore,
+    progress: bool | None = False,
 ) -> store.Dataset:
     """Make the dataset that a recipe describes, or open it if it was made before.
 
     Args:
         recipe: with absolute paths, or relative to the current folder.
-        workers: processes that encode; the dataset's bytes do not depend on it.
+        workers: processes; the dataset's bytes do not depend on it.
         frames: frames or lists by split (train, validation, test), instead of the recipe's files.
         notify: told in a line what is done.
+        progress: None: a bar for each stage, if stderr is a terminal.
 
     Raises:
-        DataError: a file, column or label is missing, no record is left, or data.strict and one is
-        quarantined. RecipeError: splits are given twice, or take all records. DamagedError: the dataset made
-        before is damaged.
+        DataError: a file, column or label is missing, no record is left, data.strict and one is quarantined, or the
+        disk is full. RecipeError: splits are given twice, or take all records. DamagedError: the dataset made before is
+        damaged.
     """
-    inputs = _find_inputs(recipe.data, frames or {})
-    key = _make_key(recipe, inputs)
-    folder = Path(recipe.data.store) / _hash(key)[:24]
-    if folder.exists():
-        notify(f"dataset {folder}: prepared before")
-        dataset = store.open_dataset(folder)
-        if recipe.data.strict and dataset.quarantined:
-            _refuse(dataset.quarantined, next(store.read_quarantine(folder)))
-        return dataset
-    screened = _read_and_screen(recipe.data, inputs, notify)
-    labels = _find_labels(screened.splits, recipe.data)
-    encoder = encode.choose_encoder(recipe, [record.text for record in screened.splits["train"]])
-    numbers = {label: number for number, label in enumerate(labels)}
-    chunks = {}
-    for split, records in screened.splits.items():
-        classes = np.array([numbers[str(record.label)] for record in records], np.int32)
-        chunks[split] = encode.encode_chunks(encoder, [record.text for record in records], classes, workers=workers)
-    notify(
-        "encoding " + ", ".join(f"{len(records)} {split}" for split, records in screened.splits.items()) + " records"
-    )
-    dataset = store.write_dataset(
-        folder,
-        splits=chunks,
-        labels=labels,
-        encoder=encoder,
-        quarantine=map(_describe, screened.quarantined),
-        notes={"quarantined": screened.counts, "made_from": key},
-    )
+    share = Share(workers=workers, progress=progress)
+    inputs = find_inputs(recipe.data, frames or {}, share)
+    key = make_key(recipe, inputs)
+    folder = Path(recipe.data.store) / hash_facts(key)[:24]
+    if not folder.exists():
+        _make_store(folder.parent)
+        with store.alone(folder.with_name(f".{folder.name}.work.lock")):
+            if not folder.exists():
+                return _make(recipe, inputs, key, folder, share, notify)
+    notify(f"dataset {folder}: prepared before")
+    dataset = store.open_dataset(folder)
+    if recipe.data.strict and dataset.quarantined:
+        refuse(dataset.quarantined, next(store.read_quarantine(folder)))
+    return dataset
+
+
+def _make(
+    recipe: Recipe,
+    inputs: Mapping[str, Input],
+    key: Mapping[str, object],
+    folder: Path,
+    share: Share,
+    notify: Callable[[str], None],
+) -> store.Dataset:
+    work = folder.with_name(f".{folder.name}.work")
+    try:
+        if work.exists():
+            notify(f"going on with what {work} holds")
+        work.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(work)
+        dataset = _Stages(recipe, inputs, work, share, notify).make(folder, key)
+    except RunFolderError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise DataError(f"{error} Set data.store to a folder with room for about three times the input.") from None
+    except UnisonoError:
+        shutil.rmtree(work, ignore_errors=True)  # no second try could go on with it
+        raise
+    shutil.rmtree(work, ignore_errors=True)
     notify(f"dataset {folder}: written")
     return dataset
 
 
-def _find_inputs(data: Data, frames: Mapping[str, object]) -> dict[str, Input]:
-    """Return what each split is read from, with the hash of its content."""
-    unknown = set(frames) - set(SPLITS)
-    if unknown:
-        raise DataError(f"frames for {', '.join(map(repr, sorted(unknown)))}: allowed are {', '.join(SPLITS)}.")
-    inputs = {}
-    for split in SPLITS:
-        path = getattr(data, split)
-        if split in frames:
-            records = read_records(frames[split], data, f"{split} frame")
-            content = [[record.text, record.label, record.fault] for record in records]
-            inputs[split] = Input(name=f"{split} frame", kind="frame", sha256=_hash(content), source=records)
-        elif path:
-            kind = find_format(Path(path), data)
-            inputs[split] = Input(name=Path(path).name, kind=kind, sha256=_hash_path(Path(path)), source=Path(path))
-    if "train" not in inputs:
-        raise DataError("data.train is empty. Set it to a file, or to a folder with one folder per class.")
-    for split in ("validation", "test"):
-        fraction = getattr(data, f"{split}_fraction")
-        if split in inputs and fraction:
-            raise RecipeError(
-                f"data.{split} is given, and data.{split}_fraction = {fraction} as well. Set one of them."
+class _Stages:
+    """A preparation at work, stage by stage."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: Mapping[str, Input],
+        work: Path,
+        share: Share,
+        notify: Callable[[str], None],
+    ) -> None:
+        self._recipe = recipe
+        self._inputs = inputs
+        self._work = work
+        self._share = share
+        self._notify = notify
+        self._parts = [(split, part) for split, one in inputs.items() for part in one.parts]
+        data, screening = recipe.data, recipe.screen
+        self._cut = bool(data.validation_fraction or data.test_fraction)
+        self._near = "refuse" in (screening.near_duplicates, screening.contradicted)
+
+    def make(self, folder: Path, key: Mapping[str, object]) -> store.Dataset:
+        """Go through all stages; return the dataset."""
+        data = self._recipe.data
+        spooled = self._spool()
+        given = [split for split, _ in self._parts]
+        records, classes = load_records(spooled, given, cut=self._cut, near_ones=self._near)
+        refuse_absent_labels(classes, data.labels)
+        shares = {"validation": data.validation_fraction, "test": data.test_fraction}
+        screen(records, self._recipe.screen, tuple(self._inputs), **shares)
+        decided = Decided(spooled, given, records, classes)
+        if decided.counts:
+            gone, reasons = int(np.count_nonzero(~records.kept)), tell_counts(decided.counts)
+            self._notify(f"quarantined {gone} of {len(records.reasons)} records: {reasons}")
+            if data.strict:
+                refuse(decided.counts, next(decided.list_quarantined()))
+        splits = [split for split in SPLITS if split in self._inputs or shares.get(split)]
+        _refuse_empty_splits(decided, splits)
+        labels = decided.choose_labels(data.labels)
+        encoder = self._learn(decided)
+        told = ", ".join(f"{decided.count_kept(split)} {split}" for split in splits)
+        self._notify(f"encoding {told} records")
+        parts = self._encode(decided, encoder)
+        return store.write_dataset(
+            folder,
+            splits={split: read_parts(parts, split) for split in splits},
+            labels=labels,
+            encoder=encoder,
+            quarantine=decided.list_quarantined(),
+            notes={"quarantined": decided.counts, "made_from": dict(key)},
+            pages={REPORT: self._draw(parts, encoder)},
+        )
+
+    def _spool(self) -> list[Spooled]:
+        """Read and examine every part of the input; return what was left of each."""
+        for one in self._inputs.values():
+            self._notify(f"reading {one.name}")
+        data = self._recipe.data
+        examiner = Examiner(self._recipe.screen, data.labels)
+        paths = [self._work / f"spool-{number:06}" for number in range(len(self._parts))]
+
+        def read(number: int) -> None:
+            split, part = self._parts[number]
+            sheets = [part] if isinstance(part, Sheet) else read_piece(part, data, (data.text, data.label))
+            name = part.name if isinstance(part, Sheet) else part.source
+            place = self._cut and split == "train"
+            spool(paths[number], sheets, name, data, examiner, place=place, near=self._near)
+
+        self._share.do(read, [number for number, path in enumerate(paths) if not path.exists()])
+        spooled = [Spooled(path) for path in paths]
+        for split, one in self._inputs.items():
+            mine = [file for file, (of, _) in zip(spooled, self._parts, strict=True) if of == split]
+            if not any(file.facts.rows for file in mine):
+                raise DataError(f"{one.name!r}: there is no record in it. Give a file with at least one.")
+            _refuse_absent_columns(mine, {"text": data.text, "label": data.label})
+        return spooled
+
+    def _learn(self, decided: Decided) -> Encoder:
+        """Return the encoder; one that was learned is kept for a preparation that goes on."""
+        folder = self._work / "encoder"
+        if folder.exists():
+            return encode.load_encoder(folder)
+        encoder = encode.choose_encoder(self._recipe, decided.training_texts(), workers=self._share.workers)
+        with whole_folder(folder) as part:
+            encoder.save(part)
+        return encoder
+
+    def _encode(self, decided: Decided, encoder: Encoder) -> list[Path]:
+        """Encode what is kept; return the files of the parts, in order."""
+        limit = self._recipe.encode.max_tokens
+        paths = [self._work / f"part-{batch.spooled:06}-{batch.number:06}" for batch in decided.batches]
+
+        def write(number: int) -> None:
+            batch = decided.batches[number]
+            write_part(
+                paths[number], decided.spooled[batch.spooled], batch.number, decided.fates(batch), encoder, limit
             )
-    if data.validation_fraction + data.test_fraction >= 1:
-        total = data.validation_fraction + data.test_fraction
-        raise RecipeError(f"data.validation_fraction + data.test_fraction = {total}. Allowed is a sum below 1.")
-    return inputs
 
+        self._share.do(write, [number for number, path in enumerate(paths) if not path.exists()])
+        return paths
 
-def _make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
-    """Everything that decides the bytes of the dataset."""
-    import tokenizers
-
-    return {
-        "inputs": {
-            split: {"name": one.name, "format": one.kind, "sha256": one.sha256} for split, one in inputs.items()
-        },
-        "data": recipe.data.model_dump(mode="json", include=set(SEEN)),
-        "encode": encode.find_settings(recipe),
-        "versions": {
-            "format": store.FORMAT,
-            "screening": screen.VERSION,
-            "encoding": encode.VERSION,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
-
-
-def _read_and_screen(data: Data, inputs: Mapping[str, Input], notify: Callable[[str], None]) -> Screened:
-    given = {}
-    for split, one in inputs.items():
-        notify(f"reading {one.name}")
-        given[split] = one.source if isinstance(one.source, list) else read_records(one.source, data)
-    _refuse_absent_labels(given, data)
-    screened = screen.screen_splits(
-        given,
-        labels=data.labels,
-        validation_fraction=data.validation_fraction,
-        test_fraction=data.test_fraction,
-    )
-    if screened.quarantined:
-        of_all = f"{len(screened.quarantined)} of {sum(map(len, given.values()))}"
-        notify(f"quarantined {of_all} records: {_list(screened.counts)}")
-        if data.strict:
-            _refuse(screened.counts, _describe(screened.quarantined[0]))
-    for split, records in screened.splits.items():
-        if records:
-            continue
-        if screened.counts.get(split):
-            raise DataError(
-                f"{split}: no record can be used: {_list(screened.counts)}. First: {_first(screened, split)}."
-            )
-        raise DataError(f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records.")
-    return screened
-
-
-def _refuse_absent_labels(given: Mapping[str, Sequence[Record]], data: Data) -> None:
-    """Raise DataError on a label in data.labels that no record has: as a rule it is misspelt."""
-    found = {record.label for records in given.values() for record in records if record.label}
-    absent = [label for label in data.labels if label not in found]
-    if absent:
-        near = difflib.get_close_matches(absent[0], found, n=1, cutoff=0.5)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
-        there = ", ".join(map(repr, sorted(found)[:20])) or "none"
-        raise DataError(
-            f"data.labels: no record has label {absent[0]!r}.{guess} There are: {there}. Correct data.labels."
+    def _draw(self, parts: Sequence[Path], encoder: Encoder) -> str:
+        """Return the report page."""
+        counts_words = encode.find_settings(self._recipe)["kind"] == "ngrams"
+        facts = [
+            (f"{split} from", f"{one.name} ({one.kind}), sha256 {one.sha256}") for split, one in self._inputs.items()
+        ]
+        changed = {key: value for key, value in self._recipe.screen.model_dump().items() if value != DEFAULTS[key]}
+        facts += [(f"screen.{key}", str(value)) for key, value in changed.items()]
+        return render(
+            add_reviews(parts),
+            title=self._recipe.name,
+            max_tokens=0 if counts_words else self._recipe.encode.max_tokens,
+            facts=facts,
+mended=describe_treatments(self._recipe.screen),
         )
 
 
-def _find_labels(splits: Mapping[str, Sequence[Record]], data: Data) -> tuple[str, ...]:
-    """Return the classes in order: those of the recipe, or those of the training records, sorted.
-
-    Raises:
-        DataError: fewer than two, one named twice, or one that is in validation or test alone.
-    """
-    classes = {split: Counter(str(record.label) for record in records) for split, records in splits.items()}
-    labels = data.labels or tuple(sorted(classes["train"]))
-    if len(set(labels)) < len(labels):
-        raise DataError(f"data.labels = {list(labels)}: a label is named twice. Name each once.")
-    if len(labels) < 2:
-        raise DataError(f"there is one class only, {labels[0]!r}. Give records of two classes or more; see data.label.")
-    for split in ("validation", "test"):
-        alone = sorted(set(classes.get(split, ())) - set(labels))
-        if alone:
-            raise DataError(
-                f"{split} has class {alone[0]!r} ({classes[split][alone[0]]} records), training has not. "
-                "Correct it, add training records of it, or set data.labels to all the classes."
-            )
-    return labels
-
-
-def _describe(one: screen.Quarantined) -> dict[str, object]:
-    """Return a line of `quarantine.jsonl`."""
-    record = one.record
-    where = {"split": one.split, "file": record.file, "row": record.row}
-    return {**where, "reason": one.reason, "label": record.label, "text": record.text}
-
-
-def _first(screened: Screened, split: str) -> str:
-    return _show(_describe(next(one for one in screened.quarantined if one.split == split)))
-
-
-def _show(line: Mapping[str, object]) -> str:
-    text = str(line["text"])
-    beginning = text if len(text) <= 60 else f"{text[:60]}…"
-    return f"{line['file']}, row {line['row']}: {line['reason']}: {beginning!r}"
-
-
-def _list(counts: Mapping[str, Mapping[str, int]]) -> str:
-    listed = {split: ", ".join(f"{n} {reason}" for reason, n in reasons.items()) for split, reasons in counts.items()}
-    return "; ".join(f"{split}: {reasons}" for split, reasons in listed.items())
-
-
-def _refuse(counts: Mapping[str, Mapping[str, int]], first: Mapping[str, object]) -> None:
-    raise DataError(
-        f"data.strict: records would be quarantined ({_list(counts)}). First: {_show(first)}. "
-        "Correct them, or set data.strict = false."
-    )
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files and their names. Raises DataError if one is unreadable."""
+def _make_store(folder: Path) -> None:
     try:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            return _hash([[file.relative_to(path).as_posix(), _hash_path(file)] for file in files])
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{str(path)!r}: cannot be read: {error.strerror or error}.") from None
+        told = f"cannot be written: {error.strerror or error}. Set data.store to a folder that can"
+        raise DataError(f"{str(folder)!r}: {told}.") from None
+
+
+def _refuse_absent_columns(files: Sequence[Spooled], wanted: Mapping[str, str]) -> None:
+    """Raise DataError if no sheet of a file's has a column that is needed."""
+    names: dict[str, dict[str, list[object]]] = {}
+    for file in files:
+        names.setdefault(file.facts.name, {}).update({name: [] for name in file.facts.names})
+    for name, columns in names.items():
+        for key, column in wanted.items():
+            find_column(Sheet(name=name, rows=0, columns=columns), column, key)
+
+
+def _refuse_empty_splits(decided: Decided, splits: Sequence[str]) -> None:
+    """Raise DataError if no record is left for a split."""
+    for split in splits:
+        if decided.count_kept(split):
+            continue
+        if decided.counts.get(split):
+            first = show(next(line for line in decided.list_quarantined() if line["split"] == split))
+            reasons = tell_counts(decided.counts)
+            raise DataError(f"{split}: no record can be used: {reasons}. First: {first}.")
+        raise DataError(f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records.")

@@ -1,156 +1,144 @@
-"""Which records are fit to learn from, and into which split each goes.
+"""Which records are fit to learn from, given all the others, and into which split each goes.
 
-Owns the rules, their names and the cut by content. Works on records in memory; it reads and writes nothing.
+Owns the rules that compare records, their names, and the cut by content. What a record says by itself was found before,
+by `data/rules.py`. Works on arrays with an entry per record; it reads and writes nothing, and does not know texts.
 Every record is either kept or quarantined, with the first rule that it breaks as the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unisono.data.read import Record
+import numpy as np
 
-VERSION = 1
+from unisono.data import near
+from unisono.sections import Screen
+
+VERSION = 2
 """Raised whenever a rule, or the cut, comes to decide otherwise."""
 
-Rule = Callable[[Sequence[Record]], list[bool]]
-"""Tells of each record whether it breaks the rule, given all that are still kept."""
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = range(3)
+
+KEPT = ""
+"""In the place of a reason."""
+CONTRADICTORY = "same text, two labels"
+DUPLICATE = "duplicate"
+LEAKED = "also in train"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quarantined:
-    """A record that is not learned from, and why."""
+@dataclass(slots=True, kw_only=True)
+class Records:
+    """All records, in the order of the input: train, validation, test, those that are given. Arrays run parallel.
 
-    split: str
-    reason: str
-    record: Record
+    splits: int8, numbers of SPLITS; at first the split that a record was given for, later the one that it went to.
+    hashes: uint64 [2, records], of the text without space around it.
+    places: uint64, of class and text; empty where no split is cut.
+    labels: int32, a number for each class, −1 for none.
+    reasons: int16, numbers of `names`; KEPT is number 0.
+    bands: uint64 [records, bands] from `near.sketch`, or None.
+    """
 
+    splits: np.ndarray
+    hashes: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+    reasons: np.ndarray
+    bands: np.ndarray | None
+    names: list[str]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Screened:
-    """Every record once: kept in a split, or quarantined; both in the order of the input."""
-
-    splits: Mapping[str, list[Record]]
-    quarantined: list[Quarantined]
+    def refuse(self, chosen: np.ndarray, reason: str) -> None:
+        """Note a reason for records (a mask, or numbers) that have none so far."""
+        if reason not in self.names:
+            self.names.append(reason)
+        self.reasons[chosen] = self.names.index(reason)
 
     @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Quarantined records by split, then by reason."""
-        counts: dict[str, Counter[str]] = {}
-        for one in self.quarantined:
-            counts.setdefault(one.split, Counter())[one.reason] += 1
-        return {split: dict(sorted(reasons.items())) for split, reasons in sorted(counts.items())}
+    def kept(self) -> np.ndarray:
+        """Which records there is no reason against: bool [records]."""
+        return self.reasons == 0
 
 
-def empty(records: Sequence[Record]) -> list[bool]:
-    """The text has no visible character."""
-    return [not record.text.strip() for record in records]
+def screen(records: Records, settings: Screen, given: Sequence[str], *, validation: float, test: float) -> None:
+    """Decide on all records: note why they go, and into which split the others go.
 
+    In this order, each rule on what those before have kept: texts with two classes, of which none is known to be right,
+    so all of them go; repeated ones; those that near-duplicates contradict; then shares are cut off train; then what is
+    also in train goes from a validation or test that was given; at last near-duplicates, within a split and of train.
 
-def unlabelled(records: Sequence[Record]) -> list[bool]:
-    """The class is missing."""
-    return [record.label is None for record in records]
-
-
-def of_unknown_class(labels: Iterable[str]) -> Rule:
-    """The class is none of `labels`; with no labels given, every class is known."""
-    known = frozenset(labels)
-    return lambda records: [bool(known) and record.label not in known for record in records]
-
-
-def contradictory(records: Sequence[Record]) -> list[bool]:
-    """The same text has another class elsewhere: which one is right cannot be told, so all of them go."""
-    classes: dict[str, set[str | None]] = {}
-    for record in records:
-        classes.setdefault(record.text.strip(), set()).add(record.label)
-    return [len(classes[record.text.strip()]) > 1 for record in records]
-
-
-def repeated(records: Sequence[Record]) -> list[bool]:
-    """The same text and class stood in an earlier record."""
-    seen: set[tuple[str, str | None]] = set()
-    found = []
-    for record in records:
-        content = record.text.strip(), record.label
-        found.append(content in seen)
-        seen.add(content)
-    return found
-
-
-def also_in(training: Iterable[Record]) -> Rule:
-    """The text is one of the training texts: a score on it would measure memory."""
-    texts = frozenset(record.text.strip() for record in training)
-    return lambda records: [record.text.strip() in texts for record in records]
-
-
-def screen(records: Sequence[Record], rules: Mapping[str, Rule], split: str) -> tuple[list[Record], list[Quarantined]]:
-    """Apply rules one after the other, each to what those before have kept; their keys are the reasons."""
-    reasons: dict[int, str] = {number: record.fault for number, record in enumerate(records) if record.fault}
-    for reason, rule in rules.items():
-        numbers = [number for number in range(len(records)) if number not in reasons]
-        broken = rule([records[number] for number in numbers])
-        reasons.update((number, reason) for number, breaks in zip(numbers, broken, strict=True) if breaks)
-    kept = [record for number, record in enumerate(records) if number not in reasons]
-    quarantined = [
-        Quarantined(split=split, reason=reasons[number], record=records[number]) for number in sorted(reasons)
-    ]
-    return kept, quarantined
-
-
-def screen_splits(
-    given: Mapping[str, Sequence[Record]],
-    *,
-    labels: Sequence[str] = (),
-    validation_fraction: float = 0.0,
-    test_fraction: float = 0.0,
-) -> Screened:
-    """Screen what was given as train, validation, test; cut shares off train; drop what is also in train."""
-    rules: dict[str, Rule] = {
-        "empty text": empty,
-        "no label": unlabelled,
-        "unknown label": of_unknown_class(labels),
-        "same text, two labels": contradictory,
-        "duplicate": repeated,
-    }
-    splits: dict[str, list[Record]] = {}
-    quarantined: list[Quarantined] = []
-    for split, records in given.items():
-        splits[split], out = screen(records, rules, split)
-        quarantined += out
-    splits |= cut(splits["train"], validation_fraction, test_fraction)
-    leak: dict[str, Rule] = {"also in train": also_in(splits["train"])}
-    for split in ("validation", "test"):
-        if split in given:
-            splits[split], out = screen(splits[split], leak, split)
-            quarantined += out
-    return Screened(splits=splits, quarantined=quarantined)
-
-
-def cut(records: Sequence[Record], validation_fraction: float, test_fraction: float) -> dict[str, list[Record]]:
-    """Cut records into train, validation and test, those with a share of 0 left out.
-
-    Where a record goes depends on its own text and class alone, so neither order nor company changes it.
+    Args:
+        given: the splits that the user gave.
+        validation, test: shares of the training records.
     """
-    splits: dict[str, list[Record]] = {"train": []}
-    if validation_fraction:
-        splits["validation"] = []
-    if test_fraction:
-        splits["test"] = []
-    for record in records:
-        place = _place(record)
-        if place < test_fraction:
-            splits["test"].append(record)
-        elif place < test_fraction + validation_fraction:
-            splits["validation"].append(record)
-        else:
-            splits["train"].append(record)
-    return splits
+    for split in range(len(SPLITS)):
+        members = np.flatnonzero(records.kept & (records.splits == split))
+        first, contradicted = _group(records.hashes[:, members], records.labels[members])
+        records.refuse(members[contradicted], CONTRADICTORY)
+        records.refuse(members[~first & ~contradicted], DUPLICATE)
+    if settings.contradicted == "refuse":
+        assert records.bands is not None
+        chosen = near.find_contradicted(
+            records.labels,
+            records.bands,
+            records.splits,
+            records.kept,
+            neighbours=settings.contradicted_neighbours,
+            share=settings.contradicted_share,
+        )
+        records.refuse(chosen, near.CONTRADICTED)
+    _cut(records, validation, test)
+    train = records.kept & (records.splits == TRAIN)
+    for split in (VALIDATION, TEST):
+        if SPLITS[split] in given:
+            members = np.flatnonzero(records.kept & (records.splits == split))
+            records.refuse(members[_is_in(records.hashes[:, members], records.hashes[:, train])], LEAKED)
+    if settings.near_duplicates == "refuse":
+        assert records.bands is not None
+        found = near.find_near_duplicates(records.bands, records.splits, records.kept)
+        for number in (near.IN_SPLIT, near.IN_TRAIN):
+            records.refuse(found == number, near.REASONS[number])
 
 
-def _place(record: Record) -> float:
-    """A number in [0, 1) from the record's content, evenly spread."""
-    content = f"{record.label}\0{record.text.strip()}".encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
+def _cut(records: Records, validation: float, test: float) -> None:
+    """Cut shares off train. Where a record goes depends on its own text and class alone, so neither order nor company
+    changes it."""
+    if not validation and not test:
+        return
+    shares = records.places / 2.0**64
+    train = records.kept & (records.splits == TRAIN)
+    records.splits[train & (shares < test + validation)] = VALIDATION
+    records.splits[train & (shares < test)] = TEST
+
+
+def _group(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each record whether no earlier one has its text, and whether records with its text differ in class."""
+    order = _sort(hashes)
+    ordered = hashes[:, order]
+    begins = np.ones(len(order), bool)
+    begins[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
+    groups = np.cumsum(begins) - 1
+    first = np.zeros(len(order), bool)
+    first[order[begins]] = True  # the sort is stable: the earliest of a group stands first
+    differs = np.zeros(int(groups[-1]) + 1 if len(groups) else 0, bool)
+    ordered_labels = labels[order]
+    differs[groups[ordered_labels != ordered_labels[begins][groups]]] = True
+    contradicted = np.empty(len(order), bool)
+    contradicted[order] = differs[groups]
+    return first, contradicted
+
+
+def _is_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return of each hash of 128 bits (uint64 [2, n], no two of them equal) whether it is a known one."""
+    both = np.concatenate([known, hashes], axis=1)
+    first, _ = _group(both, np.zeros(both.shape[1], np.int32))
+    return ~first[known.shape[1] :]
+
+
+def _sort(hashes: np.ndarray) -> np.ndarray:
+    """Return the stable order of hashes of 128 bits, by the first half, and by the second where that is equal."""
+    order = np.argsort(hashes[0], kind="stable")
+    ordered = hashes[:, order]
+    if ((ordered[0, 1:] == ordered[0, :-1]) & (ordered[1, 1:] != ordered[1, :-1])).any():  # once in 2^64 pairs
+        order = np.lexsort((hashes[1], hashes[0]))
+    return order

@@ -70,11 +70,12 @@ def write_dataset(
     encoder: Encoder,
     quarantine: Iterable[Mapping[str, object]],
     notes: Mapping[str, object],
+    pages: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
 
     `notes` are further entries of the manifest; `quarantined`, the counts by split and reason, is one of
-    them.
+    them. `pages` are further text files, by name.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.
@@ -82,12 +83,12 @@ def write_dataset(
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.with_name(f".{folder.name}.lock")):
+        with alone(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():
                 shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
                 try:
                     partial.mkdir()
-                    _fill(partial, splits, labels, encoder, quarantine, notes)
+                    _fill(partial, splits, labels, encoder, quarantine, notes, pages or {})
                     partial.rename(folder)
                     sync(folder.parent)
                 finally:
@@ -139,9 +140,12 @@ def _fill(
     encoder: Encoder,
     quarantine: Iterable[Mapping[str, object]],
     notes: Mapping[str, object],
+    pages: Mapping[str, str],
 ) -> None:
     encoder.save(folder)
     encoder_files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    for name, page in pages.items():
+        (folder / name).write_text(page, encoding="utf-8")
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine)
     entries = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
@@ -165,14 +169,26 @@ def _write_split(path: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
     samples = tokens = 0
     with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for chunk in chunks:
-            offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
-            np.cumsum(chunk.lengths, out=offsets[1:])
-            ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(chunk.ids))
-            writer.write_batch(pa.record_batch([ids, pa.array(chunk.labels)], schema=SCHEMA))
+            write_chunk(writer, chunk)
             content.add(chunk)
             samples += len(chunk.lengths)
             tokens += len(chunk.ids)
     return {"file": path.name, "samples": samples, "tokens": tokens, "sha256": content.hexdigest()}
+
+
+def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:
+    """Write samples with their labels as one record batch of SCHEMA."""
+    offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
+    np.cumsum(chunk.lengths, out=offsets[1:])
+    ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(chunk.ids))
+    writer.write_batch(pa.record_batch([ids, pa.array(chunk.labels)], schema=SCHEMA))
+
+
+def read_chunk(batch: pa.RecordBatch) -> Chunk:
+    """Return the samples of a record batch that `write_chunk` wrote."""
+    ids, labels = batch.columns
+    lengths = np.diff(ids.offsets.to_numpy())
+    return Chunk(ids=ids.values.to_numpy(), lengths=lengths, labels=labels.to_numpy())
 
 
 def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
@@ -213,7 +229,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, and leave no file behind."""
     while True:
         with path.open("w") as file:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -109,8 +109,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{str(path)!r} is no tokenizer.json: {error}.") from error
 
 
-def train_wordpiece(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> Tokenizer:
-    """Find the pieces of words that describe the texts best; never fewer than there are characters.
+def train_wordpiece(texts: Iterable[Sequence[str]], vocabulary_size: int, lowercase: bool) -> Tokenizer:
+    """Find the pieces of words that describe the texts best; never fewer than there are characters. The texts come in
+    lists, and are gone through twice.
 
     The library numbers characters in the order of a hash table, which differs from process to process, and
     breaks ties between merges by those numbers. Here the characters are handed to it as if they were special
@@ -123,12 +124,13 @@ def train_wordpiece(texts: Sequence[str], vocabulary_size: int, lowercase: bool)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     first = list(dict.fromkeys([*SPECIAL, *_find_characters(tokenizer, texts)]))
     trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=first, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(iter(texts), trainer)
     return _finish(tokenizer)
 
 
-def train_bpe(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> Tokenizer:
-    """Find the runs of bytes that describe the texts best: nothing is unknown, in any language."""
+def train_bpe(texts: Iterable[Sequence[str]], vocabulary_size: int, lowercase: bool) -> Tokenizer:
+    """Find the runs of bytes that describe the texts best: nothing is unknown, in any language. The texts come in
+    lists."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -140,21 +142,19 @@ def train_bpe(texts: Sequence[str], vocabulary_size: int, lowercase: bool) -> To
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(iter(texts), trainer)
     return _finish(tokenizer)
 
 
-def _find_characters(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+def _find_characters(tokenizer: Tokenizer, texts: Iterable[Sequence[str]]) -> list[str]:
     """Characters as they begin a word, then as they continue one (`##x`); each in a fixed order."""
-    words: set[str] = set()
-    for text in texts:
-        words.update(text.split(" "))
     begin: set[str] = set()
     go_on: set[str] = set()
-    for word in words:
-        for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word)):
-            begin.add(piece[0])
-            go_on.update(piece[1:])
+    for some in texts:
+        for word in {word for text in some for word in text.split(" ")}:
+            for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word)):
+                begin.add(piece[0])
+                go_on.update(piece[1:])
     return [*sorted(begin), *(f"##{character}" for character in sorted(go_on))]
 
 

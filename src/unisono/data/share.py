@@ -1,0 +1,47 @@
+"""The stages' work shared out to processes, with errors as the stages know them.
+
+Owns the translation; the sharing itself is `unisono.parallel`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from unisono import parallel
+from unisono.errors import DataError, TaskError, UnisonoError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """How work is shared out: to so many processes. progress: None shows a bar if stderr is a terminal, False none."""
+
+    workers: int
+    progress: bool | None = False
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Return the results in the order of the items.
+
+        Raises:
+            UnisonoError: as the function raised it. DataError: the disk is full. TaskError: anything else.
+        """
+        workers = max(1, min(self.workers, len(items)))
+        try:
+            yield from parallel.map(function, items, workers=workers, seed=None, progress=self.progress)
+        except TaskError as error:
+            cause = error.__cause__
+            if isinstance(cause, UnisonoError):
+                raise cause from None
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError("the disk is full. Free some space, or set data.store to a folder elsewhere.") from None
+            raise
+
+    def do(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
+        """Have the function done with each item."""
+        for _ in self.map(function, items):
+            pass
