@@ -110,5 +110,5 @@ def _news(recipe: Recipe) -> tuple[EncodedSamples, int]:
     lines = lines[:: len(lines) // REAL_SAMPLES][:REAL_SAMPLES]
     labels, texts = zip(*(line.split("\t", 1) for line in lines), strict=True)
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
-    encoder = choose_encoder(recipe, texts)
+    encoder = choose_encoder(recipe, [texts])
     return encode_samples(encoder, texts, [numbers[label] for label in labels]), encoder.vocabulary_size

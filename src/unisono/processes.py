@@ -18,7 +18,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_info
+
 PR_SET_PDEATHSIG = 1
+OMP_PAUSE_HARD = 2
 
 
 def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Collection[int] = ()) -> BaseProcess:
@@ -69,3 +72,16 @@ def forget_kernel_buffers() -> None:
         )  # absent where torch is built without MKL
         if free is not None:
             free()
+
+
+def rest_threads() -> None:
+    """To be called before forking a process that will use several threads: end those of OpenMP here.
+
+    GNU's does not know that a fork copies no threads, and the child would wait for them for ever. They begin again with
+    the next kernel.
+    """
+    for library in threadpool_info():
+        if library["user_api"] == "openmp":
+            pause = getattr(ctypes.CDLL(library["filepath"]), "omp_pause_resource_all", None)  # since OpenMP 5.0
+            if pause is not None:
+                pause(OMP_PAUSE_HARD)

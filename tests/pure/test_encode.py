@@ -14,10 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.data import encode
-from unisono.data.encode import choose_encoder, encode_chunks, find_settings, load_encoder
+from unisono.data.encode import choose_encoder, find_settings, load_encoder
 from unisono.data.encoder import Encoder
-from unisono.data.samples import hash_content
 from unisono.data.tokens import Pieces, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
 from unisono.recipe import Recipe, check
@@ -38,7 +36,7 @@ def recipe(kind: str, model: str = "", **encode_keys: object) -> Recipe:
 
 @functools.cache
 def encoder(kind: str, max_tokens: int = 12) -> Encoder:
-    return choose_encoder(recipe(kind, max_tokens=max_tokens), corpus())
+    return choose_encoder(recipe(kind, max_tokens=max_tokens), [corpus()])
 
 
 KINDS = ["wordpiece", "bpe", "ngrams"]
@@ -72,22 +70,22 @@ def test_special_tokens_and_the_limit(kind: str) -> None:
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_a_vocabulary_depends_on_the_texts_alone(train: object, lowercase: bool) -> None:
     texts = corpus()
-    made = train(texts, 400, lowercase).to_str()  # type: ignore[operator]
+    made = train([texts], 400, lowercase).to_str()  # type: ignore[operator]
     for seed in range(3):
         random.Random(seed).shuffle(texts)
-        assert train(texts, 400, lowercase).to_str() == made  # type: ignore[operator]
+        assert train([texts], 400, lowercase).to_str() == made  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("train", ["train_wordpiece", "train_bpe"])
 def test_a_vocabulary_does_not_depend_on_the_process(train: str) -> None:
     script = (
         f"import json, sys; from unisono.data.tokens import {train} as train;"
-        "sys.stdout.write(train(json.load(sys.stdin), 400, True).to_str())"
+        "sys.stdout.write(train([json.load(sys.stdin)], 400, True).to_str())"
     )
     run = [sys.executable, "-c", script]
     made = {subprocess.run(run, input=json.dumps(corpus()), capture_output=True, text=True, check=True).stdout}
     here = train_wordpiece if train == "train_wordpiece" else train_bpe
-    assert made == {here(corpus(), 400, True).to_str()}
+    assert made == {here([corpus()[:7], corpus()[7:]], 400, True).to_str()}
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,7 +105,7 @@ def test_shortening_first_changes_nothing(kind: str, words: list[str]) -> None:
 
 
 def test_settings_of_a_given_tokenizer_are_replaced(tmp_path: Path) -> None:
-    tokenizer = train_wordpiece(corpus(), 400, True)
+    tokenizer = train_wordpiece([corpus()], 400, True)
     tokenizer.enable_padding(length=99, pad_id=tokenizer.token_to_id("[PAD]"))
     tokenizer.enable_truncation(3)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -137,7 +135,7 @@ def test_what_cannot_be_an_encoder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is no tokenizer.json"):
         choose_encoder(recipe("tokenizer", tokenizer=str(tmp_path / "tokenizer.json")), [])
     with pytest.raises(DataError, match="no room"):
-        choose_encoder(recipe("wordpiece", max_tokens=2), corpus())
+        choose_encoder(recipe("wordpiece", max_tokens=2), [corpus()])
     for content in ["", "[]", '{"kind": "other"}', '{"kind": "bpe", "max_tokens": 9, "padding": 0}']:
         (tmp_path / "encoder.json").write_text(content)
         with pytest.raises(ModelError):
@@ -150,15 +148,3 @@ def test_a_tokenizer_without_special_tokens_gives_no_empty_sample() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert [len(sample) for sample in Pieces(tokenizer, kind="tokenizer", max_tokens=4).encode(["", "a"])] == [1, 1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_do_not_depend_on_workers(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(encode, "SAMPLES_PER_CHUNK", 16)
-    texts = corpus(100)
-    labels = np.arange(100, dtype=np.int32)
-    chunks = {workers: list(encode_chunks(encoder(kind), texts, labels, workers=workers)) for workers in (1, 3, 7)}
-    for one in chunks.values():
-        assert [len(chunk.lengths) for chunk in one] == [16] * 6 + [4]
-        assert np.concatenate([chunk.labels for chunk in one]).tolist() == list(range(100))
-        assert hash_content(one) == hash_content(chunks[1])

@@ -21,7 +21,7 @@ from unisono.errors import ModelError, UserError
 
 
 def learn(texts: list[str], features: int = 2**20, words: int = 100, order: int = 1, **settings: Any) -> NGrams:
-    return NGrams.learn(texts, features, words=words, order=order, **{"lowercase": True, **settings})
+    return NGrams.learn([texts], features, words=words, order=order, **{"lowercase": True, **settings})
 
 
 def row(text: str, **settings: Any) -> list[int]:
@@ -99,7 +99,7 @@ def test_another_process_with_another_hash_seed_agrees() -> None:
     code = (
         "from unisono.data.ngrams import NGrams\n"
         "texts = ['a b c d', 'ü 中文 b']\n"
-        "print(NGrams.learn(texts, 99, words=9, order=3, lowercase=True).encode(texts))"
+        "print(NGrams.learn([texts], 99, words=9, order=3, lowercase=True).encode(texts))"
     )
     seen = set()
     for seed in ("1", "2"):

@@ -19,7 +19,7 @@ from unisono.data.samples import Chunk, EncodedSamples, encode_samples, hash_con
 from unisono.data.store import Dataset, open_dataset, read_quarantine, write_dataset
 from unisono.errors import DamagedError, DataError
 
-ENCODER = NGrams.learn(["one two three", "two three", "中"], 50, words=10, order=1, lowercase=True)
+ENCODER = NGrams.learn([["one two three", "two three", "中"]], 50, words=10, order=1, lowercase=True)
 
 
 def chunk(rows: list[list[int]], labels: list[int] | None = None) -> Chunk:

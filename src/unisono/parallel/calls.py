@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from unisono.errors import ParallelError
 from unisono.parallel.engine import Engine
 from unisono.parallel.gathering import Combined, Ordered
-from unisono.parallel.sharing import Failure, Sharing
-from unisono.parallel.tasks import Job
+from unisono.parallel.sharing import Failure, Sharing, fail_to_combine
+from unisono.parallel.tasks import Job, describe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,7 +69,7 @@ def map(
             workers ended at it. It tells the item; what the task raised is its cause.
     """
     job = Job(function=function, seed=seed, threads=threads)
-    chosen = _check(job, workers, retries, timeout_seconds, engine)
+    chosen = _check(job, items, workers, retries, quarantine, timeout_seconds, engine)
     return _map(job, items, chosen, workers, retries, quarantine, timeout_seconds, progress)
 
 
@@ -92,7 +92,7 @@ def map_reduce(
     The tree is that of `unisono.nodes`, over the items' numbers: `combine` need not be associative (floating-point
     addition is not) to give the same bits on any number of workers. Workers combine what they have, so that only
     complete nodes of the tree travel. `combine(left, right)` may reuse `left`. An item in quarantine is a missing leaf:
-    its sibling goes up as it is.
+    its sibling goes up as it is. An error of `combine` itself ends the call.
 
     The other arguments, and the errors, are those of `map`.
 
@@ -100,9 +100,9 @@ def map_reduce(
         ParallelError: also where there are no items, or all are in quarantine.
     """
     job = Job(function=function, combine=combine, seed=seed, threads=threads)
-    chosen = _check(job, workers, retries, timeout_seconds, engine)
+    chosen = _check(job, items, workers, retries, quarantine, timeout_seconds, engine)
     count = chosen.count(workers)
-    combined: Combined = Combined(combine)
+    combined: Combined = Combined(_tell_of(combine))
     failed: Failure | None = None
     crew = chosen.start(job, count, timeout_seconds)
     done = False
@@ -169,12 +169,22 @@ def _map(
         crew.close(at_once=not done)
 
 
-def _check(job: Job, workers: object, retries: object, timeout_seconds: object, engine: str | Engine) -> Engine:
+def _check(
+    job: Job,
+    items: object,
+    workers: object,
+    retries: object,
+    quarantine: object,
+    timeout_seconds: object,
+    engine: str | Engine,
+) -> Engine:
     """Check the arguments; return the engine."""
     if not callable(job.function):
         raise ParallelError(f"function = {job.function!r}: not callable. Give a function of one item.")
     if job.combine is not None and not callable(job.combine):
         raise ParallelError(f"combine = {job.combine!r}: not callable. Give a function of two results.")
+    if not isinstance(items, Iterable):
+        raise ParallelError(f"items = {items!r}: not iterable. Give a list, a generator, a dataset of rows.")
     if workers != "auto" and not (_whole(workers) and int(workers) >= 1):  # type: ignore[call-overload]
         raise ParallelError(f"workers = {workers!r}: allowed are whole numbers from 1, or 'auto' for one per core.")
     if not (_whole(job.threads) and job.threads >= 1):
@@ -183,9 +193,24 @@ def _check(job: Job, workers: object, retries: object, timeout_seconds: object, 
         raise ParallelError(f"retries = {retries!r}: allowed are whole numbers from 0.")
     if job.seed is not None and not _whole(job.seed):
         raise ParallelError(f"seed = {job.seed!r}: allowed are whole numbers, or None.")
+    if quarantine is not None and not hasattr(quarantine, "append"):
+        raise ParallelError(f"quarantine = {quarantine!r}: allowed is what has an append method, such as a list, or None.")
     if timeout_seconds is not None and not (isinstance(timeout_seconds, int | float) and timeout_seconds > 0):
         raise ParallelError(f"timeout_seconds = {timeout_seconds!r}: allowed are numbers above 0, or None.")
     return find_engine(engine)
+
+
+def _tell_of(combine: Callable[[Result, Result], Result]) -> Callable[[Result, Result], Result]:
+    """`combine` in the caller's process: what it raises is told as at a worker."""
+
+    def combine_here(left: Result, right: Result) -> Result:
+        try:
+            return combine(left, right)
+        except Exception as error:
+            fault = describe(-1, error)
+            raise fail_to_combine(fault.error, fault.trace) from error
+
+    return combine_here
 
 
 def _whole(value: object) -> bool:

@@ -7,18 +7,18 @@ replaced; what it had not given back is told.
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import time
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -26,14 +26,14 @@ from threadpoolctl import threadpool_limits
 
 from unisono.errors import ParallelError
 from unisono.parallel.arena import Arena
-from unisono.parallel.tasks import Batch, Fault, Job, Outcome, SeedTorch, describe, run
-from unisono.parallel.wire import pack, unpack
-from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers, fork
+from unisono.parallel.messages import Message, Parcel, pairs, parse, receive
+from unisono.parallel.outcomes import perform, restore
+from unisono.parallel.tasks import Batch, Fault, Job, Outcome, SeedTorch, describe, forget
+from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers, fork, rest_threads
 
 ARENA_BYTES = 128 << 20
 """Shared memory each way for each worker; only what has been used takes space. What does not fit goes by the socket."""
 
-_HEAD = struct.Struct("<QQQQQ")  # batch, tasks, ranges of the body, ranges given back, bytes of the body
 _HELD = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -64,14 +64,13 @@ class LocalCrew:
         self._workers: list[_Worker] = []
         sys.stdout.flush()
         sys.stderr.flush()
-        if "torch" in sys.modules:
-            forget_kernel_buffers()
         try:
             for _ in range(workers):
                 self._hire()
         except BaseException:
             self.close(at_once=True)
             raise
+        atexit.register(self.close, True)  # a caller who ends in the middle would wait for the workers otherwise
 
     def capacity(self, ahead: bool) -> int:
         """One batch for each idle worker; with `ahead`, one more for each."""
@@ -105,12 +104,17 @@ class LocalCrew:
 
     def close(self, at_once: bool) -> None:
         """End all workers."""
+        atexit.unregister(self.close)
         for worker in self._workers:
             worker.close(at_once)
         self._workers.clear()
         self._selector.close()
 
     def _hire(self) -> None:
+        if "torch" in sys.modules:
+            forget_kernel_buffers()
+        if self._job.threads > 1:
+            rest_threads()
         worker = _Worker(self._job)
         self._workers.append(worker)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
@@ -120,11 +124,13 @@ class LocalCrew:
         self._selector.modify(worker.socket, events, worker)
 
     def _replace(self, worker: _Worker, late: bool = False) -> list[Outcome]:
-        """Tell of a worker that has ended; start another."""
+        """Tell of a worker that has ended, or ends now since it is late; start another."""
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
-        at = worker.board[0]
+        if not late:
+            worker.process.join(1.0)  # its socket closes a little before it ends
         worker.close(at_once=True)
+        at = worker.board[0] if not late or self._is_late(worker) else -1  # it may just have gone on to the next task
         how = describe_end(worker.process.exitcode or 0)
         self._hire()
         return [
@@ -133,12 +139,15 @@ class LocalCrew:
 
     def _end_late_ones(self) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        assert self._timeout_seconds is not None
         for worker in list(self._workers):
-            at, since = worker.board
-            if at >= 0 and time.monotonic_ns() - since > self._timeout_seconds * 1e9:
+            if self._is_late(worker):
                 outcomes += self._replace(worker, late=True)
         return outcomes
+
+    def _is_late(self, worker: _Worker) -> bool:
+        at, since = worker.board
+        limit = self._timeout_seconds
+        return limit is not None and at >= 0 and time.monotonic_ns() - since > limit * 1e9
 
 
 class _Worker:
@@ -162,23 +171,17 @@ class _Worker:
     def send(self, batch: Batch) -> list[Fault]:
         """Queue a batch for sending; return faults for what cannot be sent."""
         faults: list[Fault] = []
-        try:
-            body, ranges = _pack_into(self._items, batch.items)
-        except Exception:  # noqa: BLE001 - which item it was is found out, and told
-            numbers, items = [], []
-            for number, item in zip(batch.numbers, batch.items, strict=True):
-                try:
-                    pack(item, lambda content: True)
-                except Exception as error:  # noqa: BLE001 - told with its item
-                    faults.append(describe(number, error))
-                else:
-                    numbers.append(number)
-                    items.append(item)
-            batch = Batch(id=batch.id, numbers=numbers, items=items)
-            body, ranges = _pack_into(self._items, items)
-        self.outgoing += _frame(batch.id, array("Q", batch.numbers), ranges, self._freed, body)
+        parcel, numbers = Parcel(self._items), array("Q")
+        for number, item in zip(batch.numbers, batch.items, strict=True):
+            try:
+                parcel.add(item)
+            except Exception as error:  # noqa: BLE001 - a user's class; told with its item
+                faults.append(describe(number, error))
+            else:
+                numbers.append(number)
+        self.outgoing += parcel.close(batch.id, numbers, self._freed)
         self._freed = array("Q")
-        self._bytes[batch.id] = len(body) + sum(ranges[1::2])
+        self._bytes[batch.id] = parcel.size_bytes
         self.batches.append(batch)
         self.flush()
         return faults
@@ -216,38 +219,16 @@ class _Worker:
     def read(self) -> list[Outcome]:
         """Take apart what has arrived whole."""
         outcomes: list[Outcome] = []
-        begin = 0
-        while len(self._incoming) - begin >= _HEAD.size:
-            head = _HEAD.unpack_from(self._incoming, begin)
-            body = begin + _HEAD.size + 8 * _count_numbers(head)
-            end = body + head[-1]
-            if len(self._incoming) < end:
-                break
-            _, given, back = _cut(head, bytes(self._incoming[begin + _HEAD.size : body]))
-            for offset, length in _pairs(back):
+        for message in parse(self._incoming):
+            for offset, length in pairs(message.freed):
                 self._items.give_back(offset, length)
-            buffers = [_copy(self._results, offset, length) for offset, length in _pairs(given)]
-            self._freed += given
-            outcome = self._unpack(bytes(self._incoming[body:end]), buffers)
-            outcome.bytes_ = self._bytes.pop(outcome.id) + end - begin + sum(given[1::2])
+            buffers = [_copy(self._results, offset, length) for offset, length in pairs(message.ranges)]
+            outcome = restore(message.open(buffers))
+            self._freed += message.ranges
+            outcome.bytes_ = self._bytes.pop(outcome.id) + message.size_bytes
             outcomes.append(outcome)
             self.batches.popleft()
-            begin = end
-        if begin:
-            del self._incoming[:begin]
         return outcomes
-
-    def _unpack(self, body: bytes, buffers: list[np.ndarray]) -> Outcome:
-        batch = self.batches[0]
-        try:
-            outcome: Outcome = unpack(body, buffers)
-        except Exception as error:
-            first, last = batch.numbers[0], batch.numbers[-1]
-            raise ParallelError(
-                f"a result of tasks {first} … {last} was sent, but cannot be put together again: {error!r}. "
-                "Return plain values, arrays, frames or tensors."
-            ) from error
-        return outcome
 
     def close(self, at_once: bool) -> None:
         """End the process."""
@@ -257,25 +238,6 @@ class _Worker:
             self.socket.shutdown(socket.SHUT_RDWR)  # closing would not do: later workers have inherited this end
         self.socket.close()
         self.process.join()
-
-
-def _pack_into(arena: Arena, value: object) -> tuple[memoryview, array]:
-    """Pack a value; return its bytes and the ranges (offset, size, offset, size …) of its buffers in the arena."""
-    ranges = array("Q")
-
-    def keep(content: memoryview) -> bool:
-        offset = arena.take(content.nbytes)
-        if offset >= 0:
-            arena.view[offset : offset + content.nbytes] = content
-            ranges.extend((offset, content.nbytes))
-        return offset >= 0
-
-    try:
-        return pack(value, keep), ranges
-    except BaseException:
-        for offset, length in _pairs(ranges):
-            arena.give_back(offset, length)
-        raise
 
 
 def _serve(
@@ -289,44 +251,34 @@ def _serve(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
     _limit_threads(job.threads)
     sys.meta_path.insert(0, SeedTorch())
+    forget()
     freed = array("Q")  # ranges of items that nothing refers to any more
-    while (packed := _receive(end, _HEAD.size)) is not None:
-        head = _HEAD.unpack(packed)
-        numbers, ranges, back = _cut(head, bytes(_receive(end, 8 * _count_numbers(head)) or b""))
-        for offset, length in _pairs(back):
+    while (message := receive(end)) is not None:
+        for offset, length in pairs(message.freed):
             results.give_back(offset, length)
-        outcome = _run(job, head[0], numbers, _receive(end, head[-1]) or b"", _lend(items, ranges, freed), board)
-        body, given = _pack_outcome(results, outcome)
-        gone, freed[:] = freed[:], array("Q")
+        parcel = Parcel(results)
+        _perform(job, message, items, freed, board, parcel)
+        given_back = freed[:]
+        del freed[: len(given_back)]
         with suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
-            for part in _frame(head[0], array("Q"), given, gone, body):
+            for part in parcel.close(message.id, array("Q"), given_back):
                 end.sendall(part)
-        del outcome, body
+        del parcel, message
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # no clean-up of what was inherited from the parent
 
 
-def _run(
-    job: Job, id_: int, numbers: array, body: bytes | bytearray, buffers: list[np.ndarray], board: memoryview
-) -> Outcome:
-    try:
-        items = unpack(body, buffers)
-    except Exception as error:  # noqa: BLE001 - told with the items
-        told = f"it was sent, but cannot be put together again: {error!r}"
-        return Outcome(id=id_, faults=[Fault(number=number, error=told, trace=told) for number in numbers])
-    buffers.clear()
-    outcome = run(job, Batch(id=id_, numbers=numbers, items=items), board)
-    for place, fault in enumerate(outcome.faults):
-        if _find_fault(fault.number, fault.exception):
-            outcome.faults[place] = Fault(number=fault.number, error=fault.error, trace=fault.trace)
-    return outcome
+def _perform(job: Job, message: Message, arena: Arena, freed: array, board: memoryview, parcel: Parcel) -> None:
+    """Run a message's batch; when this returns, nothing but the function itself refers to the items any more."""
+    items = message.open(_lend(arena, message.ranges, freed))
+    perform(job, Batch(id=message.id, numbers=message.numbers, items=items), board, parcel.add)
 
 
 def _lend(arena: Arena, ranges: array, freed: array) -> list[np.ndarray]:
     """Buffers in the arena; their ranges are put into `freed` when nothing refers to them any more."""
     buffers = []
-    for offset, length in _pairs(ranges):
+    for offset, length in pairs(ranges):
         content = np.frombuffer(arena.memory, np.uint8, length, offset)
         weakref.finalize(content, freed.extend, (offset, length))
         buffers.append(content)
@@ -336,69 +288,6 @@ def _lend(arena: Arena, ranges: array, freed: array) -> list[np.ndarray]:
 def _copy(arena: Arena, offset: int, length: int) -> np.ndarray:
     content = np.empty(length, np.uint8)
     content[:] = np.frombuffer(arena.memory, np.uint8, length, offset)
-    return content
-
-
-def _frame(id_: int, numbers: array, ranges: array, back: array, body: memoryview) -> list[memoryview]:
-    """A message: its head, what `_cut` reads, and its body."""
-    head = _HEAD.pack(id_, len(numbers), len(ranges), len(back), len(body))
-    return [memoryview(head + numbers.tobytes() + ranges.tobytes() + back.tobytes()), body]
-
-
-def _count_numbers(head: tuple[int, ...]) -> int:
-    return sum(head[1:4])
-
-
-def _cut(head: tuple[int, ...], content: bytes) -> tuple[array, array, array]:
-    """The numbers of tasks, the ranges that the body's buffers lie in, and those given back."""
-    numbers = array("Q", content)
-    return numbers[: head[1]], numbers[head[1] : head[1] + head[2]], numbers[head[1] + head[2] :]
-
-
-def _pairs(ranges: array) -> Iterator[tuple[int, int]]:
-    return zip(ranges[::2], ranges[1::2], strict=True)
-
-
-def _pack_outcome(arena: Arena, outcome: Outcome) -> tuple[memoryview, array]:
-    """Pack what became of a batch; what cannot be sent becomes a fault, or is told in words."""
-    try:
-        return _pack_into(arena, outcome)
-    except Exception:  # noqa: BLE001 - which value it was is found out below
-        small = Outcome(id=outcome.id, seconds=outcome.seconds)
-    for number, value in zip(outcome.done, outcome.values, strict=True):
-        if fault := _find_fault(number, value):
-            small.faults.append(fault)
-        else:
-            small.done.append(number)
-            small.values.append(value)
-    for node, value in outcome.nodes:
-        if fault := _find_fault(node.index << node.level, value):
-            small.faults.append(fault)
-        else:
-            small.nodes.append((node, value))
-    small.faults += outcome.faults
-    return _pack_into(arena, small)
-
-
-def _find_fault(number: int, value: object) -> Fault | None:
-    """Why a value cannot be sent."""
-    try:
-        unpack(pack(value, lambda content: False), ())
-    except Exception as error:  # noqa: BLE001 - told with its item
-        told = f"its result cannot be sent: {error}"
-        return Fault(number=number, error=told, trace=told)
-    return None
-
-
-def _receive(end: socket.socket, size: int) -> bytearray | None:
-    """Exactly so many bytes; None where the other end is gone."""
-    content = bytearray(size)
-    view, done = memoryview(content), 0
-    while done < size:
-        count = end.recv_into(view[done:])
-        if not count:
-            return None
-        done += count
     return content
 
 

@@ -29,7 +29,7 @@ AHEAD, AHEAD_TASKS, AHEAD_BYTES = 4, 16, 256 << 20
 first of them is given out."""
 
 BARREN_LOSSES = 10
-"""Workers lost in a row with no result in between, at which a call ends: they cannot live here."""
+"""Workers lost in a row, none of them at a task, at which a call ends: they cannot live here."""
 
 PATIENCE_SECONDS = 1.0  # between two looks at an idle crew; what arrives is seen at once
 
@@ -135,6 +135,8 @@ class Sharing:
     def _take(self, outcome: Outcome, settled: Settled) -> None:
         """Note what became of a batch; what is left of it is done again."""
         items = self._flying.pop(outcome.id)
+        if outcome.broken:
+            raise fail_to_combine(outcome.broken.error, outcome.broken.trace) from outcome.broken.exception
         settled.values.extend(zip(outcome.done, outcome.values, strict=True))
         settled.nodes.extend(outcome.nodes)
         left = {}
@@ -150,7 +152,7 @@ class Sharing:
         if outcome.at in left:
             self._lose(outcome, left.pop(outcome.at), settled)
         self._again.extendleft(reversed(left.items()))
-        self._barren = self._barren + 1 if outcome.loss and not outcome.late else 0
+        self._barren = self._barren + 1 if outcome.loss and outcome.at < 0 and not outcome.late else 0
         if self._barren >= BARREN_LOSSES:
             raise WorkerError(
                 f"{self._barren} workers in a row were lost; the last one {outcome.loss}. No task is done."
@@ -185,6 +187,11 @@ def _fail(fault: Fault, item: Any, told: str = "") -> Failure:
     return Failure(
         number=fault.number, item=item, error=told or fault.error, trace=fault.trace, exception=fault.exception
     )
+
+
+def fail_to_combine(error: str, trace: str) -> TaskError:
+    """The error that tells of a `combine` that raised: no quarantine helps, and trying again neither."""
+    return TaskError(f"combine failed: {error}\nIt must take any two results, its own among them.\n{trace}".rstrip())
 
 
 def shorten(item: Any, most: int = 200) -> str:

@@ -64,6 +64,7 @@ class Outcome:
     nodes: complete nodes of the tree over the tasks' numbers, where results are combined.
     faults: tasks that raised. Numbers that are in none of these are to be done again: their worker was lost, or was at
     work for long enough.
+    broken: what `combine` raised; the call cannot go on.
     loss: how the worker was lost, and the number of the task that it was at (−1: none).
     seconds: at work. bytes_: what travelled, both ways.
     """
@@ -73,6 +74,7 @@ class Outcome:
     values: list[Any] = field(default_factory=list)
     nodes: list[tuple[Node, Any]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    broken: Fault | None = None
     loss: str = ""
     at: int = -1
     late: bool = False
@@ -105,10 +107,17 @@ def key() -> int:
     return _current[0]
 
 
-def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview) -> Outcome:
+def forget() -> None:
+    """To be called by a new worker: a task that was at work in its parent is none of its own."""
+    _current.clear()
+
+
+def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]) -> Outcome:
     """Run a batch's tasks one after the other, until they have taken long enough.
 
-    On the board stands the number of the task at work, and since when (nanoseconds); at the end −1.
+    On the board stands the number of the task at work, and since when (nanoseconds); at the end −1. `send` takes each
+    result as soon as it is there: a function may use the same memory for the next one. It raises if it cannot; where
+    results are combined, it is not called.
     """
     outcome = Outcome(id=batch.id)
     function, combine, seed = job.function, job.combine, job.seed
@@ -123,17 +132,14 @@ def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview) -> Out
             keys.seed_all(_current[0])
         try:
             value = function(item)
-            if combine is None:
-                outcome.done.append(number)
-                outcome.values.append(value)
-            else:
-                _put(outcome.nodes, Node(0, number), value, combine)
-        except (KeyboardInterrupt, MemoryError):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is told, with its item
             outcome.faults.append(describe(number, error))
+        else:
+            _keep(outcome, number, value, combine, send)
         now = clock()
-        if now > latest:
+        if now > latest or outcome.broken:
             break
     board[0] = -1
     _current.clear()
@@ -147,12 +153,38 @@ def describe(number: int, error: BaseException) -> Fault:
     return Fault(number=number, error=told, trace="".join(traceback.format_exception(error)), exception=error)
 
 
-def _put(nodes: list[tuple[Node, Any]], node: Node, value: Any, combine: Callable[[Any, Any], Any]) -> None:
-    """Add a leaf to complete nodes, and combine siblings while there are any."""
-    nodes.append((node, value))
+def _keep(
+    outcome: Outcome,
+    number: int,
+    value: Any,
+    combine: Callable[[Any, Any], Any] | None,
+    send: Callable[[Any], None],
+) -> None:
+    """Send a result, or combine it with those before it."""
+    if combine is not None:
+        outcome.nodes.append((Node(0, number), value))
+        outcome.broken = _combine(outcome.nodes, combine)
+        return
+    try:
+        send(value)
+    except Exception as error:  # noqa: BLE001 - a user's class
+        told = f"its result cannot be sent: {error}"
+        outcome.faults.append(Fault(number=number, error=told, trace=told))
+    else:
+        outcome.done.append(number)
+
+
+def _combine(nodes: list[tuple[Node, Any]], combine: Callable[[Any, Any], Any]) -> Fault | None:
+    """Combine siblings at the end of complete nodes, while there are any. Returns what `combine` raised."""
     while len(nodes) > 1 and nodes[-2][0].is_left_of(nodes[-1][0]):
-        left, a = nodes[-2]
-        nodes[-2:] = [(left.parent, combine(a, nodes[-1][1]))]
+        (left, a), (_, b) = nodes[-2:]
+        try:
+            nodes[-2:] = [(left.parent, combine(a, b))]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a user's function
+            return describe(left.index << left.level, error)
+    return None
 
 
 class SeedTorch(MetaPathFinder):
