@@ -27,7 +27,7 @@ LAYERS = (  # from top to bottom; imports point downwards, or sideways within a 
     ("board", "events", "recipe", "sections", "errors", "faults", "files", "keys", "folder", "processes", "nodes"),
 )
 APART = {("data", "models"), ("models", "data"), ("data", "exchange"), ("exchange", "data")}
-OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib", "ftfy"}
+OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib", "ftfy", "datasets", "fsspec", "s3fs"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc", "base"}
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 PICKLES = {

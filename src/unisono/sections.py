@@ -31,8 +31,8 @@ class Data(Section):
 
     train: str = Field(
         "",
-        description="what to train on: a file, a folder with one sub-folder per class, a pattern (reviews/*.jsonl.gz), a "
-        "URL (s3://…, https://…) or a dataset (hf://name:split); paths are relative to the recipe; docs/sources.md",
+        description="what to train on: a file, a folder with one sub-folder per class, a pattern (reviews/*.jsonl.gz), "
+        "a URL (s3://…, https://…) or a dataset (hf://name:split); paths are relative to the recipe; docs/sources.md",
     )
     validation: str = Field("", description="the same for evaluation while training; empty: see validation_fraction")
     test: str = Field("", description="the same for the test after training; empty: see test_fraction")
