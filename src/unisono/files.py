@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from unisono.errors import DamagedError, RunFolderError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART, OLD = ".part", ".old"
 """Endings of what is being written, and of what is being replaced. Both names begin with a dot."""
@@ -112,6 +113,8 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors; equal tensors give equal bytes. Those that share memory are copied: the format
     allows none of that."""
+    from safetensors.torch import save_file
+
     seen: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -129,6 +132,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         DamagedError: the file is not readable as such.
     """
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

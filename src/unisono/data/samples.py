@@ -1,7 +1,8 @@
 """Encoded texts as a source of microbatches.
 
 Owns the layout of samples in memory, the hash of their content, and how some of them become tensors. Does not
-know whether the numbers lie in memory or in a mapped file.
+know whether the numbers lie in memory or in a mapped file. Imports torch where a microbatch is made: to prepare data
+needs none.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from unisono.data.encoder import Encoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,8 @@ class EncodedSamples:
 
         `ids` int64 [all tokens] and `offsets` int64 [n], where each sample starts; with classes, `label` int64 [n].
         """
+        import torch
+
         lengths = self.lengths[samples].astype(np.int64)
         ends = np.cumsum(lengths)
         offsets = ends - lengths

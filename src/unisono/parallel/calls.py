@@ -99,6 +99,8 @@ def map_reduce(
     Raises:
         ParallelError: also where there are no items, or all are in quarantine.
     """
+    if not callable(combine):
+        raise ParallelError(f"combine = {combine!r}: not callable. Give a function of two results.")
     job = Job(function=function, combine=combine, seed=seed, threads=threads)
     chosen = _check(job, items, workers, retries, quarantine, timeout_seconds, engine)
     count = chosen.count(workers)
@@ -181,8 +183,6 @@ def _check(
     """Check the arguments; return the engine."""
     if not callable(job.function):
         raise ParallelError(f"function = {job.function!r}: not callable. Give a function of one item.")
-    if job.combine is not None and not callable(job.combine):
-        raise ParallelError(f"combine = {job.combine!r}: not callable. Give a function of two results.")
     if not isinstance(items, Iterable):
         raise ParallelError(f"items = {items!r}: not iterable. Give a list, a generator, a dataset of rows.")
     if workers != "auto" and not (_whole(workers) and int(workers) >= 1):  # type: ignore[call-overload]

@@ -169,24 +169,25 @@ def _read_stream(content: Any, kind: str) -> Any:
 
 
 def _reduce_polars(value: Any) -> Any:
-    """As the Arrow buffers that it consists of."""
+    """As the Arrow buffers that it consists of, column by column: Polars would make a table in threads, and wait for
+    ever for those that a forked process does not have."""
     import polars
 
-    if isinstance(value, polars.Series):
-        return _series, (value.name, polars.DataFrame([value]).to_arrow(compat_level=polars.CompatLevel.newest()))
-    return _frame, (value.to_arrow(compat_level=polars.CompatLevel.newest()),)
+    single = isinstance(value, polars.Series)
+    columns = []
+    for column in [value] if single else value.get_columns():
+        array = column.to_arrow(compat_level=polars.CompatLevel.newest())
+        if polars.Series(column.name, array).dtype != column.dtype:
+            return NotImplemented  # an Enum, say: its categories are more than Arrow tells
+        columns.append((column.name, array))
+    return _frame, (columns, single)
 
 
-def _series(name: str, table: Any) -> Any:
+def _frame(columns: list[tuple[str, Any]], single: bool) -> Any:
     import polars
 
-    return polars.DataFrame(table).to_series().alias(name)
-
-
-def _frame(table: Any) -> Any:
-    import polars
-
-    return polars.DataFrame(table)
+    made = [polars.Series(name, array) for name, array in columns]
+    return made[0] if single else polars.DataFrame(made)
 
 
 def _reduce_tensor(value: Any) -> Any:

@@ -1,0 +1,83 @@
+"""Tokens of words that were seen before: a text is mostly made of them.
+
+Owns when a text's tokens are those of its words one after the other, and the memory of words. What a word's tokens are,
+the tokenizers library says, once for each word.
+
+That holds for tokenizers in the manner of BERT (Devlin et al., 2019): their normalizer changes a text character by
+character, and no token reaches across a space, nor in ASCII across a punctuation mark. The ids are the library's own,
+tested on any text; it takes a fifteenth of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MOST_WORDS = 200_000
+"""Words that are remembered, some 40 MB; then all are forgotten, and the frequent ones soon learned again."""
+
+_MARKS = r"!-/:-@\[-`{-~"
+_ASCII_WORDS = re.compile(rf"[^\s{_MARKS}]+|[{_MARKS}]")
+_CONTROL = dict.fromkeys([*range(9), *range(11, 13), *range(14, 32), 127])
+"""What the normalizer removes from ASCII texts: control characters but tab and line ends."""
+_HAS_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class Words:
+    """A pure function from a text to the bytes of its tokens (int32, without special ones)."""
+
+    def __init__(self, tokenizer: Tokenizer, added: list[str], *, lowercase: bool) -> None:
+        self._ids = _Memory(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
+        self._added = added
+        begins = "".join(re.escape(token[0]) for token in added)
+        self._may_be_added = re.compile(f"[{begins}]", re.IGNORECASE).search if added else _never
+        self._lowercase = lowercase
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Self | None:
+        """Return the memory for a tokenizer; None if its tokens may reach across words."""
+        fields = json.loads(tokenizer.to_str())
+        normalizer, cutter, model = (fields[part] or {} for part in ("normalizer", "pre_tokenizer", "model"))
+        kinds = normalizer.get("type"), cutter.get("type"), model.get("type")
+        if kinds != ("BertNormalizer", "BertPreTokenizer", "WordPiece") or not normalizer["clean_text"]:
+            return None
+        added = [token["content"].casefold() for token in fields["added_tokens"]]
+        return cls(tokenizer, added, lowercase=normalizer["lowercase"])
+
+    def encode(self, text: str) -> bytes | None:
+        """Return the ids of a text's tokens; None if it holds an added token, which the library alone can judge."""
+        if self._added and self._may_be_added(text) and any(token in text.casefold() for token in self._added):
+            return None
+        if text.isascii():
+            if self._lowercase:
+                text = text.lower()
+            if _HAS_CONTROL.search(text):
+                text = text.translate(_CONTROL)
+            words = _ASCII_WORDS.findall(text)
+        else:
+            words = text.split(" ")
+        if len(self._ids) > MOST_WORDS:
+            self._ids.clear()
+        return b"".join(map(self._ids.__getitem__, words))
+
+
+def _never(text: str) -> None:
+    return None
+
+
+class _Memory(dict[str, bytes]):
+    """The ids of words; of a new one they are asked for."""
+
+    def __init__(self, ask: Callable[[str], list[int]]) -> None:
+        self._ask = ask
+
+    def __missing__(self, word: str) -> bytes:
+        found = self[word] = np.array(self._ask(word), np.int32).tobytes()
+        return found
