@@ -153,7 +153,7 @@ def test_what_pickles_has_no_file_and_no_address() -> None:
     assert not {name.split(".")[0] for name in imports(parse(wire))} & {"os", "pathlib", "socket", "mmap", "tempfile"}
     assert not re.search(r"\bopen\(|\bpickle\.(load|dump)\(", wire.read_text(encoding="utf-8"))
     users = {name_module(path) for path in MODULES if "unisono.parallel.wire" in own_imports(path)}
-    assert users <= {"unisono.parallel.local", "unisono.parallel.cluster"}
+    assert users <= {f"unisono.parallel.{name}" for name in ("messages", "outcomes", "local", "cluster")}
     local = (SOURCE / "parallel" / "local.py").read_text(encoding="utf-8")
     assert "socket.socketpair()" in local
     assert not re.search(r"\.(bind|listen|connect|accept)\(|\bopen\(|\bPath\(", local)

@@ -194,7 +194,9 @@ def _check(
     if job.seed is not None and not _whole(job.seed):
         raise ParallelError(f"seed = {job.seed!r}: allowed are whole numbers, or None.")
     if quarantine is not None and not hasattr(quarantine, "append"):
-        raise ParallelError(f"quarantine = {quarantine!r}: allowed is what has an append method, such as a list, or None.")
+        raise ParallelError(
+            f"quarantine = {quarantine!r}: allowed is what has an append method, such as a list, or None."
+        )
     if timeout_seconds is not None and not (isinstance(timeout_seconds, int | float) and timeout_seconds > 0):
         raise ParallelError(f"timeout_seconds = {timeout_seconds!r}: allowed are numbers above 0, or None.")
     return find_engine(engine)
