@@ -79,8 +79,8 @@ def test_words_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     assert words is not None
     for text in ["the cat", "sat on a mat", "the cat sat", "don't"] * 2:
         expected = tokenizer.encode(text, add_special_tokens=False).ids
-        assert np.frombuffer(words.encode(text) or b"", np.int32).tolist() == expected
-        assert len(words._ids) <= 3 + 5
+        assert np.frombuffer(words.encode(text, 99) or b"", np.int32).tolist() == expected
+        assert len(words._words) <= 3 + 5 and len(words._chunks) <= 3 + 5
 
 
 def test_other_tokenizers_are_asked_for_whole_texts() -> None:
@@ -98,5 +98,5 @@ def test_an_added_token_within_a_text_is_the_librarys_matter() -> None:
     tokenizer.add_tokens([AddedToken("cat sat", normalized=True)])
     words = Words.of(tokenizer)
     assert words is not None
-    assert words.encode("the CAT sat") is None
-    assert words.encode("the cat") is not None
+    assert words.encode("the CAT sat", 9) is None
+    assert words.encode("the cat", 9) is not None

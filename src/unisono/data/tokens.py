@@ -62,14 +62,11 @@ class Pieces:
         if self._words is None or self._frame is None:
             return self._ask(texts)
         begin, end = self._frame
-        room = 4 * self.max_tokens - len(begin) - len(end)
+        most = self.max_tokens - (len(begin) + len(end)) // 4
         found: list[np.ndarray | None] = []
         for text in texts:
-            short = self._shorten(text) if self._can_shorten else text
-            ids = self._words.encode(short)
-            if ids is not None and len(ids) < room and len(short) < len(text):
-                ids = self._words.encode(text)  # its words gave fewer tokens than expected
-            found.append(None if ids is None else np.frombuffer(begin + ids[:room] + end, np.int32))
+            ids = self._words.encode(text, most)
+            found.append(None if ids is None else np.frombuffer(begin + ids[: 4 * most] + end, np.int32))
         left = [number for number, ids in enumerate(found) if ids is None]
         for number, ids in zip(left, self._ask([texts[number] for number in left]), strict=True):
             found[number] = ids

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
@@ -20,11 +21,12 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MOST_WORDS = 200_000
-"""Words that are remembered, some 40 MB; then all are forgotten, and the frequent ones soon learned again."""
+MOST_WORDS = 300_000
+"""Words that are remembered, some 50 MB; then all are forgotten, and the frequent ones soon learned again."""
 
 _MARKS = r"!-/:-@\[-`{-~"
 _ASCII_WORDS = re.compile(rf"[^\s{_MARKS}]+|[{_MARKS}]")
+_WHOLE = re.compile(rf"[A-Za-z0-9]{{1,100}}|[{_MARKS}]")
 _CONTROL = dict.fromkeys([*range(9), *range(11, 13), *range(14, 32), 127])
 """What the normalizer removes from ASCII texts: control characters but tab and line ends."""
 _HAS_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -34,11 +36,18 @@ class Words:
     """A pure function from a text to the bytes of its tokens (int32, without special ones)."""
 
     def __init__(self, tokenizer: Tokenizer, added: list[str], *, lowercase: bool) -> None:
-        self._ids = _Memory(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
         self._added = added
+        self._lowercase = lowercase
         begins = "".join(re.escape(token[0]) for token in added)
         self._may_be_added = re.compile(f"[{begins}]", re.IGNORECASE).search if added else _never
-        self._lowercase = lowercase
+        # what is a token itself is cut no further, for the longest one is taken first
+        known = {word: id_ for word, id_ in tokenizer.get_vocab().items() if _WHOLE.fullmatch(word)}
+        if lowercase:
+            known = {word: id_ for word, id_ in known.items() if word == word.lower()}
+        words = _Memory(lambda word: np.array(tokenizer.encode(word, add_special_tokens=False).ids, np.int32).tobytes())
+        words |= {word: id_.to_bytes(4, sys.byteorder) for word, id_ in known.items()}
+        self._words = words
+        self._chunks = _Memory(self._cut)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self | None:
@@ -51,21 +60,35 @@ class Words:
         added = [token["content"].casefold() for token in fields["added_tokens"]]
         return cls(tokenizer, added, lowercase=normalizer["lowercase"])
 
-    def encode(self, text: str) -> bytes | None:
-        """Return the ids of a text's tokens; None if it holds an added token, which the library alone can judge."""
+    def encode(self, text: str, most: int) -> bytes | None:
+        """Return the ids of a text's tokens, of the first `most` at least; None if it holds an added token, which the
+        library alone can judge."""
         if self._added and self._may_be_added(text) and any(token in text.casefold() for token in self._added):
             return None
         if text.isascii():
-            if self._lowercase:
-                text = text.lower()
+            text = text.lower() if self._lowercase else text
             if _HAS_CONTROL.search(text):
                 text = text.translate(_CONTROL)
-            words = _ASCII_WORDS.findall(text)
+            chunks = text.split(None, most)
         else:
-            words = text.split(" ")
-        if len(self._ids) > MOST_WORDS:
-            self._ids.clear()
-        return b"".join(map(self._ids.__getitem__, words))
+            chunks = text.split(" ", most)
+        self._forget()
+        ids = b"".join(map(self._chunks.__getitem__, chunks[:most]))
+        if len(chunks) > most and len(ids) < 4 * most:  # some gave none
+            ids += b"".join(map(self._chunks.__getitem__, chunks[-1].split(None if text.isascii() else " ")))
+        return ids
+
+    def _cut(self, chunk: str) -> bytes:
+        """The ids of what stands between two spaces."""
+        if chunk.isascii() and not _HAS_CONTROL.search(chunk):
+            words = _ASCII_WORDS.findall(chunk.lower() if self._lowercase else chunk)
+            return b"".join(map(self._words.__getitem__, words))
+        return self._words[chunk]
+
+    def _forget(self) -> None:
+        for memory in (self._words, self._chunks):
+            if len(memory) > MOST_WORDS:
+                memory.clear()
 
 
 def _never(text: str) -> None:
@@ -73,11 +96,11 @@ def _never(text: str) -> None:
 
 
 class _Memory(dict[str, bytes]):
-    """The ids of words; of a new one they are asked for."""
+    """What was answered; of what is new it is asked."""
 
-    def __init__(self, ask: Callable[[str], list[int]]) -> None:
+    def __init__(self, ask: Callable[[str], bytes]) -> None:
         self._ask = ask
 
     def __missing__(self, word: str) -> bytes:
-        found = self[word] = np.array(self._ask(word), np.int32).tobytes()
+        found = self[word] = self._ask(word)
         return found
