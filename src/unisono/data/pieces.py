@@ -37,7 +37,7 @@ from unisono.data.sheets import SHEET_BYTES, Column, Fault, Sheet, join_sheets
 from unisono.errors import DataError
 from unisono.sections import Data
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 8 * 2**20
 PIECE_FILES = 4_096
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from unisono.errors import DataError
 
-SHEET_BYTES = 8 * 2**20
+SHEET_BYTES = 2 * 2**20
 """A sheet that is read from a file ends with the row that reaches this size."""
 SHEET_ROWS = 65_536
 

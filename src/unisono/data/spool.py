@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -116,32 +116,24 @@ def _hash(content: bytes, size: int) -> bytes:
 
 
 class Spooled:
-    """A piece's records, as `spool` wrote them. They are mapped, not read."""
+    """A piece's records, as `spool` wrote them. Nothing of the file stays in memory when a batch is no longer used."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._whole = pa.memory_map(str(path)).read_buffer()
-        content = memoryview(self._whole)
-        size = int.from_bytes(content[-8:], "little")
-        facts = json.loads(bytes(content[-8 - size : -8]))
+        self._path = path
+        with path.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            size = int.from_bytes(file.read(8), "little")
+            file.seek(-8 - size, os.SEEK_END)
+            self._end = file.tell()
+            facts = json.loads(file.read(size))
         self.facts = Facts(
             name=facts["name"],
             rows=sum(facts["batches"]),
             batches=tuple(facts["batches"]),
             names=tuple(facts["names"]),
         )
-        self._reader = pa.ipc.open_file(pa.BufferReader(self._whole.slice(0, len(content) - 8 - size)))
-
-    @classmethod
-    def open_all(cls, paths: Sequence[Path]) -> list[Self]:
-        """Open the files of pieces, in their order."""
-        return [cls(path) for path in paths]
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return one record batch."""
-        return self._reader.get_batch(number)
-
-    def column(self, name: str) -> Iterator[pa.Array]:
-        """Return a column, batch by batch."""
-        for number in range(len(self.facts.batches)):
-            yield self.batch(number).column(name)
+        """Return one record batch, mapped."""
+        content = pa.memory_map(str(self._path)).read_buffer(self._end)
+        return pa.ipc.open_file(pa.BufferReader(content)).get_batch(number)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +101,7 @@ def write_dataset(
         else:
             fault = f"cannot be written: {error.strerror or error}. Set data.store to a folder that can"
         raise DataError(f"{str(folder)!r}: {fault}.") from None
-    return open_dataset(folder)
+    return _open(folder, _read_manifest(folder / MANIFEST))
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -116,6 +118,10 @@ def open_dataset(folder: Path) -> Dataset:
     manifest = _read_manifest(path)
     for name, known in manifest["files"].items():
         check_file(folder / name, known["bytes"], known["sha256"], REMEDY)
+    return _open(folder, manifest)
+
+
+def _open(folder: Path, manifest: Mapping[str, Any]) -> Dataset:
     return Dataset(
         folder=folder,
         labels=tuple(manifest["labels"]),
@@ -148,12 +154,14 @@ def _fill(
         (folder / name).write_text(page, encoding="utf-8")
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine)
-    entries = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
+    written = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
+    entries = {name: entry for name, (entry, _) in written.items()}
+    hashes = {entry["file"]: sha256 for entry, sha256 in written.values()}
     contents = {name: entry["sha256"] for name, entry in entries.items()}
     visible = {"labels": list(labels), "encoder": encoder_files, "splits": contents}
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or file_sha256(path)}
         sync(path)
     manifest: dict[str, Any] = {"format": FORMAT, "sha256": facts_sha256(visible), "labels": list(labels)}
     manifest |= {"splits": entries, "files": files, **notes}
@@ -163,17 +171,35 @@ def _fill(
     sync(folder)
 
 
-def _write_split(path: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
-    """Write one record batch per chunk; return the split's entry in the manifest."""
+class _Hashing(io.RawIOBase):
+    """A file to write to that knows the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any, /) -> int:
+        self.sha256.update(content)
+        return self._file.write(content)
+
+
+def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[dict[str, Any], str]:
+    """Write one record batch per chunk; return the split's entry in the manifest, and the file's SHA-256."""
     content = ContentHash()
     samples = tokens = 0
-    with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for chunk in chunks:
-            write_chunk(writer, chunk)
-            content.add(chunk)
-            samples += len(chunk.lengths)
-            tokens += len(chunk.ids)
-    return {"file": path.name, "samples": samples, "tokens": tokens, "sha256": content.hexdigest()}
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as writer:
+            for chunk in chunks:
+                write_chunk(writer, chunk)
+                content.add(chunk)
+                samples += len(chunk.lengths)
+                tokens += len(chunk.ids)
+    entry = {"file": path.name, "samples": samples, "tokens": tokens, "sha256": content.hexdigest()}
+    return entry, hashing.sha256.hexdigest()
 
 
 def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:

@@ -67,10 +67,10 @@ class Pieces:
         for text in texts:
             ids = self._words.encode(text, most)
             found.append(None if ids is None else np.frombuffer(begin + ids[: 4 * most] + end, np.int32))
-        left = [number for number, ids in enumerate(found) if ids is None]
-        for number, ids in zip(left, self._ask([texts[number] for number in left]), strict=True):
-            found[number] = ids
-        return [ids if ids is not None and len(ids) else np.array([self.padding], np.int32) for ids in found]
+        left = [number for number, row in enumerate(found) if row is None]
+        for number, asked in zip(left, self._ask([texts[number] for number in left]), strict=True):
+            found[number] = asked
+        return [row if row is not None and len(row) else np.array([self.padding], np.int32) for row in found]
 
     def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, by the library."""
