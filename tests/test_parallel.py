@@ -498,7 +498,7 @@ def test_many_short_tasks_are_not_late_together() -> None:
 
 
 def test_workers_that_cannot_live_end_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_limit_threads", lambda threads: os._exit(4))
+    monkeypatch.setattr(local, "settle", lambda threads: os._exit(4))
     with pytest.raises(WorkerError, match="workers in a row were lost; the last one ended with exit code 4"):
         list(parallel.map(double, range(100), workers=2))
 

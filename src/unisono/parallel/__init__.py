@@ -3,10 +3,20 @@
 `map` and `map_reduce` run a function over items; `add` and `matmul` are made of them. docs/parallel.md is the guide.
 """
 
+from typing import Any
+
 from unisono.errors import ParallelError, TaskError
 from unisono.parallel.algebra import add, matmul
 from unisono.parallel.calls import map, map_reduce
 from unisono.parallel.sharing import Failure
 from unisono.parallel.tasks import key
 
-__all__ = ["Failure", "ParallelError", "TaskError", "add", "key", "map", "map_reduce", "matmul"]
+__all__ = ["Failure", "ParallelError", "Ray", "TaskError", "add", "key", "map", "map_reduce", "matmul"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Ray":
+        from unisono.parallel.cluster import Ray
+
+        return Ray
+    raise AttributeError(f"module 'unisono.parallel' has no attribute {name!r}")

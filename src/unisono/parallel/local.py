@@ -22,13 +22,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from unisono.errors import ParallelError
 from unisono.parallel.arena import Arena
 from unisono.parallel.messages import Message, Parcel, pairs, parse, receive
 from unisono.parallel.outcomes import perform, restore
-from unisono.parallel.tasks import Batch, Fault, Job, Outcome, SeedTorch, describe, forget
+from unisono.parallel.tasks import Batch, Fault, Job, Outcome, describe, settle
 from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers, fork, rest_threads
 
 ARENA_BYTES = 128 << 20
@@ -249,9 +248,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
-    _limit_threads(job.threads)
-    sys.meta_path.insert(0, SeedTorch())
-    forget()
+    settle(job.threads)
     freed = array("Q")  # ranges of items that nothing refers to any more
     while (message := receive(end)) is not None:
         for offset, length in pairs(message.freed):
@@ -289,12 +286,3 @@ def _copy(arena: Arena, offset: int, length: int) -> np.ndarray:
     content = np.empty(length, np.uint8)
     content[:] = np.frombuffer(arena.memory, np.uint8, length, offset)
     return content
-
-
-def _limit_threads(threads: int) -> None:
-    """Have kernels use so many threads, in libraries that are there and in those that come."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(threads)
-    threadpool_limits(threads)

@@ -151,8 +151,12 @@ class Sharing:
                 self._alone.append((fault.number, items[fault.number]))
         if outcome.at in left:
             self._lose(outcome, left.pop(outcome.at), settled)
-        self._again.extendleft(reversed(left.items()))
-        self._barren = self._barren + 1 if outcome.loss and outcome.at < 0 and not outcome.late else 0
+        if outcome.suspect:
+            self._alone.extend(left.items())
+        else:
+            self._again.extendleft(reversed(left.items()))
+        blamed = outcome.at >= 0 or outcome.late or outcome.suspect
+        self._barren = self._barren + 1 if outcome.loss and not blamed else 0
         if self._barren >= BARREN_LOSSES:
             raise WorkerError(
                 f"{self._barren} workers in a row were lost; the last one {outcome.loss}. No task is done."

@@ -5,6 +5,7 @@ Owns a task's random key, and that whatever it raises is told with its number. D
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
@@ -14,6 +15,8 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from unisono import keys
 from unisono.errors import ParallelError
@@ -65,7 +68,8 @@ class Outcome:
     faults: tasks that raised. Numbers that are in none of these are to be done again: their worker was lost, or was at
     work for long enough.
     broken: what `combine` raised; the call cannot go on.
-    loss: how the worker was lost, and the number of the task that it was at (−1: none).
+    loss, at: how the worker was lost, and the number of the task that it was at (−1: none). suspect: it was at one of
+    them, and nobody knows at which. late: it was ended, since the task took too long.
     seconds: at work. bytes_: what travelled, both ways.
     """
 
@@ -77,6 +81,7 @@ class Outcome:
     broken: Fault | None = None
     loss: str = ""
     at: int = -1
+    suspect: bool = False
     late: bool = False
     seconds: float = 0.0
     bytes_: int = 0
@@ -107,9 +112,16 @@ def key() -> int:
     return _current[0]
 
 
-def forget() -> None:
-    """To be called by a new worker: a task that was at work in its parent is none of its own."""
+def settle(threads: int) -> None:
+    """To be called by a new worker: have kernels use so many threads, in libraries that are there and in those that
+    come; have torch seeded when it comes; forget the task that was at work in the process it was forked from."""
     _current.clear()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+    threadpool_limits(threads)
+    sys.meta_path.insert(0, SeedTorch())
 
 
 def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]) -> Outcome:
