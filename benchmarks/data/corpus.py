@@ -1,7 +1,8 @@
 """Input of any size for the measurements of preparing: JSONL records made of real texts.
 
-Owns what is in it. A record is a passage of an article of 20 Newsgroups, of some 200 to 2,000 characters, so that its words are
-those of real texts; one in twenty repeats an earlier one, one in a thousand is empty. The same size gives the same bytes.
+Owns what is in it. A record is a passage of an article of 20 Newsgroups, of some 200 to 2,000 characters, so that its
+words are those of real texts; one in twenty repeats an earlier one, one in a thousand is empty. The same size gives
+the same bytes.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python peer_prepare.py INPUT TOKENIZER OUTPUT WORKERS MAX_TOKENS
 
-As its documentation advises: JSON by its own reader, `map` in batches with several processes, no attention masks, the result by
-`save_to_disk`. Exact duplicates are found as unisono finds them: by text, without the space around it, of records that have a text
-and a label; of a text with two labels all records go. datasets has no operation for that, so hashes are made by `map` in parallel
-and compared in this process. Prints seconds and records kept as JSON.
+As its documentation advises: JSON by its own reader, `map` in batches with several processes, no attention masks, the
+result by `save_to_disk`. Exact duplicates are found as unisono finds them: by text, without the space around it, of
+records that have a text and a label; of a text with two labels all records go. datasets has no operation for that, so
+hashes are made by `map` in parallel and compared in this process. Prints seconds and records kept as JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main() -> None:
 
     def hash_texts(batch: dict) -> dict:
         contents = [text.strip() for text in batch["text"]]
-        hashes = [hashlib.blake2b(content.encode(), digest_size=16).digest() if content else b"" for content in contents]
+        hashes = [
+            hashlib.blake2b(content.encode(), digest_size=16).digest() if content else b"" for content in contents
+        ]
         return {"hash": hashes}
 
     def encode(batch: dict) -> dict:

@@ -1,0 +1,271 @@
+"""What must hold of every input, however damaged: the checks that `fuzz.py` and tests/pure/test_fuzz.py repeat.
+
+A check is a function of the input's bytes and an empty folder. It returns in silence, or raises what it found: an
+AssertionError where something does not hold, any other exception where reading or screening let it through. A
+UserError is no finding: it is how input is refused.
+
+The first byte of an input chooses piece size, settings and rules (see `Choice`); the others are the file, the files of
+a folder, or texts. Owns what is checked; inputs come from `fuzz_inputs.py`, time limits and reports from `fuzz.py`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+from unittest.mock import patch
+
+from fuzz_tables import build_parquet
+
+from unisono.data import compressed, lines, pieces, rows, tables
+from unisono.data.decided import Decided, load_records
+from unisono.data.pieces import find_pieces, hash_piece, read_piece
+from unisono.data.read import Record, read_texts, take_records
+from unisono.data.rules import Examiner, mask_cards, mask_mail, mask_phones
+from unisono.data.screen import SPLITS, screen
+from unisono.data.sheets import Sheet
+from unisono.data.spool import Spooled, spool
+from unisono.data.write import FORMATS, write_table
+from unisono.errors import UserError
+from unisono.sections import Data, Screen
+
+Result = TypeVar("Result")
+
+PIECE_BYTES = (1, 7, 64, 4_096)
+NAMED = ("label", "text")
+DATA = (
+    Data(max_record_bytes=1_024, max_depth=4),
+    Data(max_record_bytes=1_024, max_depth=4, header_lines=0, columns=NAMED),
+    Data(max_record_bytes=1_024, max_depth=4, header_lines=2),
+)
+EVERY = {
+    "min_characters": 2,
+    "max_characters": 5_000,
+    "scripts": ("Latin", "Han"),
+    "repeated_lines_share": 0.3,
+    "near_duplicates": "refuse",
+    "contradicted": "refuse",
+    "contradicted_neighbours": 1,
+}
+MASKS = dict.fromkeys(("mail", "card", "phone"), "mask")
+SCREENS = (
+    Screen(mojibake="mend", invisible="strip", **MASKS, **EVERY),
+    Screen(mojibake="refuse", invisible="refuse", **dict.fromkeys(MASKS, "refuse"), **EVERY),
+    Screen(**MASKS, near_duplicates="refuse"),
+    Screen(),
+)
+PLAIN = ("jsonl", "csv", "tsv")
+UNPACK = {"gz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress}
+FREE_BYTES = 2**16
+"""From here on the limit on expansion holds, so that a small input can break it."""
+
+
+class Choice:
+    """What the first byte of an input chooses."""
+
+    def __init__(self, content: bytes) -> None:
+        first = content[0] if content else 0
+        self.rest = content[1:]
+        self.number = first
+        self.piece_bytes = PIECE_BYTES[first & 3]
+        self.data = DATA[(first >> 2) % len(DATA)]
+        self.screen = SCREENS[(first >> 4) & 3]
+        self.suffix = FORMATS[first >> 6]
+
+
+@contextmanager
+def tiny_sizes() -> Iterator[None]:
+    """Sheets of three rows, blocks of 48 bytes: every border is met by small inputs."""
+    sizes = [(rows, "SHEET_ROWS", 3), (rows, "SHEET_BYTES", 64), (rows, "SHEET_CELLS", 12), (tables, "SHEET_ROWS", 3)]
+    sizes += [(tables, "SHEET_BYTES", 64), (pieces, "SHEET_BYTES", 64), (pieces, "PIECE_FILES", 2)]
+    patches = [patch.object(module, name, size) for module, name, size in [*sizes, (lines, "BLOCK_BYTES", 48)]]
+    for one in patches:
+        one.start()
+    try:
+        yield
+    finally:
+        for one in patches:
+            one.stop()
+
+
+def check_file(content: bytes, folder: Path, kind: str) -> None:
+    """A text file, or a Parquet file as it stands."""
+    choice = Choice(content)
+    path = folder / f"it.{kind}"
+    path.write_bytes(choice.rest)
+    found = check_reading(path, choice, folder)
+    if found is not None and kind in PLAIN:
+        large = any(record.fault == rows.TOO_LARGE for record in found)  # of CSV, it ends where csv.reader goes on
+        assert (kind == "csv" and large) or len(found) == count_rows(choice.rest, kind, choice.data), "rows were lost"
+
+
+def check_compressed(content: bytes, folder: Path, packing: str) -> None:
+    """A compressed text file: what comes out is what the standard library unpacks."""
+    choice = Choice(content)
+    kind = PLAIN[choice.number % len(PLAIN)]
+    path = folder / f"it.{kind}.{packing}"
+    path.write_bytes(choice.rest)
+    with patch.object(compressed, "FREE_BYTES", FREE_BYTES):
+        found = check_reading(path, choice, folder)
+    if found is not None and packing in UNPACK:
+        plain = folder / f"it.{kind}"
+        plain.write_bytes(UNPACK[packing](choice.rest))
+        assert [replace(one, file=path.name) for one in read_all(plain, choice.data, 2**24)] == found
+
+
+def check_parquet(content: bytes, folder: Path) -> None:
+    """Half of the inputs are a file as they stand, the others say what a valid file holds: types, values, groups."""
+    if content and content[0] & 0b100:
+        content = content[:1] + build_parquet(content[1:])
+    check_file(content, folder, "parquet")
+
+
+def check_folder(content: bytes, folder: Path) -> None:
+    r"""A folder of files: name, \x1f, content, and \x1e between files. A content that begins with -> is a link."""
+    choice = Choice(content)
+    root = folder / "root"
+    root.mkdir()
+    files = links = 0
+    for entry in choice.rest.split(b"\x1e"):
+        name, _, inside = entry.partition(b"\x1f")
+        parts = [part[:200] for part in name.replace(b"\0", b"").split(b"/") if part not in (b"", b".", b"..")]
+        path = root.joinpath(*map(os.fsdecode, parts))
+        with suppress(OSError):  # a name that the file system refuses, or one that is there already
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if inside.startswith(b"->"):
+                path.symlink_to(root.joinpath(os.fsdecode(inside[2:].replace(b"\0", b"").lstrip(b"/"))))
+                links += 1
+            elif parts and not path.exists():
+                path.write_bytes(inside)
+                files += not any(part.startswith(b".") for part in parts)
+    found = check_reading(root, choice, folder)
+    assert links or found is None or len(found) == files, f"{files} files, {len(found)} records"
+
+
+def check_reading(location: Path, choice: Choice, folder: Path) -> list[Record] | None:
+    """Rows are the same whatever the pieces, and all of them come out of screening; returns them, or None if the
+    input is refused."""
+    data = choice.data
+    found = try_to(lambda: read_all(location, data, 2**24))
+    with tiny_sizes():
+        assert try_to(lambda: read_all(location, data, choice.piece_bytes)) == found, "pieces change what is read"
+        texts = try_to(lambda: read_texts(location, data))
+        if not isinstance(texts, str):
+            assert isinstance(found, list), "prediction reads what training does not"
+            assert list(texts.texts) == [record.text for record in found]
+            assert len(texts.faults) == texts.table.num_rows == len(found)
+            texts.table.validate(full=True)
+            write_table(texts.table, folder / "written", choice.suffix)
+        if isinstance(found, str):
+            return None
+        inputs = find_pieces(location, data, piece_bytes=choice.piece_bytes)
+        for piece in inputs:
+            assert hash_piece(piece) == hash_piece(piece)
+        sheets = [(piece.source, read_piece(piece, data, (data.text, data.label))) for piece in inputs]
+        splits = [SPLITS[number % 3 if choice.number & 1 else 0] for number in range(len(inputs))]
+        check_screening(sheets, splits, found, data, choice.screen, folder)
+    return found
+
+
+def read_all(location: Path, data: Data, piece_bytes: int) -> list[Record]:
+    """Every row of a location as a record; each of them stands in its own place."""
+    found: list[Record] = []
+    source, row = None, 1
+    for piece in find_pieces(location, data, piece_bytes=piece_bytes):
+        for sheet in read_piece(piece, data):
+            assert sheet.rows and all(len(column) == sheet.rows for column in sheet.columns.values())
+            source, row = sheet.name, row if sheet.name == source else 1
+            records = list(take_records(sheet, data, first_row=row, lenient=True))
+            assert len(records) == sheet.rows, "a row became no record"
+            assert [record.row for record in records] == list(range(row, row + sheet.rows))
+            row += sheet.rows
+            found += records
+    for record in found:
+        record.text.encode()
+        (record.label or "").encode()
+        assert record.label is None or record.label.strip() == record.label != ""
+    return found
+
+
+def check_screening(
+    sheets: Sequence[tuple[str, Iterable[Sheet]]],
+    splits: Sequence[str],
+    given: Sequence[Record],
+    data: Data,
+    rules: Screen,
+    folder: Path,
+) -> Decided:
+    """Every record is kept or has a reason, nothing that is to be masked is left, and what is written is UTF-8."""
+    examiner = Examiner(rules, data.labels)
+    paths = [folder / f"spool-{number}" for number in range(len(sheets))]
+    near = "refuse" in (rules.near_duplicates, rules.contradicted)
+    for path, (name, some) in zip(paths, sheets, strict=True):
+        spool(path, some, name, data, examiner, place=True, near=near)
+    spooled = [Spooled(path) for path in paths]
+    texts, reasons = [], []
+    for one in spooled:
+        for number, count in enumerate(one.facts.batches):
+            batch = one.batch(number)
+            batch.validate(full=True)
+            assert batch.num_rows == count
+            texts += batch.column("text").to_pylist()
+            reasons += batch.column("reason").to_pylist()
+    examined = [examiner.examine(record) for record in given]
+    assert texts == [record.text for record, _ in examined], "other texts are screened than were read"
+    assert reasons == [reason or None for _, reason in examined]
+    assert all(reason or record.label is not None for record, reason in examined), "kept without a class"
+    for text in texts:
+        check_masked(text, rules)
+    records, classes = load_records(spooled, splits, cut=True, near_ones=near)
+    screen(records, rules, sorted(set(splits)), validation=0.2, test=0.1)
+    decided = Decided(spooled, splits, records, classes)
+    set_aside = list(decided.list_quarantined())
+    kept = sum(decided.count_kept(split) for split in SPLITS)
+    assert kept + len(set_aside) == len(given), "a record was lost"
+    assert len(set_aside) == sum(sum(reasons.values()) for reasons in decided.counts.values())
+    for line in set_aside:
+        assert line["reason"], "set aside without a reason"
+        json.dumps(line, ensure_ascii=False).encode()
+    return decided
+
+
+def check_masked(text: str, rules: Screen) -> None:
+    """Nothing is left to mask."""
+    text.encode()
+    for setting, mask in ((rules.mail, mask_mail), (rules.card, mask_cards), (rules.phone, mask_phones)):
+        assert setting != "mask" or mask(text) == text, f"left to mask by {mask.__name__}: {text!r}"
+
+
+def count_rows(content: bytes, kind: str, data: Data) -> int:
+    """How many rows a text file has, found in another way than the readers do."""
+    parts = content.removeprefix(lines.MARK).split(b"\n")
+    texts = [part.removesuffix(b"\r").decode("utf-8", "surrogateescape") for part in parts]
+    if kind == "jsonl":
+        return sum(bool(text) and not text.isspace() for text in texts)
+    if kind == "tsv":
+        return sum(bool(text) for text in texts[data.header_lines :])
+    whole, count = iter([*(f"{text}\n" for text in texts[:-1]), *texts[-1:]]), -data.header_lines
+    reader = csv.reader(whole, strict=True)
+    while True:
+        try:
+            count += bool(next(reader)) or count < 0
+        except StopIteration:
+            return count
+        except csv.Error:
+            count += 1
+
+
+def try_to(do: Callable[[], Result]) -> Result | str:
+    """Return what it returns, or the message with which the input is refused."""
+    try:
+        return do()
+    except UserError as error:
+        return str(error)
