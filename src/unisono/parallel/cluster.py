@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from unisono.errors import ParallelError, WorkerError
-from unisono.parallel.connection import connection, import_ray, is_open
+from unisono.parallel.connection import HASH_SEED, connection, import_ray, is_open
 from unisono.parallel.outcomes import perform, restore
 from unisono.parallel.tasks import Batch, Fault, Job, Outcome, describe, settle
 from unisono.parallel.wire import Packer, reduce, unpack
@@ -93,8 +93,8 @@ class RayCrew:
                 f"the function cannot be sent to a Ray cluster: {error!r}. Give one that refers to nothing that stays "
                 "in its process, such as open files, locks, sockets; or use engine = 'processes'."
             ) from error
-        seed = {"PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}  # else each actor has sets in its own order
-        self._class = ray.remote(_Worker).options(num_cpus=1, max_restarts=0, runtime_env={"env_vars": seed})
+        seed = {} if connection.seeded else {"env_vars": {HASH_SEED: os.environ.get(HASH_SEED, "0")}}
+        self._class = ray.remote(_Worker).options(num_cpus=1, max_restarts=0, runtime_env=seed)
         self._timeout_seconds = timeout_seconds
         try:
             for _ in range(workers):

@@ -19,9 +19,17 @@ from unisono.errors import ParallelError
 OLDEST = (2, 54)
 """Of Ray: it authenticates by token."""
 
+HASH_SEED = "PYTHONHASHSEED"
+"""Unless it is set, each Python process has its own order of texts in sets."""
+
 
 class Connection:
-    """Counts the calls that use it."""
+    """Counts the calls that use it.
+
+    seeded: whether the cluster's processes have the hash seed already; giving it to each actor costs it a second.
+    """
+
+    seeded = False
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,7 +51,7 @@ class Connection:
         with self._lock:
             self._users -= 1
             if self._ours and not self._users:
-                self._ours = False
+                self._ours = self.seeded = False
                 import_ray().shutdown()
                 self._present(self._before)
 
@@ -60,7 +68,7 @@ class Connection:
             ):
                 wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         if address is None:
-            wanted |= {"RAY_USAGE_STATS_ENABLED": "0"}
+            wanted |= {"RAY_USAGE_STATS_ENABLED": "0", HASH_SEED: os.environ.get(HASH_SEED, "0")}
         self._before = {name: os.environ.get(name) for name in wanted}
         self._present(wanted)
         ray = import_ray()
@@ -76,6 +84,7 @@ class Connection:
                 f"parallel.Ray: {told}: {error}. Check the address, that the cluster runs the same versions of Python "
                 "and Ray, and its token (token = …, or RAY_AUTH_TOKEN)."
             ) from error
+        self.seeded = address is None
 
     def _present(self, variables: dict[str, str | None]) -> None:
         """Set variables, and have Ray read them again if it has already."""
