@@ -30,14 +30,16 @@ def prepare(
     Args:
         what: a recipe, or the path of one.
         frames: frames or lists by split (train, validation, test), instead of the recipe's files.
-        workers: processes that encode, or "auto": one per core. The dataset's bytes do not depend on it.
+        workers: processes, or "auto": one per core. The dataset's bytes do not depend on it.
 
     Raises:
         UserError: the recipe or the data cannot be used.
     """
     recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
     count = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
-    dataset = stages.prepare(recipe, workers=count, frames=frames, notify=lambda line: print(line, flush=True))
+    dataset = stages.prepare(
+        recipe, workers=count, frames=frames, notify=lambda line: print(line, flush=True), progress=None
+    )
     print(
         f"{sum(dataset.counts.values()):,} samples: "
         + ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items())
@@ -49,5 +51,6 @@ def prepare(
             for reason, number in found.items()
         ]
         print(f"quarantined: {', '.join(reasons)}; each is in {dataset.folder / 'quarantine.jsonl'}")
+    print(f"report: {dataset.folder / stages.REPORT}")
     print(f"{len(dataset.labels)} classes, sha256 {dataset.sha256}")
     return dataset
