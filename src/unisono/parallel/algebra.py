@@ -1,7 +1,7 @@
 """Addition and multiplication of arrays by many workers, to the same bits on any number of them.
 
 Owns the blocks. Both cut the result into blocks that the shape alone decides; a block is computed by one worker, with
-one thread, from copies of what it needs in aligned, contiguous memory, so that neither the number of workers nor where
+one thread. Products are made of copies in aligned, contiguous memory, so that neither the number of workers nor where
 or how the operands lie in memory can move a bit.
 
 - `add`: the parts of a block are added in the fixed binary tree of `unisono.nodes`, over the parts' numbers. Pairwise
@@ -21,6 +21,7 @@ import math
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,7 +37,7 @@ BLOCK = 1024
 PANEL = 4096
 """Columns of the left operand that are multiplied at once: 16 MiB of float32 beside a block's rows."""
 
-ELEMENTS = 1 << 20
+ELEMENTS = 1 << 17
 """Of a block of a sum, at most (one row at least)."""
 
 Array = TypeVar("Array", np.ndarray, Any)  # or torch.Tensor
@@ -86,10 +87,11 @@ def add(
     wide = _accumulator(first.dtype)
 
     def total(*pieces: Any) -> Any:
-        combined: Combined = Combined(_add_to_left)
+        combined: Combined = Combined(_add_owned)
         for number, piece in enumerate(pieces):
-            combined.put_leaf(number, _copy(piece, wide))
-        return combined.finish()[0]
+            same = piece.dtype == wide
+            combined.put_leaf(number, _Term(value=piece if same else _copy(piece, wide), owned=not same))
+        return combined.finish()[0].value
 
     def operands(block: tuple[slice, ...]) -> tuple[Any, ...]:
         return tuple(part[block] for part in flat)
@@ -188,6 +190,25 @@ def _compute(
         out[...] = result
         return out
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Term:
+    """A part of a sum. owned: nobody else sees it, so that another one can be added to it."""
+
+    value: Any
+    owned: bool
+
+
+def _add_owned(left: _Term, right: _Term) -> _Term:
+    """An addition is rounded in one way only, wherever its operands lie: so they need no copies."""
+    if left.owned:
+        left.value.__iadd__(right.value)
+        return left
+    if right.owned:
+        right.value.__iadd__(left.value)  # equal bits either way, but for the payloads of two NaNs
+        return right
+    return _Term(value=left.value + right.value, owned=True)
 
 
 def _add_to_left(left: Any, right: Any) -> Any:
