@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo")
+NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", "parallel")
 MEASUREMENTS = (*NAMES, *(f"faults/{name}" for name in FAULTS))
 OPTIONS = {"peers/compare": ["--quick"]}
 

@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
 
+import numpy.random  # noqa: F401 - NumPy imports it at its first use, which would be in each worker
 from threadpoolctl import threadpool_limits
 
 from unisono import keys
