@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unisono.data.columns import open_source
+from unisono.data.columns import Columns, open_source
 from unisono.data.source import Source
 from unisono.errors import RecipeError
 from unisono.models.task import Task
@@ -44,6 +44,11 @@ class Material:
     labels: tuple[str, ...] = ()
     export: Callable[[Path], None] = field(default=lambda folder: None)
 
+    def changed(self) -> bool:
+        """Whether somebody has written into data that lies in memory since it was opened."""
+        sources = (self.train, self.validation, self.test)
+        return any(isinstance(source, Columns) and source.changed() for source in sources)
+
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that asks for a validation split which is not there, or for a metric that is not measured."""
         metric = recipe.evaluate.metric
@@ -61,8 +66,6 @@ class Material:
 def import_for_text() -> None:
     """Import what every worker of a text recipe needs. Before workers are forked, once is enough for all, and for those
     that replace lost ones."""
-    import numpy as np
-    import pyarrow as pa
     import pyarrow.compute
     import tokenizers
 
@@ -70,7 +73,6 @@ def import_for_text() -> None:
     import unisono.models.text.classification
 
     assert tokenizers and pyarrow.compute and unisono.data.prepare
-    pa.array(np.zeros(1))  # makes pyarrow look for pandas, which takes longer than all the rest
 
 
 def open_text(

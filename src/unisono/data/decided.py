@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from unisono.data import near
+from unisono.data.arrow import as_array, as_numbers, find_nulls
 from unisono.data.parts import Fates, list_quarantined
 from unisono.data.screen import KEPT, SPLITS, TRAIN, Records
 from unisono.data.spool import HASHES, PLACE, Spooled
@@ -59,9 +60,9 @@ def load_records(
         for number, rows in enumerate(file.facts.batches):
             here, batch = slice(start, start + rows), file.batch(number)
             for row, name in enumerate(HASHES):
-                records.hashes[row, here] = batch.column(name).to_numpy()
+                records.hashes[row, here] = as_numbers(batch.column(name))
             if cut and batch.column(PLACE).null_count == 0:
-                records.places[here] = batch.column(PLACE).to_numpy()
+                records.places[here] = as_numbers(batch.column(PLACE))
             records.labels[here] = _number(batch.column("label"), classes, missing=-1)
             records.reasons[here] = _number(batch.column("reason"), reasons, missing=0)
             if records.bands is not None:
@@ -76,7 +77,7 @@ def _number(strings: pa.Array, known: dict[str, int], missing: int) -> np.ndarra
     """Return a number for each string, the same for equal ones; new strings are added to those known."""
     encoded = strings.dictionary_encode()
     numbers = [known.setdefault(word, len(known)) for word in encoded.dictionary.to_pylist()]
-    indices = encoded.indices.fill_null(len(numbers)).to_numpy()
+    indices = np.where(find_nulls(strings), len(numbers), as_numbers(encoded.indices))
     return np.array([*numbers, missing], np.int32)[indices]
 
 
@@ -170,7 +171,7 @@ class TrainingTexts:
             fates = decided.fates(batch)
             chosen = np.flatnonzero((fates.reasons == 0) & (fates.splits == TRAIN))
             texts = decided.spooled[batch.spooled].batch(batch.number).column("text")
-            yield texts.take(pa.array(chosen)).to_pylist()
+            yield texts.take(as_array(chosen)).to_pylist()
 
 
 def _list_batches(spooled: Sequence[Spooled], splits: Sequence[str]) -> list[Batch]:

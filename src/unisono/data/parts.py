@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encoder import Encoder
 from unisono.data.review import Review
 from unisono.data.samples import Chunk, make_chunk
@@ -54,7 +55,7 @@ def write_part(path: Path, spooled: Spooled, number: int, fates: Fates, encoder:
     for split, name in enumerate(SPLITS):
         chosen = np.flatnonzero(kept & (fates.splits == split))
         if len(chosen):
-            texts = batch.column("text").take(pa.array(chosen)).to_pylist()
+            texts = batch.column("text").take(as_array(chosen)).to_pylist()
             chunks[name] = make_chunk(encoder, texts, fates.labels[chosen])
             review.count_tokens(name, chunks[name].lengths, limit)
     facts = {"splits": json.dumps(list(chunks)), "review": json.dumps(review.to_dict())}
@@ -88,7 +89,7 @@ def list_quarantined(spooled: Spooled, number: int, fates: Fates) -> Iterator[di
     if not len(chosen):
         return
     batch = spooled.batch(number)
-    columns = [batch.column(name).take(pa.array(chosen)).to_pylist() for name in ("file", "label", "text")]
+    columns = [batch.column(name).take(as_array(chosen)).to_pylist() for name in ("file", "label", "text")]
     for row, file, label, text in zip(chosen.tolist(), *columns, strict=True):
         yield {
             "split": SPLITS[fates.splits[row]],
@@ -106,7 +107,7 @@ def _review(batch: pa.RecordBatch, name: str, fates: Fates) -> Review:
         splits=fates.splits,
         reasons=fates.reasons,
         labels=fates.labels,
-        characters=batch.column("characters").to_numpy(),
+        characters=as_numbers(batch.column("characters")),
         split_names=SPLITS,
         reason_names=[KEPT, *fates.names[1:]],
         label_names=fates.classes,

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from unisono.data.arrow import as_array, as_strings
 from unisono.data.near import BANDS, sketch
 from unisono.data.read import Record, take_records
 from unisono.data.rules import Examiner
@@ -98,14 +99,14 @@ def _stand(sheet: Sheet, data: Data, examiner: Examiner, *, place: bool, near: b
         bands = pa.FixedSizeBinaryArray.from_buffers(_SCHEMA.field("bands").type, len(rows), [None, pa.py_buffer(rows)])
     empty = pa.nulls(len(records))
     columns = [
-        pa.array([record.text for record in records], pa.string()),
-        pa.array([record.label for record in records], pa.string()),
-        pa.array(reasons, pa.string()),
-        pa.array([record.file for record in records], pa.string()) if sheet.files else empty.cast(pa.string()),
-        pa.array([len(record.text) for record in records], pa.int32()),
-        pa.array(hashes[:, 0].copy()),
-        pa.array(hashes[:, 1].copy()),
-        empty.cast(pa.uint64()) if places is None else pa.array(places),
+        as_strings([record.text for record in records]),
+        as_strings([record.label for record in records]),
+        as_strings(reasons),
+        as_strings([record.file for record in records]) if sheet.files else empty.cast(pa.string()),
+        as_array(np.array([len(record.text) for record in records], np.int32)),
+        as_array(hashes[:, 0]),
+        as_array(hashes[:, 1]),
+        empty.cast(pa.uint64()) if places is None else as_array(places),
         empty.cast(pa.binary(8 * BANDS)) if bands is None else bands,
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)

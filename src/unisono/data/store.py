@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encode import load_encoder
 from unisono.data.encoder import Encoder
 from unisono.data.samples import Chunk, ContentHash, EncodedSamples
@@ -206,15 +207,15 @@ def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:
     """Write samples with their labels as one record batch of SCHEMA."""
     offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
     np.cumsum(chunk.lengths, out=offsets[1:])
-    ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(chunk.ids))
-    writer.write_batch(pa.record_batch([ids, pa.array(chunk.labels)], schema=SCHEMA))
+    ids = pa.ListArray.from_arrays(as_array(offsets), as_array(chunk.ids))
+    writer.write_batch(pa.record_batch([ids, as_array(chunk.labels)], schema=SCHEMA))
 
 
 def read_chunk(batch: pa.RecordBatch) -> Chunk:
     """Return the samples of a record batch that `write_chunk` wrote."""
     ids, labels = batch.columns
-    lengths = np.diff(ids.offsets.to_numpy())
-    return Chunk(ids=ids.values.to_numpy(), lengths=lengths, labels=labels.to_numpy())
+    lengths = np.diff(as_numbers(ids.offsets))
+    return Chunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
 
 
 def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
@@ -224,12 +225,12 @@ def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
     starts, lengths, labels = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for number in range(reader.num_record_batches):
         ids, label = reader.get_batch(number).columns
-        offsets = ids.offsets.to_numpy()
+        offsets = as_numbers(ids.offsets)
         place, odd = divmod(ids.values.buffers()[1].address - whole.address, 4)
         assert not odd and ids.values.offset == 0, "Arrow aligns its buffers to 8 bytes"
         starts.append(place + offsets[:-1].astype(np.int64))
         lengths.append(np.diff(offsets))
-        labels.append(label.to_numpy().astype(np.int64))
+        labels.append(as_numbers(label).astype(np.int64))
     return EncodedSamples(
         ids=np.frombuffer(whole, np.int32, count=whole.size // 4),
         starts=np.concatenate(starts),
