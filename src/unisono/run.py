@@ -28,7 +28,7 @@ from unisono.engine.contribution import Contributes
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
-from unisono.errors import ContractError, Interrupted, RecipeError
+from unisono.errors import ContractError, DataError, Interrupted, RecipeError
 from unisono.evaluation import measure_all
 from unisono.exchange.protocol import Exchange
 from unisono.files import save_tensors, whole_folder, write_text
@@ -326,6 +326,16 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
         run.tell(events.Notice(message=f"the profile was not written: {error}", warning=True))
 
 
+def _refuse_changed_data(run: Run) -> None:
+    """Data that lies in memory which others share may have been written into: what was hashed is not what was seen."""
+    changed = run.exchange.add_integers(torch.tensor([int(run.material.changed())]).to(run.ready.device))
+    if changed.item():
+        raise DataError(
+            "the data was written into while it was trained on, so the weights are those of no data that there is. "
+            "Give a copy of it (frame.copy(), array.copy()), or leave it alone until training has ended."
+        )
+
+
 def _finish(run: Run, feed: Feed) -> None:
     """Evaluate and test, write model/, tell the summary."""
     state, folder = run.state, run.job.folder
@@ -340,6 +350,7 @@ def _finish(run: Run, feed: Feed) -> None:
         state.take_best()
     test = _score(run, run.material.test) if run.material.test is not None else None
     run.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
+    _refuse_changed_data(run)
     with state.averaged_weights():
         if run.exchange.rank == 0:
             run.link.settle()  # a checkpoint that fills the disk gives the room back before the model needs it

@@ -1,20 +1,27 @@
 """Samples that a Python user already has: columns in memory, frames, or any torch dataset.
 
-Owns their reading as a `Source`. Text in files is the matter of `data/prepare.py`.
+Owns their reading as a `Source`. Columns are not copied: they share the user's memory, nobody here writes into it, and
+what a microbatch takes of them is copied into memory of its own. Should somebody else write into it meanwhile, the hash
+tells (`Columns.changed`). Text in files is the matter of `data/prepare.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from unisono import keys
+from unisono.data.frames import is_frame, take_column, take_columns
+from unisono.data.numbers import as_array, list_categories
 from unisono.data.source import Source
 from unisono.errors import DataError
 
@@ -22,13 +29,13 @@ HASHED_ITEMS = 64  # of a torch dataset; hashing all would load all
 
 
 class Columns:
-    """Named columns of equal length; a column of tensors or arrays gives a tensor, samples first."""
+    """Named columns of equal length; each gives a tensor, samples first, which shares its memory where it can."""
 
     padded = True
     prefetchable = True
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
-        self._columns = {name: _as_tensor(name, column) for name, column in columns.items()}
+        self._columns = {name: _as_tensor(name, column).contiguous() for name, column in columns.items()}
         sizes = {name: len(column) for name, column in self._columns.items()}
         if len(set(sizes.values())) != 1:
             raise DataError(f"columns of different lengths: {sizes}. Give one value per sample in each.")
@@ -41,9 +48,13 @@ class Columns:
         return len(self.lengths)
 
     def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
-        """Return the columns' rows `samples`."""
+        """Return the columns' rows `samples`, in new memory."""
         rows = torch.from_numpy(samples)
         return {name: column[rows] for name, column in self._columns.items()}
+
+    def changed(self) -> bool:
+        """Whether somebody has written into the columns since they were opened."""
+        return _hash(self._columns) != self.sha256
 
 
 class Items:
@@ -78,24 +89,55 @@ class Items:
         return default_collate(items)
 
 
+def hold(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Make tensors of the columns of each split's frame or mapping, once for all workers; leave other data as it is.
+
+    To be called before workers are forked: what has to be copied is copied once, and Polars has its threads.
+
+    Raises:
+        DataError: a column cannot be used, or two splits have different categories in one column.
+    """
+    held: dict[str, Any] = {}
+    categories: dict[str, tuple[str, tuple[object, ...]]] = {}
+    for split, data in given.items():
+        if not is_frame(data) and not isinstance(data, Mapping):
+            held[split] = data
+            continue
+        columns = _list_columns(data, split)
+        for name, column in columns.items():
+            found = list_categories(column) if isinstance(column, pa.ChunkedArray) else ()
+            first, expected = categories.setdefault(name, (split, found))
+            if found != expected:
+                raise DataError(
+                    f"column {name!r} has other categories in {split} than in {first}: {_show(found)}, not "
+                    f"{_show(expected)}. Their codes would not mean the same. Give all frames the same, in the same "
+                    "order (pandas: astype(train[name].dtype); Polars: cast(pl.Enum([...])))."
+                )
+        try:
+            held[split] = {name: _as_tensor(name, column) for name, column in columns.items()}
+        except DataError as error:
+            raise DataError(f"{split}: {error}") from None
+    return held
+
+
+def _show(categories: tuple[object, ...]) -> str:
+    told = ", ".join(map(repr, categories[:5]))
+    return f"[{told}{', …' if len(categories) > 5 else ''}]" if categories else "none"
+
+
 def open_source(data: Any, seed: int = 0) -> Source:
     """Make a Source of what a user gave.
 
-    Allowed: a Source; a mapping of columns (tensors, arrays, lists of numbers); a pandas or Polars frame or an Arrow
-    table with number columns; a map-style torch dataset.
+    Allowed: a Source; a mapping of columns (tensors, arrays, Series, lists of numbers); a frame (pandas, Polars, Arrow)
+    with columns of numbers, categories, or lists of numbers; a map-style torch dataset.
 
     Raises:
         DataError: it is none of these, empty, or ragged.
     """
-    if isinstance(data, Mapping):
-        return Columns(data)
+    if isinstance(data, Mapping) or is_frame(data):
+        return Columns(_list_columns(data, "frame"))
     if hasattr(data, "take") and hasattr(data, "lengths") and hasattr(data, "prefetchable"):
         return data
-    if hasattr(data, "__arrow_c_stream__"):
-        import pyarrow
-
-        table = pyarrow.table(data)
-        return Columns({name: table.column(name).to_numpy() for name in table.column_names})
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return Items(data, seed)
     raise DataError(
@@ -105,15 +147,42 @@ def open_source(data: Any, seed: int = 0) -> Source:
     )
 
 
+def _list_columns(data: Any, name: str) -> dict[str, Any]:
+    """The columns of a frame or a mapping; those that Arrow can see are Arrow's."""
+    if is_frame(data):
+        return dict(take_columns(data, name))
+    seen = ("__arrow_c_stream__", "__arrow_c_array__", "iloc")  # the last one: a Series of an older pandas
+    return {
+        key: take_column(column) if any(hasattr(column, sign) for sign in seen) else column
+        for key, column in data.items()
+    }
+
+
 def _as_tensor(name: str, column: Any) -> Tensor:
     if isinstance(column, Tensor):
-        return column.detach().contiguous()
-    array = np.asarray(column)
-    if array.dtype.kind not in "biuf":
+        return column.detach()
+    array = as_array(name, column) if isinstance(column, pa.ChunkedArray) else _as_numbers(name, column)
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])  # itself, where it is so already
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes into it
+        return torch.from_numpy(array)
+
+
+def _as_numbers(name: str, column: Any) -> np.ndarray:
+    """An array of what NumPy or plain Python can give; of what is no numbers, Arrow can say more."""
+    if not any(isinstance(value, str) for value in column[:1]):  # of which NumPy would make as many as the longest has
+        with suppress(ValueError):  # ragged
+            array = np.asarray(column)
+            if array.dtype.kind in "biuf":
+                return array
+    try:
+        return as_array(name, pa.chunked_array([pa.array(column, from_pandas=True)]))
+    except (TypeError, ValueError, pa.ArrowException):
+        kinds = ", ".join(sorted({type(value).__name__ for value in column}))
         raise DataError(
-            f"column {name!r} has {array.dtype} values; allowed are numbers. Encode it first, or leave it out."
-        )
-    return torch.from_numpy(np.ascontiguousarray(array).copy())
+            f"column {name!r} has {kinds} values; allowed are numbers, or lists of them, of one length. Make numbers "
+            "of them first, or leave the column out."
+        ) from None
 
 
 def _named(item: Any) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from unisono.data import encode, rules, screen, store
 from unisono.data.hub import is_dataset
 from unisono.data.locations import hide_secrets
 from unisono.data.pieces import PIECE_BYTES, Piece, find_pieces, hash_piece
-from unisono.data.read import take_records
+from unisono.data.read import Record, take_records
 from unisono.data.share import Share
-from unisono.data.sheets import SHEET_BYTES, SHEET_ROWS, Sheet, cut_sheet
+from unisono.data.sheets import SHEET_BYTES, SHEET_ROWS, Sheet, cut_by_size, cut_sheet
 from unisono.data.tables import read_frame
 from unisono.errors import DataError, RecipeError
 from unisono.recipe import Recipe
@@ -99,17 +99,27 @@ def hash_facts(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _hash_records(records: Iterable[Record]) -> str:
+    """`hash_facts` of a list of all that matters of each record, without having the list."""
+    result = hashlib.sha256(b"[")
+    for number, record in enumerate(records):
+        facts = json.dumps([record.text, record.label, record.fault])
+        result.update(f"{', ' if number else ''}{facts}".encode())
+    result.update(b"]")
+    return result.hexdigest()
+
+
 def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Share) -> Input:
     parts: list[Piece] | list[Sheet]
     if split in frames:
         name = f"{split} frame"
-        parts = list(cut_sheet(read_frame(frames[split], data, name)))
+        blocks = [tuple(cut_by_size(block, data.text)) for block in cut_sheet(read_frame(frames[split], data, name))]
 
-        def hash_sheet(number: int) -> str:
-            records = take_records(parts[number], data)  # type: ignore[arg-type]
-            return hash_facts([[record.text, record.label, record.fault] for record in records])
+        def hash_block(number: int) -> str:
+            return _hash_records(record for sheet in blocks[number] for record in take_records(sheet, data))
 
-        hashes = list(share.map(hash_sheet, range(len(parts))))
+        hashes = list(share.map(hash_block, range(len(blocks))))
+        parts = [sheet for block in blocks for sheet in block]
         return Input(name=name, kind="frame", parts=tuple(parts), sha256=hash_facts(hashes))
     location = getattr(data, split)
     parts = find_pieces(location, data)

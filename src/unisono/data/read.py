@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +46,23 @@ class Texts:
     """None where there is no such column."""
     faults: tuple[str, ...]
     """Why a row cannot be used; empty if it can."""
-    table: pa.Table
+    columns: Mapping[str, Column]
     """The input's columns, one row per text."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The input's columns as Arrow's; lists are copied for it."""
+        return pa.table({key: _as_arrow(column) for key, column in self.columns.items()})
 
     @property
     def usable(self) -> np.ndarray:
         """Numbers of the rows without a fault: int64 [usable]."""
         return np.flatnonzero([not fault for fault in self.faults])
+
+    @property
+    def good_texts(self) -> list[str]:
+        """The texts of the rows without a fault."""
+        return [text for text, fault in zip(self.texts, self.faults, strict=True) if not fault]
 
 
 def read_records(source: object, data: Data, name: str = "frame") -> list[Record]:
@@ -133,8 +143,7 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
     labels = None
     if data.label in sheet.columns:
         labels = tuple(as_text(value)[0].strip() or None for value in find_column(sheet, data.label, "label"))
-    table = pa.table({key: _as_arrow(column) for key, column in sheet.columns.items()})
-    return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), table=table)
+    return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), columns=sheet.columns)
 
 
 def find_column(sheet: Sheet, name: str, key: str) -> list[object]:

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unisono.errors import DataError
 
@@ -46,14 +48,58 @@ class Sheet:
 def cut_sheet(sheet: Sheet, rows: int = SHEET_ROWS) -> Iterator[Sheet]:
     """Cut a sheet into sheets of at most `rows` rows, in order. Arrow columns are not copied, lists by reference."""
     for start in range(0, sheet.rows, rows):
-        stop = min(start + rows, sheet.rows)
-        yield Sheet(
-            name=sheet.name,
-            rows=stop - start,
-            columns={name: column[start:stop] for name, column in sheet.columns.items()},
-            faults={row - start: fault for row, fault in sheet.faults.items() if start <= row < stop},
-            files=sheet.files[start:stop] if sheet.files else None,
-        )
+        yield _slice(sheet, start, min(start + rows, sheet.rows))
+
+
+def _slice(sheet: Sheet, start: int, stop: int) -> Sheet:
+    return Sheet(
+        name=sheet.name,
+        rows=stop - start,
+        columns={name: column[start:stop] for name, column in sheet.columns.items()},
+        faults={row - start: fault for row, fault in sheet.faults.items() if start <= row < stop},
+        files=sheet.files[start:stop] if sheet.files else None,
+    )
+
+
+def cut_by_size(sheet: Sheet, name: str, size_bytes: int = SHEET_BYTES) -> Iterator[Sheet]:
+    """Cut a sheet after each row with which the texts of column `name` reach `size_bytes` as UTF-8.
+
+    So the same content is cut in the same places, whatever it is held in.
+    """
+    ends = np.cumsum(_measure(sheet.columns.get(name, [])))
+    start = reached = 0
+    while start < sheet.rows:
+        stop = min(int(np.searchsorted(ends, reached + size_bytes)) + 1, sheet.rows) if len(ends) else sheet.rows
+        yield _slice(sheet, start, stop)
+        start, reached = stop, int(ends[stop - 1]) if len(ends) else 0
+
+
+def _measure(column: Column) -> np.ndarray:
+    """Bytes of each text, int64 [rows]; 0 for what is none."""
+    if isinstance(column, list):
+        return np.fromiter(map(_count_bytes, column), np.int64, len(column))
+    return np.concatenate([np.empty(0, np.int64), *map(_measure_chunk, column.chunks)])
+
+
+def _measure_chunk(chunk: pa.Array) -> np.ndarray:
+    kind = chunk.type
+    if not len(chunk):
+        return np.empty(0, np.int64)
+    if pa.types.is_dictionary(kind):
+        words = pa.array(_measure_chunk(chunk.dictionary))
+        return pc.fill_null(words.take(chunk.indices), 0).to_numpy()
+    if pa.types.is_string_view(kind):  # no kernel measures views; the first of the four numbers of each is its length
+        views = np.frombuffer(chunk.buffers()[1], np.int32)[4 * chunk.offset :: 4][: len(chunk)]
+        return np.where(chunk.is_valid(), views, 0).astype(np.int64)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pc.fill_null(pc.binary_length(chunk), 0).to_numpy().astype(np.int64)
+    return np.zeros(len(chunk), np.int64)
+
+
+def _count_bytes(value: object) -> int:
+    if not isinstance(value, str):
+        return 0
+    return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
 
 
 def join_sheets(sheets: Sequence[Sheet], name: str) -> Sheet:

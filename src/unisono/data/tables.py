@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unisono.data.frames import take_column, take_columns
 from unisono.data.rows import TOO_LARGE
 from unisono.data.sheets import SHEET_BYTES, SHEET_ROWS, Column, Fault, Sheet, check_names, transpose
 from unisono.errors import DataError
@@ -129,23 +130,23 @@ def _stand(table: pa.Table, name: str, data: Data) -> Sheet:
 def read_frame(frame: object, data: Data, name: str) -> Sheet:
     """Read a pandas or Polars frame, an Arrow table (anything with `__arrow_c_stream__`), or lists.
 
-    Lists are a mapping of column names to lists, a list of mappings, a list of texts, or a pair (texts,
-    labels).
+    Lists are a mapping of column names to lists (arrays, Series), a list of mappings, a list of texts, or a pair
+    (texts, labels).
 
     Raises:
         DataError: it is none of these, its lists differ in length, or it is empty.
     """
     columns: dict[str, Column]
     if isinstance(frame, Mapping):
-        columns = {str(key): list(values) for key, values in frame.items()}
+        columns = {str(key): take_column(values) for key, values in frame.items()}
     elif isinstance(frame, (list, tuple)) and all(isinstance(row, Mapping) for row in frame):
         columns = transpose(frame)
     elif isinstance(frame, (list, tuple)) and all(isinstance(text, str) for text in frame):
         columns = {data.text: list(frame)}
     elif isinstance(frame, tuple) and len(frame) == 2:
-        columns = {data.text: list(frame[0]), data.label: list(frame[1])}
+        columns = {data.text: take_column(frame[0]), data.label: take_column(frame[1])}
     else:
-        columns = _arrow_columns(frame, name)
+        columns = take_columns(frame, name)
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{name}: columns of different lengths: {lengths}. Give all the same.")
@@ -153,15 +154,3 @@ def read_frame(frame: object, data: Data, name: str) -> Sheet:
     if not rows:
         raise DataError(f"{name}: there is no record in it. Give at least one row.")
     return Sheet(name=name, rows=rows, columns=columns)
-
-
-def _arrow_columns(frame: object, name: str) -> dict[str, Column]:
-    try:
-        table = frame if isinstance(frame, pa.Table) else pa.table(frame)
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"{name}: {type(frame).__name__} is no table: {error}. "
-            "Give a pandas or Polars frame, an Arrow table, a dict of lists, a list of dicts, or a pair."
-        ) from None
-    check_names(name, table.column_names)
-    return dict(zip(table.column_names, table.columns, strict=True))
