@@ -15,6 +15,8 @@ import torch
 
 from unisono import recipe as recipes
 from unisono.board import PHASES
+from unisono.data.columns import hold
+from unisono.data.frames import is_frame, take_columns
 from unisono.errors import Interrupted, Preempted, RecipeError
 from unisono.faults import parse
 from unisono.folder import choose_folder
@@ -84,8 +86,8 @@ def train(
 
     Args:
         what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
-        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for
-            a recipe, frames or lists with its text and label columns, instead of its files.
+        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for a
+            recipe, frames or lists with its text and label columns, instead of its files. See docs/frames.md.
         workers: a number, or "auto": all GPUs, else all cores, at most one per microbatch. Ignored under torchrun.
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         name: of the run; None: the recipe's, or the task's class.
@@ -144,13 +146,18 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
         import_for_text()
-        return lambda workers, notify: open_text(recipe, workers, notify, frames)
+        parts = {
+            split: take_columns(frame, f"{split} frame") if is_frame(frame) else frame
+            for split, frame in frames.items()
+        }
+        return lambda workers, notify: open_text(recipe, workers, notify, parts)
     if "train" not in frames:
         raise RecipeError(
             "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
         )
     check_own_sections(recipe)
-    return lambda workers, notify: open_own(recipe, what, **frames)
+    held = hold(frames)
+    return lambda workers, notify: open_own(recipe, what, **held)
 
 
 def run_job(

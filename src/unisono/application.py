@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from torch import nn
 
 from unisono import recipe as recipes
 from unisono.data.encode import load_encoder
+from unisono.data.frames import add_columns, is_frame, settle, take_column, take_columns
 from unisono.data.read import Texts, read_texts
 from unisono.data.rules import Examiner
 from unisono.data.samples import EncodedSamples, encode_samples
+from unisono.data.sheets import list_values
 from unisono.data.store import open_dataset
 from unisono.errors import DataError, ModelError
 from unisono.evaluation import measure_all
@@ -43,10 +46,12 @@ if TYPE_CHECKING:
 
 WORKERS_AT_MOST = 65_536
 
+Frame = TypeVar("Frame")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Classifier:
-    """A trained text classifier. `predict(texts)` is all that most will need."""
+    """A trained text classifier. `predict(texts)`, or `predict(frame)`, is all that most will need."""
 
     module: nn.Module
     task: TextClassification
@@ -73,9 +78,36 @@ class Classifier:
         treat = Examiner(self.recipe.screen, self.labels).treat
         return encode_samples(self.encoder, [treat(text)[0] for text in texts], labels)
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The most likely class of each text."""
-        return [self.labels[number] for number in self.probabilities(texts).argmax(1)]
+    @overload
+    def predict(self, texts: Sequence[str]) -> list[str]: ...
+    @overload
+    def predict(self, texts: Frame) -> Frame: ...
+    def predict(self, texts: Any) -> Any:
+        """The most likely class of each text, in a list; of a frame, what `unisono.predict` gives, without workers.
+
+        Raises:
+            DataError: one is no text (in a frame such a row gets no prediction), or the frame lacks their column.
+        """
+        if is_frame(texts) or isinstance(texts, Mapping):
+            frame = settle(texts)
+            rows = self.read(frame)
+            return _complete(frame, rows, _new_columns(self, rows, self.probabilities(rows.good_texts)))
+        if isinstance(texts, str | Path):
+            raise DataError(f"predict({str(texts)!r}): give a list of texts, or a frame. For a file: unisono.predict.")
+        found = [
+            value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+            for value in list_values(take_column(texts))
+        ]
+        if wrong := [row for row, text in enumerate(found) if not isinstance(text, str)]:
+            raise DataError(
+                f"predict: {len(wrong):,} of {len(found):,} are no texts, the first in row {wrong[0]}: "
+                f"{found[wrong[0]]!r}. Leave them out, or give a frame, where such a row gets no prediction."
+            )
+        return [self.labels[number] for number in self.probabilities(found).argmax(1)]  # type: ignore[arg-type]
+
+    def read(self, source: object) -> Texts:
+        """The rows of a file or a frame, in the columns that the model's recipe names."""
+        return read_texts(source, self.recipe.data.model_copy(update={"format": "auto"}))
 
     def measure(self, source: EncodedSamples, exchange: Exchange, device: torch.device) -> dict[str, np.ndarray]:
         """Per-sample results on labelled samples."""
@@ -144,8 +176,8 @@ def load(run: str | Path) -> Classifier:
 def evaluate(
     run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Score a run's model on labelled data (a file or a frame), or on the run's own test samples; print and return the
-    scores.
+    """Score a run's model on labelled data (a file, or a pandas, Polars or Arrow frame), or on the run's own test
+    samples; print and return the scores.
 
     Every sample is visited exactly once, whatever the number of workers, and the figures are the same bits.
 
@@ -153,6 +185,8 @@ def evaluate(
         DataError: the data cannot be used, or the run has no test samples of its own.
     """
     classifier = load(run)
+    if is_frame(data):  # before workers are forked: see `settle`
+        data = take_columns(data, "frame")
 
     def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
         source, left_out = _labelled(classifier, Path(run), data)
@@ -173,37 +207,72 @@ def evaluate(
     return found
 
 
-def predict(run: str | Path, source: str | Path, target: str | Path, *, workers: str | int = "auto") -> int:
-    """Write `target`: the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row
+@overload
+def predict(run: str | Path, source: object, target: str | Path, *, workers: str | int = "auto") -> int: ...
+@overload
+def predict(run: str | Path, source: Frame, target: None = None, *, workers: str | int = "auto") -> Frame: ...
+def predict(run: str | Path, source: Any, target: str | Path | None = None, *, workers: str | int = "auto") -> Any:
+    """Return or write the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row
     has none).
 
-    Rows stay in order and none is dropped. The format goes by the name: .csv, .tsv, .jsonl or .parquet. In CSV and TSV
-    a text that a spreadsheet would run has a single quote before it. Returns the number of rows.
+    Rows stay in order and none is dropped. Columns of these names in `source` are replaced.
+
+    Args:
+        run: the run folder, or its model folder.
+        source: a file, or whatever else can be read; or a pandas, Polars or Arrow frame.
+        target: the file to write; the format goes by the name: .csv, .tsv, .jsonl or .parquet. In CSV and TSV a text
+            that a spreadsheet would run has a single quote before it.
+        workers: a number, or "auto": all GPUs, else all cores. The bits do not depend on it.
+
+    Returns:
+        With a target the number of rows. Without one, a frame of the kind that was given, which shares its columns; a
+        LazyFrame is collected first, lists give an Arrow table.
 
     Raises:
-        DataError: the source cannot be read, or the target's format is unknown.
+        DataError: the source cannot be read, the target's format is unknown, or a file is given without a target.
     """
     from unisono.data.write import check_target, write_table
 
-    classifier, target = load(run), Path(target)
-    check_target(target)
-    texts = read_texts(source, classifier.recipe.data.model_copy(update={"format": "auto"}))
-
-    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        usable = texts.usable
-        found = classifier.probabilities([texts.texts[row] for row in usable], exchange, device)
-        if seat.rank == 0:
-            with whole_file(target) as part:
-                write_table(_predictions(classifier, texts, usable, found), part, target.suffix)
-
-    train = classifier.recipe.train
-    if run_everywhere(act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device):
+    classifier = load(run)
+    if target is None and isinstance(source, str | Path):
+        raise DataError(
+            f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."
+        )
+    if target is not None:
+        check_target(Path(target))
+    frame = settle(source)
+    texts = classifier.read(frame)
+    found, speaks = _share_out(classifier, texts, workers)
+    new = _new_columns(classifier, texts, found)
+    if target is None:
+        return _complete(frame, texts, new)
+    if speaks:
+        with whole_file(Path(target)) as part:
+            write_table(add_columns(texts.table, new), part, Path(target).suffix)
         unusable = len(texts.texts) - len(texts.usable)
         print(
             f"{len(texts.texts):,} rows written to {target}"
             + (f", {unusable} of them without a prediction (see column unusable)" if unusable else "")
         )
     return len(texts.texts)
+
+
+def _share_out(classifier: Classifier, texts: Texts, workers: str | int) -> tuple[np.ndarray, bool]:
+    """Probabilities of the usable texts, computed by all workers; and whether this process speaks for them."""
+    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+        path = Path(scratch) / "probabilities.npy"
+        here = os.getpid()
+
+        def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+            found = classifier.probabilities(texts.good_texts, exchange, device)
+            if seat.rank == 0 or os.getpid() == here:  # one of torchrun's workers has the folder for itself
+                np.save(path, found)
+
+        train = classifier.recipe.train
+        speaks = run_everywhere(
+            act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device
+        )
+        return np.load(path), speaks
 
 
 def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedSamples, dict[str, int]]:
@@ -225,12 +294,11 @@ def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedS
                 "evaluate RUN DATA."
             )
         return source, {}
-    settings = classifier.recipe.data.model_copy(update={"format": "auto"})
-    texts = read_texts(data, settings)
+    texts = classifier.read(data)
     if texts.labels is None:
         raise DataError(
-            f"the data has no column {settings.label!r} of classes, without which it cannot be scored. Use "
-            "predict, or name the column so."
+            f"the data has no column {classifier.recipe.data.label!r} of classes, without which it cannot be "
+            "scored. Use predict, or name the column so."
         )
     numbers = {label: number for number, label in enumerate(classifier.labels)}
     left_out: dict[str, int] = {}
@@ -280,20 +348,22 @@ def _tables(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _predictions(classifier: Classifier, texts: Texts, usable: np.ndarray, found: np.ndarray) -> pa.Table:
+def _complete(source: Any, texts: Texts, new: Mapping[str, pa.Array]) -> Any:
+    """What was given, with new columns: a frame of its kind, else an Arrow table."""
+    return add_columns(source if is_frame(source) else texts.table, new)
+
+
+def _new_columns(classifier: Classifier, texts: Texts, found: np.ndarray) -> dict[str, pa.Array]:
+    """What prediction adds to a table, from the probabilities of its usable rows."""
     import pyarrow as pa
 
-    table = texts.table
     rows = len(texts.texts)
     predicted: list[str | None] = [None] * rows
     probabilities = np.full((rows, len(classifier.labels)), np.nan)
-    for row, values in zip(usable, found, strict=True):
+    for row, values in zip(texts.usable, found, strict=True):
         predicted[row], probabilities[row] = classifier.labels[int(values.argmax())], values
     new = {"predicted": pa.array(predicted, pa.string())}
     for number, label in enumerate(classifier.labels):
         new[f"probability of {label}"] = pa.array(probabilities[:, number], from_pandas=True)
     new["unusable"] = pa.array([fault or None for fault in texts.faults], pa.string())
-    for name, column in new.items():
-        place = table.column_names.index(name) if name in table.column_names else None
-        table = table.append_column(name, column) if place is None else table.set_column(place, name, column)
-    return table
+    return new

@@ -29,7 +29,8 @@ def prepare(
 
     Args:
         what: a recipe, or the path of one.
-        frames: frames or lists by split (train, validation, test), instead of the recipe's files.
+        frames: frames (pandas, Polars, Arrow) or lists by split (train, validation, test), instead of the recipe's
+            files. The same content gives the same dataset, whatever it is held in.
         workers: processes, or "auto": one per core. The dataset's bytes do not depend on it.
 
     Raises:

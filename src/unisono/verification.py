@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unisono.api import Trained, resolve, train
+from unisono.data.frames import settle
 from unisono.joining import check_workers
 from unisono.models.task import Task
 from unisono.recipe import Recipe
@@ -78,6 +79,7 @@ def verify(
     recipe = resolve(what, None, overrides, settings)
     for count in workers:
         check_workers(recipe, count)
+    data = settle(data)  # a stream can be read once only
     with tempfile.TemporaryDirectory(prefix="unisono-verify-") as scratch:
         runs: dict[int, Trained] = {}
         for count in workers:
