@@ -131,6 +131,14 @@ def decode_file(content: bytes) -> str:
     return content.decode("utf-8-sig", "surrogateescape")
 
 
+def escape(text: str) -> str:
+    r"""Write what is not UTF-8 as `\xff` (a byte) or `\ud800` (half a character, as JSON can hold)."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
 def decode_head(head: bytes) -> str:
     """Text of a line's beginning, without a character that was cut."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")

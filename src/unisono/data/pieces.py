@@ -27,6 +27,7 @@ from unisono.data.lines import (
     cut_lines,
     decode_file,
     decode_head,
+    escape,
     own_blocks,
     read_blocks,
     refuse_utf16,
@@ -181,7 +182,7 @@ def _refuse_change(piece: Piece) -> None:
 
 
 def _cut_file(file: File, data: Data, piece_bytes: int) -> list[Piece]:
-    name, told = file.name, tell(file.location)
+    name, told = escape(file.name), tell(file.location)
     inner, compression = find_compression(hide_secrets(file.location).rpartition("/")[2])
     kind = find_suffix_format(inner, told, data)
     if compression and kind == "parquet":
@@ -266,7 +267,7 @@ def _cut_folder(location: str, piece_bytes: int) -> list[Piece]:
     group: list[tuple[str, int]] = []
     size = 0
     files = locations.list_folder(location)
-    name = hide_secrets(location).rstrip("/").rpartition("/")[2]
+    name = escape(hide_secrets(location).rstrip("/").rpartition("/")[2])
     for number, file in enumerate(files, 1):
         group.append((file.name, file.size))
         size += file.size
@@ -298,8 +299,9 @@ def _stand_files(piece: Piece, files: list[tuple[str, int]], data: Data) -> Shee
     }
     texts = [None if row in faults else decode_file(head) for row, head in enumerate(heads)]
     labels = [name.split("/")[0] if "/" in name and row not in faults else None for row, name in enumerate(names)]
-    columns: dict[str, Column] = {"file": list(names), data.text: list(texts), data.label: list(labels)}
-    return Sheet(name=piece.source, rows=len(names), columns=columns, faults=faults, files=list(names))
+    shown = [escape(name) for name in names]
+    columns: dict[str, Column] = {"file": list(shown), data.text: list(texts), data.label: list(labels)}
+    return Sheet(name=piece.source, rows=len(names), columns=columns, faults=faults, files=shown)
 
 
 def _cut_dataset(location: str, piece_bytes: int) -> list[Piece]:

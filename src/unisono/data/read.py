@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from unisono.data.lines import escape
 from unisono.data.pieces import find_pieces, read_file, read_piece
-from unisono.data.sheets import Column, Sheet, list_values
+from unisono.data.sheets import Column, Foreign, Sheet, check_names, list_values
 from unisono.data.tables import read_frame
 from unisono.errors import DataError
 from unisono.sections import Data
@@ -143,7 +144,10 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
     labels = None
     if data.label in sheet.columns:
         labels = tuple(as_text(value)[0].strip() or None for value in find_column(sheet, data.label, "label"))
-    return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), columns=sheet.columns)
+    names = [escape(name) for name in sheet.columns]
+    check_names(sheet.name, names)
+    columns = dict(zip(names, sheet.columns.values(), strict=True))
+    return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), columns=columns)
 
 
 def find_column(sheet: Sheet, name: str, key: str) -> list[object]:
@@ -172,7 +176,7 @@ def as_text(value: object) -> tuple[str, str]:
         return "", ""
     elif isinstance(value, float) and value.is_integer():
         return str(int(value)), ""
-    elif isinstance(value, (list, tuple, dict)):
+    elif isinstance(value, (list, tuple, dict, Foreign)):
         return json.dumps(value, default=str), "not a text"
     else:
         text = str(value)
@@ -181,22 +185,19 @@ def as_text(value: object) -> tuple[str, str]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _escape(text), "not UTF-8"
+        return escape(text), "not UTF-8"
     return text, ""
 
 
-def _escape(text: str) -> str:
-    r"""Write what is not UTF-8 as `\xff` (a byte) or `\ud800` (half a character, as JSON can hold)."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _as_arrow(column: Column) -> pa.Array | pa.ChunkedArray:
-    """A column as Arrow, whatever its values: mixed ones become text."""
+    """A column as Arrow, whatever its values: mixed ones, and those that are not valid in Arrow, become text."""
     if not isinstance(column, list):
-        return column
+        try:
+            column.validate(full=True)
+            return column
+        except pa.ArrowInvalid:
+            column = list_values(column)
+            return pa.array([None if value is None else as_text(value)[0] for value in column], pa.string())
     clean: Sequence[object] = [as_text(value)[0] if isinstance(value, str) else value for value in column]
     try:
         return pa.array(clean)

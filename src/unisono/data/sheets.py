@@ -31,6 +31,16 @@ class Fault:
     raw: str
 
 
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A value that Python has none for: a date after the year 9999, a list in which a text is not UTF-8."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return f"<{self.kind}>"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
     """Some rows of one source, as columns of equal length."""
@@ -142,7 +152,21 @@ def list_values(column: Column) -> list[object]:
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
             values += chunk.cast(pa.large_binary()).to_pylist()
         else:
-            values += chunk.to_pylist()
+            values += _list_others(chunk)
+    return values
+
+
+def _list_others(chunk: pa.Array) -> list[object]:
+    def read(scalar: pa.Scalar) -> object:
+        try:
+            return scalar.as_py()
+        except (ValueError, OverflowError, pa.ArrowException):
+            return Foreign(str(scalar.type))
+
+    try:
+        values: list[object] = chunk.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        values = [read(scalar) for scalar in chunk]
     return values
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from unisono.data.read import as_text
+from unisono.data.sheets import list_values
 from unisono.errors import DataError
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -42,12 +44,13 @@ def write_table(table: pa.Table, path: Path, suffix: str) -> None:
         return
     with path.open("w", encoding="utf-8", newline="") as file:
         if suffix == ".jsonl":
-            for row in table.to_pylist():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for values in _list_rows(table):
+                named = dict(zip(table.column_names, values, strict=True))
+                file.write(json.dumps(named, ensure_ascii=False, default=str) + "\n")
             return
         plain = suffix == ".csv"
         writer = csv.writer(file) if plain else None
-        for row in [table.column_names, *(list(row.values()) for row in table.to_pylist())]:
+        for row in [tuple(table.column_names), *_list_rows(table)]:
             cells = [_spell(cell) for cell in row]
             if writer:
                 writer.writerow(cells)
@@ -55,6 +58,15 @@ def write_table(table: pa.Table, path: Path, suffix: str) -> None:
                 file.write(
                     "\t".join(cell.replace("\t", " ").replace("\n", " ").replace("\r", " ") for cell in cells) + "\n"
                 )
+
+
+def _list_rows(table: pa.Table) -> list[tuple[object, ...]]:
+    """Values of each row; those of bytes as text."""
+    columns = [
+        [as_text(value)[0] if isinstance(value, bytes) else value for value in list_values(column)]
+        for column in table.columns
+    ]
+    return list(zip(*columns, strict=True))
 
 
 def _spell(cell: object) -> str:
