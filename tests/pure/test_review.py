@@ -119,6 +119,14 @@ def test_refused_personal_details_are_not_shown() -> None:
     assert "bob.smith@example.org" in kept.examples["duplicate"][0].text
 
 
+def test_no_half_of_a_personal_detail_is_shown() -> None:
+    """Masks shorten a text, so what is cut must not be cut before."""
+    review = Review()
+    text = ("x" * 150 + "@example.org ") * 12 + "jane.doe" * 4 + "@example.org"
+    review.show("mail address", text, place=(0, 0), split="train", file="f", row=1, label=None)
+    assert review.examples["mail address"][0].text == " ".join(["[mail]"] * 13)
+
+
 class Reader(HTMLParser):
     """Text and tags of a page; raises on a tag that closes none."""
 

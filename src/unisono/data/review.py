@@ -110,9 +110,7 @@ class Review:
         shown = self.examples.setdefault(reason, [])
         if len(shown) == EXAMPLES and place > shown[-1].place:
             return
-        beginning = text.strip()[: 10 * EXAMPLE_CHARACTERS]
-        if reason in PERSONAL:
-            beginning = mask_all(beginning)
+        beginning = mask_all(text.strip()) if reason in PERSONAL else text.strip()
         if len(beginning) > EXAMPLE_CHARACTERS:
             beginning = beginning[:EXAMPLE_CHARACTERS] + "…"
         shown.append(
