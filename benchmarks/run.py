@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", "parallel")
+NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", "parallel", "data/fuzz")
 MEASUREMENTS = (*NAMES, *(f"faults/{name}" for name in FAULTS))
-OPTIONS = {"peers/compare": ["--quick"]}
+OPTIONS = {"peers/compare": ["--quick"], "data/fuzz": ["--minutes", "2"]}
 
 
 def main(names: list[str]) -> None:
