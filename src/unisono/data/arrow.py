@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-_TYPES = {
+_TYPES: dict[np.dtype, pa.DataType] = {
     np.dtype(np.int32): pa.int32(),
     np.dtype(np.int64): pa.int64(),
     np.dtype(np.uint64): pa.uint64(),
 }
-_DTYPES = {kind: dtype for dtype, kind in _TYPES.items()}
+_DTYPES: dict[pa.DataType, np.dtype] = {kind: dtype for dtype, kind in _TYPES.items()}
 
 
 def as_array(numbers: np.ndarray) -> pa.Array:

@@ -225,7 +225,7 @@ class _Stages:
             title=self._recipe.name,
             max_tokens=0 if counts_words else self._recipe.encode.max_tokens,
             facts=facts,
-mended=describe_treatments(self._recipe.screen),
+            mended=describe_treatments(self._recipe.screen),
         )
 
 

@@ -205,6 +205,7 @@ def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[dict[str, Any], s
 
 def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:
     """Write samples with their labels as one record batch of SCHEMA."""
+    assert chunk.labels is not None
     offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
     np.cumsum(chunk.lengths, out=offsets[1:])
     ids = pa.ListArray.from_arrays(as_array(offsets), as_array(chunk.ids))

@@ -22,9 +22,13 @@ from unisono.sections import Data
 BUFFER_BYTES = 2**20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Groups:
-    """Some row groups of a Parquet file that follow each other, and the bytes they lie in."""
+    """Some row groups of a Parquet file that follow each other, and a share of its bytes, by which they are identified.
+
+    All shares together are the file. Where a group lies is not asked: with damaged facts of a column, pyarrow ends the
+    process.
+    """
 
     first: int
     last: int
@@ -54,28 +58,16 @@ def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
     size = file.seek(0, 2)
     file.seek(size - facts.serialized_size - 8)
     sha256 = hashlib.sha256(file.read(facts.serialized_size)).hexdigest()
-    groups: list[Groups] = []
-    first = unpacked = 0
+    lasts: list[int] = []
+    unpacked = 0
     for number in range(facts.num_row_groups):
         unpacked += facts.row_group(number).total_byte_size
         if unpacked >= piece_bytes or number + 1 == facts.num_row_groups:
-            spans = [_span(facts.row_group(group)) for group in range(first, number + 1)]
-            start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
-            groups.append(Groups(first=first, last=number + 1, start=start, stop=stop))
-            first, unpacked = number + 1, 0
+            lasts.append(number + 1)
+            unpacked = 0
+    shares = [size * number // len(lasts) for number in range(len(lasts) + 1)] if lasts else [0]
+    groups = map(Groups, [0, *lasts], lasts, shares, shares[1:])
     return Footer(columns=columns, sha256=sha256, groups=tuple(groups))
-
-
-def _span(group: Any) -> tuple[int, int]:
-    starts, stops = [], []
-    for number in range(group.num_columns):
-        column = group.column(number)
-        start = column.data_page_offset
-        if column.has_dictionary_page and column.dictionary_page_offset:
-            start = min(start, column.dictionary_page_offset)
-        starts.append(start)
-        stops.append(start + column.total_compressed_size)
-    return min(starts, default=0), max(stops, default=0)
 
 
 def read_parquet(
