@@ -160,7 +160,9 @@ def check_reading(location: Path, choice: Choice, folder: Path) -> list[Record]:
     data = choice.data
     found = try_to(lambda: read_all(location, data, 2**24))
     with tiny_sizes():
-        assert try_to(lambda: read_all(location, data, choice.piece_bytes)) == found, "pieces change what is read"
+        again = try_to(lambda: read_all(location, data, choice.piece_bytes))
+        refused = isinstance(again, str) and isinstance(found, str)  # of a damaged file, for what is met first
+        assert again == found or refused, "pieces change what is read"
         texts = try_to(lambda: read_texts(location, data))
         if not isinstance(texts, str):
             assert isinstance(found, list), "prediction reads what training does not"

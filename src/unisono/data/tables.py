@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from unisono.sections import Data
 BUFFER_BYTES = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
     """Some row groups of a Parquet file that follow each other, and a share of its bytes, by which they are identified.
 
@@ -65,9 +66,11 @@ def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
         if unpacked >= piece_bytes or number + 1 == facts.num_row_groups:
             lasts.append(number + 1)
             unpacked = 0
-    shares = [size * number // len(lasts) for number in range(len(lasts) + 1)] if lasts else [0]
-    groups = map(Groups, [0, *lasts], lasts, shares, shares[1:])
-    return Footer(columns=columns, sha256=sha256, groups=tuple(groups))
+    groups = tuple(
+        Groups(first=first, last=last, start=size * number // len(lasts), stop=size * (number + 1) // len(lasts))
+        for number, (first, last) in enumerate(pairwise([0, *lasts]))
+    )
+    return Footer(columns=columns, sha256=sha256, groups=groups)
 
 
 def read_parquet(
