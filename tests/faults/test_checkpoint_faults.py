@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from histories import OFTEN, Quiet, assert_same_history, read_checkpoints, read_ledger, read_summary, read_warnings
 from mounts import FORBIDDEN, mount_small
 
@@ -119,7 +120,7 @@ def interfere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, str, 
 def test_a_disk_that_is_full_or_read_only_costs_its_checkpoints(
     disturbed: Disturbed, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = files.save_file
+    honest = safetensors.torch.save_file
     faults = {6: errno.ENOSPC, 9: errno.EROFS, 15: errno.EIO}
 
     def save_file(tensors: Any, path: Path, **options: Any) -> None:
@@ -128,7 +129,7 @@ def test_a_disk_that_is_full_or_read_only_costs_its_checkpoints(
             if path.parent.name == f".{steps(step)[0]}.part" and "optimizer" in path.name:
                 raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(files, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     run = disturbed(workers=2)
     full, read_only, broken = read_warnings(run)
     assert all("no checkpoint, and training goes on" in told for told in (full, read_only, broken))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from worlds import CPU, Forked, Heard, train_alone
 
 import zoo
-from unisono import files
 from unisono import recipe as recipes
 from unisono.board import RUNNING, STOP
 from unisono.checkpoint import checkpoints
@@ -216,14 +216,14 @@ def spoil(path: Path, damage: str) -> None:
 
 def fill_up(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
     """Let the disk be full in the middle of the checkpoints of these steps."""
-    save = files.save_file
+    save = safetensors.torch.save_file
 
     def save_file(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
         save(tensors, path, **options)
         if "optimizer" in path.name and first <= int(path.parent.name[len(".step-") :].removesuffix(".part")) <= last:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
 
 
 @pytest.mark.parametrize("last", [3, 9])
