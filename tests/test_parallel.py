@@ -508,7 +508,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 import os, sys, time
 from unisono import parallel
 def task(item):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())
     time.sleep(60)
 list(parallel.map(task, range(2), workers=2))
 """
