@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "data"))
 import fuzz_inputs
 import fuzz_run
 
+from unisono.data.pieces import find_pieces, read_piece
 from unisono.data.read import read_records, read_texts
 from unisono.data.write import write_table
 from unisono.errors import DataError
@@ -123,3 +126,26 @@ def test_texts_of_parquet_that_are_not_utf8_are_mended_in_the_table(tmp_path: Pa
     path = tmp_path / "it.parquet"
     pq.write_table(pa.table({"text": NOT_UTF8}), path)
     assert read_texts(path, DATA).table.column("text").to_pylist() == [r"\xff"]
+
+
+def test_no_byte_of_a_footer_loses_rows_or_ends_the_process(tmp_path: Path) -> None:
+    """pyarrow ends the process, or reads none of a group, where some facts of a column are damaged."""
+    path = tmp_path / "it.parquet"
+    pq.write_table(
+        pa.table({"text": list("abcde"), "label": list("xyxyx")}), path, row_group_size=2, store_schema=False
+    )
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+
+    def damage_each() -> None:
+        for place in range(footer, len(whole) - 8):
+            for byte in (whole[place] ^ 1, whole[place] ^ 2, whole[place] ^ 16):
+                path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+                with suppress(DataError):
+                    sheets = [sheet for piece in find_pieces(path, DATA) for sheet in read_piece(piece, DATA)]
+                    assert sum(sheet.rows for sheet in sheets) == 5, f"byte {place} = {byte}"
+
+    process = multiprocessing.get_context("fork").Process(target=damage_each)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

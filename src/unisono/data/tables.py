@@ -51,7 +51,7 @@ def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
     """Read the footer of a Parquet file, and cut its row groups into runs of about `piece_bytes` when unpacked.
 
     Raises:
-        DataError: the file is no Parquet, or two columns have one name.
+        DataError: the file is no Parquet, its numbers of rows do not add up, or two columns have one name.
     """
     facts = _open(file, told).metadata
     columns = tuple(facts.schema.to_arrow_schema().names)
@@ -60,12 +60,15 @@ def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
     file.seek(size - facts.serialized_size - 8)
     sha256 = hashlib.sha256(file.read(facts.serialized_size)).hexdigest()
     lasts: list[int] = []
-    unpacked = 0
+    rows, unpacked = facts.num_rows, 0
     for number in range(facts.num_row_groups):
+        rows -= facts.row_group(number).num_rows
         unpacked += facts.row_group(number).total_byte_size
         if unpacked >= piece_bytes or number + 1 == facts.num_row_groups:
             lasts.append(number + 1)
             unpacked = 0
+    if rows:
+        raise DataError(f"{told}: damaged: its groups have {facts.num_rows - rows} rows, not {facts.num_rows}.")
     groups = tuple(
         Groups(first=first, last=last, start=size * number // len(lasts), stop=size * (number + 1) // len(lasts))
         for number, (first, last) in enumerate(pairwise([0, *lasts]))
@@ -85,9 +88,12 @@ def read_parquet(
         step = max(1, min(SHEET_ROWS, rows * SHEET_BYTES // max(size, 1)))
         try:
             for batch in parquet.iter_batches(step, row_groups=[group], columns=names, use_threads=False):
+                rows -= batch.num_rows
                 yield from cut_table(pa.table(batch), name, data)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{told}: damaged, not readable as Parquet: {error}. Fetch it again.") from None
+        if rows:  # damaged facts of a group can hide all that is in it
+            raise DataError(f"{told}: damaged: group {group} of Parquet lacks {rows} rows. Fetch it again.")
 
 
 def _open(file: BinaryIO, told: str) -> Any:
@@ -95,7 +101,7 @@ def _open(file: BinaryIO, told: str) -> Any:
 
     try:
         return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns may be no UTF-8
         raise DataError(f"{told}: not readable as Parquet: {error}.") from None
 
 
