@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from unisono.engine import numerics
 hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fail by being slow
 hypothesis.settings.load_profile("unisono")
 torch.set_num_threads(1)  # here, before any test module computes something; it also keeps forking safe
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs have it; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -128,6 +128,26 @@ def test_texts_of_parquet_that_are_not_utf8_are_mended_in_the_table(tmp_path: Pa
     assert read_texts(path, DATA).table.column("text").to_pylist() == [r"\xff"]
 
 
+@pytest.mark.parametrize("packing", fuzz_inputs.PACKED)
+def test_a_damaged_member_is_not_lost_in_silence(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / f"it.jsonl.{packing}"
+    one, two = (fuzz_inputs.pack(b'{"text": "%d", "label": "a"}\n' % number, packing, 0) for number in (1, 2))
+    path.write_bytes(one + two)
+    assert [record.text for record in read_records(path, DATA)] == ["1", "2"]
+    for damaged in (b"x" + two[1:], two[:1] + b"x" + two[2:], two[:-1], b"rubbish"):
+        path.write_bytes(one + damaged)
+        with pytest.raises(DataError, match="damaged|cut off"):
+            read_records(path, DATA)
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_zeros_may_stand_behind_members(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / f"it.jsonl.{packing}"
+    one = fuzz_inputs.pack(b'{"text": "1", "label": "a"}\n', packing, 0)
+    path.write_bytes(one + bytes(20_000) + one + bytes(8))
+    assert len(read_records(path, DATA)) == 2
+
+
 def test_no_byte_of_a_footer_loses_rows_or_ends_the_process(tmp_path: Path) -> None:
     """pyarrow ends the process, or reads none of a group, where some facts of a column are damaged."""
     path = tmp_path / "it.parquet"

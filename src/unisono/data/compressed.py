@@ -10,6 +10,8 @@ import bz2
 import gzip
 import lzma
 import zlib
+from collections.abc import Callable
+from io import DEFAULT_BUFFER_SIZE
 from pathlib import PurePosixPath
 
 from unisono.data.lines import Stream
@@ -69,6 +71,34 @@ class _Counted:
         self.closed = True
 
 
+class _Members:
+    """What is in the members of a bz2 or xz file, one after the other; zeros may stand between and behind them.
+
+    Python's own files take a member whose beginning is damaged for rubbish behind the last one, and lose it in silence.
+    """
+
+    def __init__(self, file: _Counted, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._file = file
+        self._begin = begin
+        self._member = begin()
+
+    def read(self, size: int, /) -> bytes:
+        while True:
+            if self._member.eof:
+                packed = self._member.unused_data.lstrip(b"\0")
+                while not packed:
+                    if not (block := self._file.read(DEFAULT_BUFFER_SIZE)):
+                        return b""
+                    packed = block.lstrip(b"\0")
+                self._member = self._begin()
+            else:
+                packed = self._file.read(DEFAULT_BUFFER_SIZE) if self._member.needs_input else b""
+                if self._member.needs_input and not packed:
+                    raise EOFError
+            if content := self._member.decompress(packed, size):
+                return content
+
+
 class Unpacked:
     """What is in a compressed file, as a stream."""
 
@@ -125,9 +155,9 @@ def _open(file: _Counted, compression: str) -> Stream:
     if compression == "gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[call-overload]
     if compression == "bz2":
-        return bz2.BZ2File(raw)  # type: ignore[call-overload]
+        return _Members(file, bz2.BZ2Decompressor)
     if compression == "xz":
-        return lzma.LZMAFile(raw)  # type: ignore[arg-type]
+        return _Members(file, lzma.LZMADecompressor)
     import pyarrow as pa
 
     return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
