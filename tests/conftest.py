@@ -18,7 +18,7 @@ hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fa
 hypothesis.settings.load_profile("unisono")
 torch.set_num_threads(1)  # here, before any test module computes something; it also keeps forking safe
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs have it; children would inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs have it, and all that they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
