@@ -136,7 +136,7 @@ def test_a_damaged_member_is_not_lost_in_silence(tmp_path: Path, packing: str) -
     assert [record.text for record in read_records(path, DATA)] == ["1", "2"]
     for damaged in (b"x" + two[1:], two[:1] + b"x" + two[2:], two[:-1], b"rubbish"):
         path.write_bytes(one + damaged)
-        with pytest.raises(DataError, match="damaged|cut off"):
+        with pytest.raises(DataError, match=r"damaged|cut off"):
             read_records(path, DATA)
 
 
