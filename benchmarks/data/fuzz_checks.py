@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from unittest.mock import patch
@@ -64,9 +65,26 @@ SCREENS = (
     Screen(),
 )
 PLAIN = ("jsonl", "csv", "tsv")
-UNPACK = {"gz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress}
 FREE_BYTES = 2**16
 """From here on the limit on expansion holds, so that a small input can break it."""
+
+
+def unpack(content: bytes, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> bytes:
+    """All members of a file at once, with zeros between and behind them. Raises what is wrong with one."""
+    found = []
+    while content:
+        member = begin()
+        found.append(member.decompress(content))
+        assert member.eof, "a member is cut off"
+        content = member.unused_data.lstrip(b"\0")
+    return b"".join(found)
+
+
+UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.decompress,
+    "bz2": partial(unpack, begin=bz2.BZ2Decompressor),
+    "xz": partial(unpack, begin=lzma.LZMADecompressor),
+}
 
 
 class Choice:
