@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,7 +179,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def facts_sha256(facts: Mapping[str, Any]) -> str:
+def facts_sha256(facts: object) -> str:
     """SHA-256 of plain values, whatever the order of their names."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -5,13 +5,13 @@ Owns the wording. The work is done by `data/prepare.py`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unisono import recipe as recipes
 from unisono.data import prepare as stages
+from unisono.processes import count_cores
 from unisono.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def prepare(
         UserError: the recipe or the data cannot be used.
     """
     recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
-    count = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
+    count = count_cores() if workers == "auto" else int(workers)
     dataset = stages.prepare(
         recipe, workers=count, frames=frames, notify=lambda line: print(line, flush=True), progress=None
     )

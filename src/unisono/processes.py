@@ -18,8 +18,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_info
-
 PR_SET_PDEATHSIG = 1
 OMP_PAUSE_HARD = 2
 
@@ -47,6 +45,11 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before the line above
+
+
+def count_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_end(code: int) -> str:
@@ -80,6 +83,8 @@ def rest_threads() -> None:
     GNU's does not know that a fork copies no threads, and the child would wait for them for ever. They begin again with
     the next kernel.
     """
+    from threadpoolctl import threadpool_info
+
     for library in threadpool_info():
         if library["user_api"] == "openmp":
             pause = getattr(ctypes.CDLL(library["filepath"]), "omp_pause_resource_all", None)  # since OpenMP 5.0

@@ -76,7 +76,7 @@ def test_results_are_given_out_in_order_and_as_soon_as_they_can(chance: random.R
     chance.shuffle(numbers)
     ordered, come, out = Ordered(), set(), []
     for number in numbers:
-        ordered.put(number, str(number))
+        ordered.put([(number, str(number))])
         come.add(number)
         out += list(ordered.drain())
         assert out == [str(one) for one in range(next(one for one in range(31) if one not in come))]
@@ -85,7 +85,7 @@ def test_results_are_given_out_in_order_and_as_soon_as_they_can(chance: random.R
 
 def test_what_was_given_out_is_not_held() -> None:
     ordered = Ordered()
-    ordered.put_all([(0, "a"), (1, "b"), (3, "d")])
+    ordered.put([(0, "a"), (1, "b"), (3, "d")])
     results = ordered.drain()
     assert next(results) == "a" and ordered.next == 1
     assert ordered._ready == {1: "b", 3: "d"}

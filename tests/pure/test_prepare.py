@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from unisono.data import encode, inputs, rows
+from unisono.data import prepare as stages
 from unisono.data.pieces import find_pieces
 from unisono.data.prepare import prepare
 from unisono.data.store import read_quarantine
@@ -96,6 +97,35 @@ def test_splits_labels_and_quarantine(tmp_path: Path) -> None:
     assert any("quarantined 4 of 18" in line for line in told)
     assert str(tmp_path) not in json.dumps(dataset.manifest)
     assert dataset.split("validation") is None
+
+
+def test_what_was_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(tmp_path, "transformer", train=write(tmp_path / "train.csv", lines()))
+
+    def stop(*given: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages.store, "write_dataset", stop)
+        prepare(asked)
+    assert not [path for path in (tmp_path / "store").iterdir() if not path.name.startswith(".")]
+    with monkeypatch.context() as patch:
+        for done in ("spool", "write_part"):
+            patch.setattr(stages, done, None)
+        patch.setattr(encode, "choose_encoder", None)
+        folder = prepare(asked).folder
+    assert content(folder) == content(prepare(asked.model_copy(update={"data": elsewhere(asked)})).folder)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [folder.name]
+
+
+def elsewhere(asked: Recipe) -> Data:
+    return asked.data.model_copy(update={"store": f"{asked.data.store}-2"})
+
+
+def test_a_name_that_decides_nothing_changes_no_byte(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, train=write(tmp_path / "train.csv", lines()))
+    other = asked.model_copy(update={"name": "other", "data": elsewhere(asked)})
+    assert content(prepare(asked).folder) == content(prepare(other).folder)
 
 
 def test_the_same_input_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,17 @@ def test_words_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(words._words) <= 3 + 5 and len(words._chunks) <= 3 + 5
 
 
+def test_texts_without_spaces_are_not_remembered() -> None:
+    tokenizer = train_wordpiece([TEXTS], 150, True)
+    words = Words.of(tokenizer)
+    assert words is not None
+    before = len(words._words), len(words._chunks)
+    text = "中文" * module.LONGEST_WORD
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    assert np.frombuffer(words.encode(text, 99) or b"", np.int32).tolist() == expected
+    assert (len(words._words), len(words._chunks)) == before, "each would take as much memory as it is long"
+
+
 def test_other_tokenizers_are_asked_for_whole_texts() -> None:
     bpe = train_bpe([TEXTS], 300, True)
     assert Words.of(bpe) is None

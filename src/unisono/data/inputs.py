@@ -20,6 +20,7 @@ from unisono.data.share import Share
 from unisono.data.sheets import SHEET_BYTES, SHEET_ROWS, Sheet, cut_by_size, cut_sheet
 from unisono.data.tables import read_frame
 from unisono.errors import DataError, RecipeError
+from unisono.files import facts_sha256
 from unisono.recipe import Recipe
 from unisono.sections import Data
 
@@ -94,13 +95,8 @@ def make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
     }
 
 
-def hash_facts(value: object) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _hash_records(records: Iterable[Record]) -> str:
-    """`hash_facts` of a list of all that matters of each record, without having the list."""
+    """`facts_sha256` of a list of all that matters of each record, without having the list."""
     result = hashlib.sha256(b"[")
     for number, record in enumerate(records):
         facts = json.dumps([record.text, record.label, record.fault])
@@ -120,7 +116,7 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
 
         hashes = list(share.map(hash_block, range(len(blocks))))
         parts = [sheet for block in blocks for sheet in block]
-        return Input(name=name, kind="frame", parts=tuple(parts), sha256=hash_facts(hashes))
+        return Input(name=name, kind="frame", parts=tuple(parts), sha256=facts_sha256(hashes))
     location = getattr(data, split)
     parts = find_pieces(location, data)
     kind = "+".join(sorted({piece.kind for piece in parts}))
@@ -130,4 +126,4 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
         [piece.source, digest] for piece, digest in zip(parts, share.map(hash_piece, parts), strict=True)
     ]
     name = location if is_dataset(location) else Path(hide_secrets(location)).name
-    return Input(name=name, kind=kind, parts=tuple(parts), sha256=hash_facts(sources))
+    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources))

@@ -30,6 +30,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from unisono.data.hashing import PRIME, cut_texts, mix
+
 BANDS = 12
 ROWS = 10
 BINS = BANDS * ROWS
@@ -52,9 +54,6 @@ _GAPS_OF_ASCII = bytes(0x20 if _GAP.match(chr(code)) else code for code in range
 _WIDE = 0x2E80  # from here on: Chinese, Japanese, Korean, and halves of what is beyond 16 bits
 _KEY_1 = np.uint64(0x9E3779B97F4A7C15)
 _KEY_2 = np.uint64(0xC2B2AE3D27D4EB4F)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_PRIME = np.uint64(0x100000001B3)
 _STEP = np.uint64(0xD1342543DE82EF95)  # odd, so that borrowing from other distances gives other values
 _NONE = np.uint64(2**64 - 1)
 
@@ -62,7 +61,7 @@ _NONE = np.uint64(2**64 - 1)
 def sketch(texts: Sequence[str]) -> np.ndarray:
     """Return the hashes of each text's bands: uint64 [texts, BANDS]. A row depends on its own text alone."""
     bands = np.empty((len(texts), BANDS), np.uint64)
-    for group in _groups(texts):
+    for group in cut_texts(texts, most_letters=_LETTERS_AT_ONCE, most_texts=_TEXTS_AT_ONCE):
         bands[group] = _join_rows(_fill(_find_minima([_spell(text) for text in texts[group]])))
     return bands
 
@@ -148,18 +147,6 @@ def _count_equal(new: np.ndarray) -> np.ndarray:
     return np.repeat(lengths, lengths)
 
 
-def _groups(texts: Sequence[str]) -> Iterator[slice]:
-    """Cut texts into runs that are hashed at once, small enough for a processor's cache."""
-    start = letters = 0
-    for number, text in enumerate(texts):
-        letters += len(text)
-        if letters >= _LETTERS_AT_ONCE or number + 1 - start == _TEXTS_AT_ONCE:
-            yield slice(start, number + 1)
-            start, letters = number + 1, 0
-    if start < len(texts):
-        yield slice(start, len(texts))
-
-
 def _spell(text: str) -> bytes:
     """Return a text in UTF-16 and lower case, with one space between words; one without words as it is."""
     lower = text.lower()
@@ -188,7 +175,7 @@ def _find_minima(spelled: Sequence[bytes]) -> np.ndarray:
     first *= _KEY_1
     second *= _KEY_2
     first += second
-    hashes = _mix(first)
+    hashes = mix(first)
     bins = hashes >> np.uint64(32)
     bins *= np.uint64(BINS)
     bins >>= np.uint64(32)
@@ -219,15 +206,5 @@ def _join_rows(bins: np.ndarray) -> np.ndarray:
     apart = bins.reshape(len(bins), ROWS, BANDS)
     joined = apart[:, 0].copy()
     for row in range(1, ROWS):
-        joined = joined * _PRIME + apart[:, row]
-    return _mix(joined)
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Spread every bit of these uint64 over all 64, in place. SplitMix64's finaliser (Steele et al., 2014)."""
-    numbers ^= numbers >> np.uint64(30)
-    numbers *= _MIX_1
-    numbers ^= numbers >> np.uint64(27)
-    numbers *= _MIX_2
-    numbers ^= numbers >> np.uint64(31)
-    return numbers
+        joined = joined * PRIME + apart[:, row]
+    return mix(joined)

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from unisono import parallel
+from unisono.data.hashing import PRIME, cut_texts, mix
 from unisono.errors import DataError, ModelError
 
 KIND = "ngrams"
@@ -42,12 +43,9 @@ LEVELS = 4
 """How many frequencies within a text are told apart: once, twice or thrice, four to seven times, oftener."""
 
 _EMPTY = 0  # stands in a text without known features; no feature has this number
-_PRIME = np.uint64(0x100000001B3)
 _PREFIX = np.uint64(0x9E3779B97F4A7C15)  # so that a word and the same letters as a prefix are two features
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _LONGEST = 1024  # bytes of a word whose places are told apart
-_POWERS = np.cumprod(np.full(_LONGEST, _PRIME))
+_POWERS = np.cumprod(np.full(_LONGEST, PRIME))
 
 _TEXTS_AT_ONCE = 2**16  # the low 16 bits of a hash make room for the number of a text
 _LETTERS_AT_ONCE = 2**20
@@ -113,15 +111,15 @@ class NGrams:
     def _count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the hashes of these texts' features, rising (uint64), and in how many texts each stands (int64)."""
         counted = _Counts()
-        for group in _groups(texts):
-            counted.add(*_runs(self._find(texts[group]).hashes))
+        for some in _cut_up(texts):
+            counted.add(*_runs(self._find(texts[some]).hashes))
         return counted.merge()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [distinct features] array per text, never empty: a token for each, ascending."""
         rows: list[np.ndarray] = []
-        for group in _groups(texts):
-            rows += self._number(self._find(texts[group]), group.stop - group.start)
+        for some in _cut_up(texts):
+            rows += self._number(self._find(texts[some]), some.stop - some.start)
         return rows
 
     def save(self, folder: Path) -> None:
@@ -182,7 +180,7 @@ class NGrams:
         of_text = owners = words.texts
         for length in range(2, self.order + 1):
             same = owners[: 1 - length] == owners[length - 1 :]
-            runs = _mix(runs[:-1] * _PRIME + single[length - 1 :])
+            runs = mix(runs[:-1] * PRIME + single[length - 1 :])
             hashes, of_text = (
                 np.concatenate([hashes, runs[same]]),
                 np.concatenate([of_text, owners[: 1 - length][same]]),
@@ -250,10 +248,10 @@ class _Words:
         places = np.arange(len(self.letters)) - np.repeat(begins, self.lengths)
         terms = (self.letters + np.uint64(1)) * _POWERS[np.minimum(places, _LONGEST - 1)]
         if not prefix:
-            return _mix(np.add.reduceat(terms, begins))
+            return mix(np.add.reduceat(terms, begins))
         leads = np.cumsum((self.letters & 0xC0) != 0x80)  # the other bytes go on with a letter in UTF-8
         letter = leads - np.repeat(leads[begins], self.lengths)
-        return _mix(np.add.reduceat(np.where(letter < prefix, terms, np.uint64(0)), begins) + _PREFIX)
+        return mix(np.add.reduceat(np.where(letter < prefix, terms, np.uint64(0)), begins) + _PREFIX)
 
 
 class _Counts:
@@ -288,16 +286,9 @@ class _Counts:
         return self._parts[0]
 
 
-def _groups(texts: Sequence[str]) -> Iterator[slice]:
-    """Cut texts into runs that are hashed at once: a few megabytes are quicker than all, and take less memory."""
-    start = letters = 0
-    for number, text in enumerate(texts):
-        letters += len(text)
-        if letters >= _LETTERS_AT_ONCE or number + 1 - start == _TEXTS_AT_ONCE:
-            yield slice(start, number + 1)
-            start, letters = number + 1, 0
-    if start < len(texts):
-        yield slice(start, len(texts))
+def _cut_up(texts: Sequence[str]) -> Iterator[slice]:
+    """Runs of texts that are hashed at once: a few megabytes are quicker than all, and take less memory."""
+    return cut_texts(texts, most_letters=_LETTERS_AT_ONCE, most_texts=_TEXTS_AT_ONCE)
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -306,10 +297,3 @@ def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return ordered, np.empty(0, np.int64)
     begins = np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
     return ordered[begins], np.diff(begins, append=len(ordered))
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64; uint64 in and out. SplitMix64's finaliser (Steele et al., 2014)."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
-    return numbers ^ (numbers >> np.uint64(31))

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from unisono.data.hashing import mix
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
@@ -150,7 +152,4 @@ def permute(positions: np.ndarray, *, size: int, key: tuple[int, int]) -> np.nda
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return mix(values + np.uint64(0x9E3779B97F4A7C15))

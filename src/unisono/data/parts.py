@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encoder import Encoder
-from unisono.data.review import Review
+from unisono.data.review import EXAMPLES, Review
 from unisono.data.samples import Chunk, make_chunk
 from unisono.data.screen import KEPT, SPLITS
 from unisono.data.spool import Spooled
@@ -114,7 +114,7 @@ def _review(batch: pa.RecordBatch, name: str, fates: Fates) -> Review:
     )
     piece, first = fates.place
     for reason in np.unique(fates.reasons[fates.reasons != 0]).tolist():
-        for row in np.flatnonzero(fates.reasons == reason)[:8].tolist():
+        for row in np.flatnonzero(fates.reasons == reason)[:EXAMPLES].tolist():
             review.show(
                 fates.names[reason],
                 batch.column("text")[row].as_py(),

@@ -24,7 +24,7 @@ import numpy as np
 from unisono.data import encode, store
 from unisono.data.decided import Decided, load_records, refuse, refuse_absent_labels, show, tell_counts
 from unisono.data.encoder import Encoder
-from unisono.data.inputs import Input, find_inputs, hash_facts, make_key
+from unisono.data.inputs import Input, find_inputs, make_key
 from unisono.data.page import render
 from unisono.data.parts import add_reviews, read_parts, write_part
 from unisono.data.pieces import read_piece
@@ -35,12 +35,12 @@ from unisono.data.share import Share
 from unisono.data.sheets import Sheet
 from unisono.data.spool import Spooled, spool
 from unisono.errors import DataError, RunFolderError, UnisonoError
-from unisono.files import remove_leftovers, whole_folder
+from unisono.files import facts_sha256, remove_leftovers, whole_folder
 from unisono.recipe import Recipe
 from unisono.sections import Screen
 
 REPORT = "report.html"
-DEFAULTS = Screen().model_dump()
+_DEFAULTS = Screen().model_dump()
 
 
 def ignore(message: str) -> None:
@@ -72,7 +72,7 @@ def prepare(
     share = Share(workers=workers, progress=progress)
     inputs = find_inputs(recipe.data, frames or {}, share)
     key = make_key(recipe, inputs)
-    folder = Path(recipe.data.store) / hash_facts(key)[:24]
+    folder = Path(recipe.data.store) / facts_sha256(key)[:24]
     if not folder.exists():
         _make_store(folder.parent)
         with store.alone(folder.with_name(f".{folder.name}.work.lock")):
@@ -161,7 +161,7 @@ class _Stages:
             encoder=encoder,
             quarantine=decided.list_quarantined(),
             notes={"quarantined": decided.counts, "made_from": dict(key)},
-            pages={REPORT: self._draw(parts, encoder)},
+            pages={REPORT: self._draw(parts)},
         )
 
     def _spool(self) -> list[Spooled]:
@@ -212,17 +212,17 @@ class _Stages:
         self._share.do(write, [number for number, path in enumerate(paths) if not path.exists()])
         return paths
 
-    def _draw(self, parts: Sequence[Path], encoder: Encoder) -> str:
+    def _draw(self, parts: Sequence[Path]) -> str:
         """Return the report page."""
         counts_words = encode.find_settings(self._recipe)["kind"] == "ngrams"
         facts = [
             (f"{split} from", f"{one.name} ({one.kind}), sha256 {one.sha256}") for split, one in self._inputs.items()
         ]
-        changed = {key: value for key, value in self._recipe.screen.model_dump().items() if value != DEFAULTS[key]}
+        changed = {key: value for key, value in self._recipe.screen.model_dump().items() if value != _DEFAULTS[key]}
         facts += [(f"screen.{key}", str(value)) for key, value in changed.items()]
         return render(
             add_reviews(parts),
-            title=self._recipe.name,
+            title=f"Data from {self._inputs['train'].name}",  # of nothing that does not decide the dataset
             max_tokens=0 if counts_words else self._recipe.encode.max_tokens,
             facts=facts,
             mended=describe_treatments(self._recipe.screen),

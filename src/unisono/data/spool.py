@@ -49,11 +49,14 @@ class Facts:
 
     name: str
     """Of the file that they were read from."""
-    rows: int
     batches: tuple[int, ...]
     """Rows of each."""
     names: tuple[str, ...]
     """The columns that its sheets have."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.batches)
 
 
 def spool(
@@ -127,12 +130,7 @@ class Spooled:
             file.seek(-8 - size, os.SEEK_END)
             self._end = file.tell()
             facts = json.loads(file.read(size))
-        self.facts = Facts(
-            name=facts["name"],
-            rows=sum(facts["batches"]),
-            batches=tuple(facts["batches"]),
-            names=tuple(facts["names"]),
-        )
+        self.facts = Facts(name=facts["name"], batches=tuple(facts["batches"]), names=tuple(facts["names"]))
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Return one record batch, mapped."""

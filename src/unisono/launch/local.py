@@ -26,7 +26,7 @@ from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
 from unisono.launch.seat import Seat
 from unisono.launch.worker import STOPPING, Act, guarded, work
-from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers
+from unisono.processes import count_cores, describe_end, end_with_parent, forget_kernel_buffers
 
 GRACE_SECONDS = 5.0  # for the others, after one has failed
 
@@ -38,7 +38,7 @@ def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    return max(1, min(gpus or len(os.sched_getaffinity(0)), microbatches))
+    return max(1, min(gpus or count_cores(), microbatches))
 
 
 def launch(workers: int, act: Act, *, threads: int, device: str) -> None:

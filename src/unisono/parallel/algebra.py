@@ -202,13 +202,11 @@ class _Term:
 
 def _add_owned(left: _Term, right: _Term) -> _Term:
     """An addition is rounded in one way only, wherever its operands lie: so they need no copies."""
-    if left.owned:
-        left.value.__iadd__(right.value)
-        return left
-    if right.owned:
-        right.value.__iadd__(left.value)  # equal bits either way, but for the payloads of two NaNs
-        return right
-    return _Term(value=left.value + right.value, owned=True)
+    if left.owned or not right.owned:
+        value = _add_to_left(left.value, right.value) if left.owned else left.value + right.value
+    else:
+        value = _add_to_left(right.value, left.value)  # equal bits either way, but for the payloads of two NaNs
+    return _Term(value=value, owned=True)
 
 
 def _add_to_left(left: Any, right: Any) -> Any:

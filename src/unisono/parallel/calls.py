@@ -153,8 +153,8 @@ def _map(
         with _show(progress, items) as show:
             sharing = Sharing(crew, items, count, retries)
             for settled in sharing.settle():
-                ordered.put_all(settled.values)
-                ordered.put_all((failure.number, failure) for failure in settled.failures)
+                ordered.put(settled.values)
+                ordered.put((failure.number, failure) for failure in settled.failures)
                 del settled
                 for value in ordered.drain():
                     if not isinstance(value, Failure):

@@ -23,9 +23,10 @@ import numpy as np
 
 from unisono.errors import ParallelError, WorkerError
 from unisono.parallel.connection import HASH_SEED, connection, import_ray, is_open
-from unisono.parallel.outcomes import perform, restore
-from unisono.parallel.tasks import Batch, Fault, Job, Outcome, describe, settle
+from unisono.parallel.outcomes import pack_items, perform, restore
+from unisono.parallel.tasks import Batch, Fault, Job, Outcome, settle
 from unisono.parallel.wire import Packer, reduce, unpack
+from unisono.processes import count_cores
 
 FRUITLESS = 5
 """Actors in a row that ended before they were ready, at which a call ends."""
@@ -61,7 +62,7 @@ class Ray:
         if workers != "auto":
             return int(workers)
         if self._address is None and not is_open():
-            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            return count_cores()
         connection.open(self._address, self._token, 1)
         try:
             return max(int(import_ray().cluster_resources().get("CPU", 1)), 1)
@@ -113,14 +114,8 @@ class RayCrew:
         """Send a batch to the actor with the least to do."""
         actor = min((actor for actor in self._actors if actor.ready), key=lambda actor: len(actor.batches))
         buffers: list[np.ndarray] = []
-        packer, numbers, faults = Packer(_keep_in(buffers), make_pickler), [], []
-        for number, item in zip(batch.numbers, batch.items, strict=True):
-            try:
-                packer.add(item)
-            except Exception as error:  # noqa: BLE001 - a user's class; told with its item
-                faults.append(describe(number, error))
-            else:
-                numbers.append(number)
+        packer = Packer(_keep_in(buffers), make_pickler)
+        numbers, faults = pack_items(batch, packer.add)
         body, chunks = packer.finish()
         sent: Sent = (bytes(body), chunks, buffers)
         self._bytes[batch.id] = _count_bytes(sent)

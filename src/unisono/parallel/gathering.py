@@ -20,11 +20,7 @@ class Ordered:
         self.next = 0
         self._ready: dict[int, Any] = {}
 
-    def put(self, number: int, value: Any) -> None:
-        """Take a result."""
-        self._ready[number] = value
-
-    def put_all(self, values: Iterable[tuple[int, Any]]) -> None:
+    def put(self, values: Iterable[tuple[int, Any]]) -> None:
         """Take results by number."""
         self._ready.update(values)
 

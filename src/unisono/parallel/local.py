@@ -26,9 +26,9 @@ import numpy as np
 from unisono.errors import ParallelError
 from unisono.parallel.arena import Arena
 from unisono.parallel.messages import Message, Parcel, pairs, parse, receive
-from unisono.parallel.outcomes import perform, restore
-from unisono.parallel.tasks import Batch, Fault, Job, Outcome, describe, settle
-from unisono.processes import describe_end, end_with_parent, forget_kernel_buffers, fork, rest_threads
+from unisono.parallel.outcomes import pack_items, perform, restore
+from unisono.parallel.tasks import Batch, Fault, Job, Outcome, settle
+from unisono.processes import count_cores, describe_end, end_with_parent, forget_kernel_buffers, fork, rest_threads
 
 ARENA_BYTES = 128 << 20
 """Shared memory each way for each worker; only what has been used takes space. What does not fit goes by the socket."""
@@ -43,8 +43,7 @@ class Processes:
 
     def count(self, workers: int | str) -> int:
         """One per core that this process may use."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cores if workers == "auto" else int(workers)
+        return count_cores() if workers == "auto" else int(workers)
 
     def start(self, job: Job, workers: int, timeout_seconds: float | None) -> LocalCrew:
         """Fork the workers."""
@@ -169,16 +168,9 @@ class _Worker:
 
     def send(self, batch: Batch) -> list[Fault]:
         """Queue a batch for sending; return faults for what cannot be sent."""
-        faults: list[Fault] = []
-        parcel, numbers = Parcel(self._items), array("Q")
-        for number, item in zip(batch.numbers, batch.items, strict=True):
-            try:
-                parcel.add(item)
-            except Exception as error:  # noqa: BLE001 - a user's class; told with its item
-                faults.append(describe(number, error))
-            else:
-                numbers.append(number)
-        self.outgoing += parcel.close(batch.id, numbers, self._freed)
+        parcel = Parcel(self._items)
+        numbers, faults = pack_items(batch, parcel.add)
+        self.outgoing += parcel.close(batch.id, array("Q", numbers), self._freed)
         self._freed = array("Q")
         self._bytes[batch.id] = parcel.size_bytes
         self.batches.append(batch)

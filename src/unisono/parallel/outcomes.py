@@ -1,6 +1,6 @@
 """A batch at a worker: items as they arrived, results on their way back one by one, then what became of the batch.
 
-Owns what is done about values that cannot travel. Does not know by what way they do.
+Owns what is done about values that cannot travel, either way. Does not know by what way they do.
 """
 
 from __future__ import annotations
@@ -9,8 +9,22 @@ from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
 from typing import Any
 
-from unisono.parallel.tasks import Batch, Fault, Job, Outcome, run
+from unisono.parallel.tasks import Batch, Fault, Job, Outcome, describe, run
 from unisono.parallel.wire import Unreadable, travels
+
+
+def pack_items(batch: Batch, add: Callable[[Any], None]) -> tuple[list[int], list[Fault]]:
+    """Hand a batch's items to `add`; return the numbers of those that it took, and faults for the others."""
+    numbers: list[int] = []
+    faults: list[Fault] = []
+    for number, item in zip(batch.numbers, batch.items, strict=True):
+        try:
+            add(item)
+        except Exception as error:  # noqa: BLE001 - a user's class; told with its item
+            faults.append(describe(number, error))
+        else:
+            numbers.append(number)
+    return numbers, faults
 
 
 def perform(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]) -> None:
