@@ -16,24 +16,28 @@ data: .venv/ready data/newsgroups data/bbc data/tweets data/minilm  ## fetch the
 data/%: | .venv/ready
 	$(BIN)/python examples/data.py $*
 
-test: .venv/ready data  ## all tests
+test: .venv/ready-dev data  ## all tests
 	$(BIN)/python -m pytest
 
-check: .venv/ready  ## style and types
+check: .venv/ready-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready data  ## measurements against peers, side by side
+bench: .venv/ready-dev data  ## measurements against peers, side by side
 	$(BIN)/python benchmarks/run.py
 
-soak: .venv/ready  ## all kinds of faults mixed, on one run after another: make soak MINUTES=60
+soak: .venv/ready-dev  ## all kinds of faults mixed, on one run after another: make soak MINUTES=60
 	$(BIN)/python benchmarks/faults/soak.py --minutes $(MINUTES)
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt  ## what users have
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/ready-dev: .venv/ready  ## and what tests and measurements need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
