@@ -128,11 +128,14 @@ def _cut(head: tuple[int, ...], content: memoryview) -> Message:
 
 
 def _receive(end: socket.socket, size: int) -> bytearray | None:
-    """Exactly so many bytes."""
+    """Exactly so many bytes; None where the other end is gone."""
     content = bytearray(size)
     view, done = memoryview(content), 0
     while done < size:
-        count = end.recv_into(view[done:])
+        try:
+            count = end.recv_into(view[done:])
+        except ConnectionResetError:  # it went without reading what was sent to it
+            return None
         if not count:
             return None
         done += count
