@@ -37,7 +37,7 @@ def write(folder: Path, splits: dict[str, list[Chunk]] | None = None) -> Dataset
         splits={"train": [chunk([[1, 2, 3], [4]]), chunk([[5, 6]])]} if splits is None else splits,
         labels=["x", "中"],
         encoder=ENCODER,
-        quarantine=[{"text": "b\\xff", "reason": "not UTF-8"}],
+        quarantine=['{"text": "b\\\\xff", "reason": "not UTF-8"}\n'],
         notes={"quarantined": {"train": {"not UTF-8": 1}}},
     )
 

@@ -1,7 +1,7 @@
 """Samples on their way from the spool to the dataset: encoded, waiting for those before them.
 
 Owns the files in which workers leave what they have encoded: one per record batch of the spool, with the samples of
-each split and a review of all its records. A file is whole or absent.
+each split, the lines of the quarantine, and a review of all its records. A file is whole or absent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ def write_part(path: Path, spooled: Spooled, number: int, fates: Fates, encoder:
             texts = batch.column("text").take(as_array(chosen)).to_pylist()
             chunks[name] = make_chunk(encoder, texts, fates.labels[chosen])
             review.count_tokens(name, chunks[name].lengths, limit)
-    facts = {"splits": json.dumps(list(chunks)), "review": json.dumps(review.to_dict())}
+    facts = {
+        "splits": json.dumps(list(chunks)),
+        "review": json.dumps(review.to_dict()),
+        "quarantine": "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in list_quarantined(spooled, number, fates)),
+    }
     schema = SCHEMA.with_metadata(facts)
     with whole_file(path) as part, part.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         for chunk in chunks.values():
@@ -72,6 +76,12 @@ def read_parts(paths: Sequence[Path], split: str) -> Iterator[Chunk]:
         splits = json.loads(reader.schema.metadata[b"splits"])
         if split in splits:
             yield read_chunk(reader.get_batch(splits.index(split)))
+
+
+def read_quarantine(paths: Sequence[Path]) -> Iterator[str]:
+    """Return the lines of `quarantine.jsonl`, part by part."""
+    for path in paths:
+        yield pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata[b"quarantine"].decode()
 
 
 def add_reviews(paths: Sequence[Path]) -> Review:

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +43,7 @@ QUARANTINE = "quarantine.jsonl"
 REMEDY = "Delete the folder and prepare the data again."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A verified dataset. Samples are mapped when a split is asked for, not read."""
 
@@ -50,19 +51,23 @@ class Dataset:
     labels: tuple[str, ...]
     sha256: str
     """Hash of what a run can see: the classes, the encoder and the content of every split."""
-    encoder: Encoder
     counts: Mapping[str, int]
     """Samples by split."""
     quarantined: Mapping[str, Mapping[str, int]]
     """Records left out, by split, then by reason."""
     manifest: Mapping[str, Any]
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What made token numbers of the texts."""
+        return load_encoder(self.folder)
+
     def split(self, name: str) -> EncodedSamples | None:
         """Return train, validation or test; None where the dataset has no such split."""
         if name not in self.manifest["splits"]:
             return None
         entry = self.manifest["splits"][name]
-        return _map_samples(self.folder / entry["file"], self.encoder, entry["sha256"])
+        return _map_samples(self.folder / entry["file"], entry["sha256"])
 
 
 def write_dataset(
@@ -71,13 +76,13 @@ def write_dataset(
     splits: Mapping[str, Iterable[Chunk]],
     labels: Sequence[str],
     encoder: Encoder,
-    quarantine: Iterable[Mapping[str, object]],
+    quarantine: Iterable[str],
     notes: Mapping[str, object],
     pages: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
 
-    `notes` are further entries of the manifest; `quarantined`, the counts by split and reason, is one of
+    `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of the manifest; `quarantined`, the counts by split and reason, is one of
     them. `pages` are further text files, by name.
 
     Raises:
@@ -127,7 +132,6 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> Dataset:
         folder=folder,
         labels=tuple(manifest["labels"]),
         sha256=manifest["sha256"],
-        encoder=load_encoder(folder),
         counts={name: entry["samples"] for name, entry in manifest["splits"].items()},
         quarantined=manifest["quarantined"],
         manifest=manifest,
@@ -135,7 +139,7 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> Dataset:
 
 
 def read_quarantine(folder: Path) -> Iterator[dict[str, Any]]:
-    """Return the quarantined records of a dataset one by one, as they were given to `write_dataset`."""
+    """Return the quarantined records of a dataset one by one."""
     with (folder / QUARANTINE).open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
@@ -145,7 +149,7 @@ def _fill(
     splits: Mapping[str, Iterable[Chunk]],
     labels: Sequence[str],
     encoder: Encoder,
-    quarantine: Iterable[Mapping[str, object]],
+    quarantine: Iterable[str],
     notes: Mapping[str, object],
     pages: Mapping[str, str],
 ) -> None:
@@ -154,7 +158,7 @@ def _fill(
     for name, page in pages.items():
         (folder / name).write_text(page, encoding="utf-8")
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in quarantine)
+        file.writelines(quarantine)
     written = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
     entries = {name: entry for name, (entry, _) in written.items()}
     hashes = {entry["file"]: sha256 for entry, sha256 in written.values()}
@@ -219,7 +223,7 @@ def read_chunk(batch: pa.RecordBatch) -> Chunk:
     return Chunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
 
 
-def _map_samples(path: Path, encoder: Encoder, sha256: str) -> EncodedSamples:
+def _map_samples(path: Path, sha256: str) -> EncodedSamples:
     """Map a split's file as one int32 array, so that samples of any record batch are gathered at once."""
     whole = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(whole))
