@@ -70,7 +70,7 @@ def test_a_thousand_workers_reduce_to_the_bits_of_one() -> None:
         cut = cuts[exchange.workers]
         sums = [fold(list(values[n.index << n.level : (n.index + 1) << n.level])) for n in cut[exchange.rank]]
         received = exchange.to_owners(
-            sums, [len(own) for own in cut], shard_size=workers // exchange.workers, dtype=values.dtype
+            sums, [[0] * len(own) for own in cut], shard_size=workers // exchange.workers, dtype=values.dtype
         )
         mine = fold_nodes(list(zip((node for own in cut for node in own), received, strict=True)))
         whole = torch.zeros(workers)

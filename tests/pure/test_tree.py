@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unisono.engine.reduction import add_parts, add_parts_into, lay_down
 from unisono.engine.tree import Tree, fold_nodes
 from unisono.nodes import Node, fold, nodes
 
@@ -49,23 +50,18 @@ def bits(value: Tensor) -> bytes:
 
 
 def reduce(values: list[Tensor], ranges: list[range]) -> tuple[Tensor, int]:
-    """As workers do: one Tree each, then the nodes in order of worker. Return the root and the most buffers of a
-    worker."""
-    buffers = [0]
+    """As workers do: one Tree each, then the nodes in order of worker. Return the root and the most nodes that a worker
+    held."""
+    held = 0
     pending: list[tuple[Node, Tensor]] = []
     for microbatches in ranges:
-        buffers.append(0)
-
-        def new_buffer() -> Tensor:
-            buffers[-1] += 1
-            return torch.full((67,), torch.nan)
-
-        tree = Tree(new_buffer)
+        tree: Tree[Tensor] = Tree(lambda node, left, right: left.add_(right))
         for number in microbatches:
-            tree.add(number, lambda buffer, add, n=number: buffer.add_(values[n]) if add else buffer.copy_(values[n]))
+            tree.add(number, values[number].clone())
+            held = max(held, len(tree.pending))
         assert [node for node, _ in tree.pending] == nodes(microbatches)
-        pending += [(node, value.clone()) for node, value in tree.pending]
-    return fold_nodes(pending), max(buffers)
+        pending += tree.pending
+    return fold_nodes(pending), held
 
 
 @settings(max_examples=150)
@@ -74,9 +70,9 @@ def test_any_sharing_out_gives_the_bits_of_the_serial_tree(microbatches: int, se
     values = contributions(microbatches, seed)
     bounds = [0, *sorted(data.draw(st.lists(st.integers(0, microbatches), max_size=9))), microbatches]
     ranges = [range(a, b) for a, b in pairwise(bounds)]  # empty ones too
-    found, buffers = reduce(values, ranges)
+    found, held = reduce(values, ranges)
     assert bits(found) == bits(root(values))
-    assert buffers <= 2 * math.log2(microbatches + 1) + 1
+    assert held <= 2 * math.log2(microbatches + 1) + 1
 
 
 @given(microbatches=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
@@ -135,18 +131,47 @@ def test_siblings() -> None:
     assert Node(1, 3).parent == Node(2, 1)
 
 
-def test_buffers_are_used_again() -> None:
-    made: list[Tensor] = []
+def test_nodes_are_combined_from_left_to_right_as_they_come() -> None:
+    told: list[tuple[Node, str]] = []
 
-    def new_buffer() -> Tensor:
-        made.append(torch.zeros(1))
-        return made[-1]
+    def combine(node: Node, left: str, right: str) -> str:
+        told.append((node, f"({left}{right})"))
+        return told[-1][1]
 
-    tree = Tree(new_buffer)
-    for _ in range(3):
-        for number in range(64):
-            tree.add(number, lambda buffer, add: buffer.add_(1) if add else buffer.fill_(1))
-        assert tree.pending[0][1].item() == 64
-        tree.clear()
-        assert not tree.pending
-    assert len(made) <= 6
+    tree = Tree(combine)
+    for number, value in zip(range(2, 7), "cdefg", strict=True):
+        tree.add(number, value)
+    assert told == [(Node(1, 1), "(cd)"), (Node(1, 2), "(ef)")]
+    assert tree.pending == [(Node(1, 1), "(cd)"), (Node(1, 2), "(ef)"), (Node(0, 6), "g")]
+    tree.clear()
+    assert not tree.pending
+
+
+def parts(seed: int) -> list[Tensor | None]:
+    """Parts of a contribution: every way in which two neighbours can have one or none."""
+    one, two = contributions(2, seed)
+    return [[one, two, None, None], [one, None, two, None]][seed % 2]
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_absent_parts_are_zeros(into: bool) -> None:
+    left, right = parts(2), parts(3)
+    expected = [
+        (torch.zeros(67) if one is None else one) + (torch.zeros(67) if other is None else other)
+        for one, other in zip(left, right, strict=True)
+    ]
+    if into:
+        found: list[Tensor | None] = [torch.full((67,), torch.nan) for _ in left]
+        add_parts_into(left, right, found)  # type: ignore[arg-type]
+    else:
+        found = add_parts(left, right)
+        assert found[3] is None
+        assert found[0] is left[0] and found[1] is left[1] and found[2] is right[2], "added in place"
+    assert [bits(torch.zeros(67) if part is None else part) for part in found] == [bits(part) for part in expected]
+
+
+def test_a_node_is_laid_down_whole() -> None:
+    given = parts(2)
+    targets = [torch.full((67,), torch.nan) for _ in given]
+    lay_down(given, targets)
+    assert [bits(part) for part in targets] == [bits(torch.zeros(67) if part is None else part) for part in given]

@@ -39,6 +39,15 @@ def node(rank: int, number: int, workers: int, dtype: torch.dtype) -> torch.Tens
     return torch.arange(SHARD * workers, dtype=dtype) + 1000 * rank + 100 * number
 
 
+def tell(exchange: Exchange, mine: list[torch.Tensor], counts: list[int]) -> list[list[int]]:
+    """Everybody's names of their buffers."""
+    told = torch.zeros(exchange.workers, max(counts), dtype=torch.int64)
+    for number, buffer in enumerate(mine):
+        told[exchange.rank, number] = exchange.name(buffer)
+    names = exchange.add_integers(told).tolist()
+    return [row[:count] for row, count in zip(names, counts, strict=True)]
+
+
 def converse(exchange: Exchange) -> dict[str, Any]:
     """Call everything, several times over and with changing sizes; return all that was heard."""
     rank, workers = exchange.rank, exchange.workers
@@ -49,7 +58,8 @@ def converse(exchange: Exchange) -> dict[str, Any]:
             assert all(not buffer.any() for buffer in mine)
             for number, buffer in enumerate(mine):
                 buffer.copy_(node(rank, number, workers, dtype))
-            received = exchange.to_owners(mine, counts, shard_size=SHARD, dtype=dtype)
+            names = tell(exchange, mine, counts)
+            received = exchange.to_owners(mine, names, shard_size=SHARD, dtype=dtype)
             assert all(part.dtype == dtype and part.shape == (SHARD,) for part in received)
             heard[f"nodes {dtype} {counts}"] = [part.tolist() for part in received]
             for part in received:
@@ -65,6 +75,12 @@ def converse(exchange: Exchange) -> dict[str, Any]:
         heard[f"shards {len(heard)}"] = [
             flat[start : start + size].unique().tolist() for start in range(0, len(flat), size)
         ]
+    for turn in range(3):
+        shard, flat = exchange.new_buffer(SHARD, torch.float32), torch.full((SHARD * workers,), -1.0)
+        shard.fill_(float(10 * turn + rank))
+        names = [one for (one,) in tell(exchange, [shard], [1] * workers)]
+        exchange.gather_shards(shard, flat, names)
+        heard[f"named shards {turn}"] = flat.view(workers, SHARD).unique(dim=1).squeeze(1).tolist()
     for content in (b"", bytes([rank]) * rank, b"x" * (10_000 if rank == 0 else 1)):
         heard[f"bytes {len(heard)}"] = [found.decode("latin-1") for found in exchange.gather_bytes(content)]
     exchange.wait_for_all()
@@ -84,6 +100,8 @@ def expected(rank: int, workers: int) -> dict[str, Any]:
     heard["no integers"] = []
     for size in SHARDS:
         heard[f"shards {len(heard)}"] = [[float(other + size)] for other in range(workers)]
+    for turn in range(3):
+        heard[f"named shards {turn}"] = [float(10 * turn + other) for other in range(workers)]
     contents = [
         [b""] * workers,
         [bytes([other]) * other for other in range(workers)],
@@ -114,10 +132,13 @@ def test_real_workers(workers: int, through: type[Distributed], forked: Forked) 
 
 @pytest.mark.parametrize("call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "wait_for_all"])
 def test_a_lost_peer_is_told_as_such(call: str, through: type[Distributed], forked: Forked) -> None:
+
+    def to_owners(exchange: Exchange) -> None:
+        node = exchange.new_buffer(9, torch.float32)
+        exchange.to_owners([node], tell(exchange, [node], [1, 1, 1]), shard_size=3, dtype=torch.float32)
+
     calls = {
-        "to_owners": lambda e: e.to_owners(
-            [e.new_buffer(9, torch.float32)], [1, 1, 1], shard_size=3, dtype=torch.float32
-        ),
+        "to_owners": to_owners,
         "add_integers": lambda e: e.add_integers(torch.ones(3, dtype=torch.int64)),
         "gather_shards": lambda e: e.gather_shards(torch.ones(3), torch.ones(9)),
         "gather_bytes": lambda e: e.gather_bytes(b"x"),

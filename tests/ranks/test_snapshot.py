@@ -193,9 +193,11 @@ def test_content_is_the_state_s_byte_for_byte(name: str, direct: bool, memory: i
         found = []
         for act in (lambda: None, lambda: advance(run, 1), lambda: advance(run, 2), lambda: judge(run)):
             act()
+            exchange.wait_for_all()  # worker 0 has flipped
             found.append((gathered(run), held(memory)))
             exchange.wait_for_all()
         advance(run, 1)
+        exchange.wait_for_all()
         return [*found, (gathered(run), held(memory))]
 
     for number, (expected, found) in enumerate(play(3, act)[0]):
@@ -225,6 +227,7 @@ def test_any_number_of_workers_goes_on_from_it(name: str, direct: bool, memory: 
         if begun == 2:
             judge(run)
         advance(run, count)
+        exchange.wait_for_all()
         assert held(memory) == gathered(run)
         exchange.wait_for_all()
         return begun
@@ -260,6 +263,7 @@ def test_an_update_that_is_not_committed_is_not_seen(memory: int) -> None:
     def act(exchange: Exchange) -> dict[str, Any]:
         run = take_part(case, exchange, memory)
         advance(run, 3)
+        exchange.wait_for_all()  # worker 0 has flipped
         before = held(memory)
         exchange.wait_for_all()
         arrays: Any = run.state.optimizer.arrays
@@ -317,6 +321,7 @@ def test_an_update_that_turns_out_not_to_be_finite_is_not_seen(
         assert gathered(run) == before == held(memory)
         exchange.wait_for_all()
         advance(run, 1)
+        exchange.wait_for_all()
         return gathered(run), held(memory)
 
     found, kept = play(3, act)[0]

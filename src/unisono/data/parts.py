@@ -58,10 +58,11 @@ def write_part(path: Path, spooled: Spooled, number: int, fates: Fates, encoder:
             texts = batch.column("text").take(as_array(chosen)).to_pylist()
             chunks[name] = make_chunk(encoder, texts, fates.labels[chosen])
             review.count_tokens(name, chunks[name].lengths, limit)
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in list_quarantined(spooled, number, fates)]
     facts = {
         "splits": json.dumps(list(chunks)),
         "review": json.dumps(review.to_dict()),
-        "quarantine": "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in list_quarantined(spooled, number, fates)),
+        "quarantine": "".join(lines),
     }
     schema = SCHEMA.with_metadata(facts)
     with whole_file(path) as part, part.open("wb") as file, pa.ipc.new_file(file, schema) as writer:

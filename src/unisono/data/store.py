@@ -82,8 +82,9 @@ def write_dataset(
 ) -> Dataset:
     """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
 
-    `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of the manifest; `quarantined`, the counts by split and reason, is one of
-    them. `pages` are further text files, by name.
+    `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of
+    the manifest; `quarantined`, the counts by split and reason, is one of them. `pages` are further text files, by
+    name.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.

@@ -49,10 +49,11 @@ class Arrays(Protocol):
         """
         ...
 
-    def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:
+    def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor, *, met: bool = False) -> None:
         """Make what was written since `begin` the present values: of all workers, or of none.
 
         facts: plain values that belong to them. counts, integers: int64, updates per parameter, and integer buffers.
+        met: every worker has called the exchange since it wrote the last of them, and need not wait for others.
         """
         ...
 
@@ -102,7 +103,7 @@ class PrivateArrays:
     def begin(self) -> dict[str, Tensor]:
         return self._arrays
 
-    def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:
+    def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor, *, met: bool = False) -> None:
         return
 
     def note(self, facts: Mapping[str, Any]) -> None:

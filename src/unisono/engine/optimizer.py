@@ -26,7 +26,7 @@ from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
 from unisono.sections import Train
 
-CHUNK = 128 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
+CHUNK = 256 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
 
 
 def array_names(train: Train) -> list[str]:
@@ -108,6 +108,7 @@ class Optimizer:
         self._behind = Behind(self._tables)
         self._chunk_elements = size
         self._scratch = replica.flat.new_empty(min(size, replica.shard.size))
+        self._met = False  # whether all workers have met since they wrote the new arrays
         self._hold(self.arrays.mine())
         if not self.arrays.committed:  # the average begins as the weights, everything else at zero
             for target in (self.weights, self.average):
@@ -157,6 +158,7 @@ class Optimizer:
         self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
         if not norm_first:
             norm = self._norm(squares, totals, step)
+        self._met = not norm_first
         if self._train.lazy_rows and new is not old:
             self._behind.commit(_copy(new), {table: rows.numbers for table, rows in touched.items()})
         self._hold(new)
@@ -171,7 +173,8 @@ class Optimizer:
     def publish(self, integers: Tensor, facts: Mapping[str, Any] | None = None) -> None:
         """Commit the present arrays, with the step's integer buffers and what else is told of it; afterwards
         `replica.flat` holds everybody's new weights."""
-        self.arrays.commit(facts or {}, self.counts, integers)
+        self.arrays.commit(facts or {}, self.counts, integers, met=self._met)
+        self._met = False
         self._replica.show(self.arrays.whole(WEIGHTS))
         self._replica.accept(integers)
 

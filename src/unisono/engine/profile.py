@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -75,13 +76,14 @@ class Profile:
     Attributes:
         steps: committed steps by number, the newest MOST_STEPS.
         buffer_bytes: what the tree's buffers take.
-        gradient_bytes: the most that one contribution of a group's first step took beside them.
+        gradient_bytes: the most that contributions of a group's first step took at one time beside them.
     """
 
     def __init__(self) -> None:
         self.steps: dict[int, Recorded] = {}
         self.buffer_bytes = self.gradient_bytes = 0
         self._buffers: set[int] = set()  # addresses
+        self._gradients: list[weakref.ref[Tensor]] = []  # of the first step
         self._step = -1
         self._recorded: Recorded | None = None
         self._within = False  # a step
@@ -155,8 +157,10 @@ class Profile:
             shape = tuple(tuple(column.shape) for column in microbatch.values())
             self._recorded.microbatches.append((number, shape))
         if self._first:
+            self._gradients += [weakref.ref(part) for part in found.parts if part is not None]
+            held = [one() for one in self._gradients]
             with suppress(RuntimeError, NotImplementedError):  # what has no memory of its own takes none
-                self.gradient_bytes = max(self.gradient_bytes, storage_bytes(found.parts, besides=self._buffers))
+                self.gradient_bytes = max(self.gradient_bytes, storage_bytes(held, besides=self._buffers))
 
     def _go_back(self) -> None:
         self.turn("backward", self._microbatch)
@@ -169,6 +173,7 @@ class Profile:
         """The step is committed."""
         assert self._recorded is not None
         self._within = self._first = False
+        self._gradients.clear()
         self.steps.pop(self._step, None)  # one that was computed again counts as it was in the end
         self.steps[self._step] = self._recorded
         if len(self.steps) > MOST_STEPS:
@@ -249,6 +254,9 @@ class Timed:
         self._profile.hold(buffer)
         return buffer
 
+    def name(self, buffer: Tensor) -> int:
+        return self._exchange.name(buffer)
+
     def add_integers(self, values: Tensor) -> Tensor:
         self._profile.enter("add_integers")
         found = self._exchange.add_integers(values)
@@ -256,16 +264,16 @@ class Timed:
         return found
 
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         self._profile.enter("to_owners")
-        found = self._exchange.to_owners(nodes, counts, shard_size=shard_size, dtype=dtype)
+        found = self._exchange.to_owners(nodes, names, shard_size=shard_size, dtype=dtype)
         self._profile.leave()
         return found
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         self._profile.enter("gather_shards")
-        self._exchange.gather_shards(shard, flat)
+        self._exchange.gather_shards(shard, flat, names)
         self._profile.leave()
 
     def gather_bytes(self, content: bytes) -> list[bytes]:

@@ -1,6 +1,7 @@
 """From a step's contributions to my shard of its gradient: the tree, and the first crossing to other workers.
 
-Owns the buffers in which this worker adds, and the *tally*: the small exact facts of a step that every worker learns.
+A gradient is added where autograd has left it; the last addition of a node that I pass on is written where others
+read it. Owns the buffers for that, and the *tally*: the small exact facts of a step that every worker learns.
 """
 
 from __future__ import annotations
@@ -82,8 +83,12 @@ class Reduction:
     def __init__(self, replica: Replica, exchange: Exchange) -> None:
         self._replica = replica
         self._exchange = exchange
-        self._tree = Tree(lambda: exchange.new_buffer(replica.flat.numel(), replica.space.dtype))
-        self._views: dict[int, list[Tensor]] = {}
+        self._tree: Tree[list[Tensor | None]] = Tree(self._combine)
+        self._buffers: list[Tensor] = []  # of the nodes that I pass on, in their order
+        self._views: list[list[Tensor]] = []  # the parts in each buffer
+        self._targets: dict[
+            Node, list[Tensor]
+        ] = {}  # node of the present step that I pass on → the parts in its buffer
         self._tables = [index for index, segment in enumerate(replica.space.parameters) if segment.table]
         self._dense = [index for index, segment in enumerate(replica.space.segments) if not segment.table]
         self._packed = exchange.new_buffer(1, replica.space.dtype)  # grows with the rows
@@ -99,6 +104,10 @@ class Reduction:
         self._began = time.perf_counter()
         self.shares = self._assignment.shares(len(step.microbatches))
         self._tree.clear()
+        mine = nodes(self.shares[self._exchange.rank])
+        while len(self._buffers) < len(mine):
+            self._add_buffer()
+        self._targets = dict(zip(mine, self._views, strict=False))
         self._used = torch.zeros(self._parameters, dtype=torch.int64)
         self._scalars: dict[int, tuple[Tensor, int]] = {}
         self._rows: dict[int, dict[int, Rows]] = {table: {} for table in self._tables}
@@ -106,9 +115,8 @@ class Reduction:
         return self.shares[self._exchange.rank]
 
     def add(self, number: int, contribution: Contribution) -> None:
-        """Add microbatch `number`'s contribution; numbers rise."""
-        dense = [contribution.parts[index] for index in self._dense]
-        self._tree.add(number, lambda buffer, add: self._write(dense, buffer, add))
+        """Add microbatch `number`'s contribution, whose parts are then overwritten; numbers rise."""
+        self._tree.add(number, [contribution.parts[index] for index in self._dense])
         for table, rows in self._rows.items():
             rows[number] = rows_of(contribution.parts[table], self._replica.parameters[table])
         self._scalars[number] = (contribution.loss, contribution.weight)
@@ -124,34 +132,42 @@ class Reduction:
             DivergedError: a microbatch's loss is not finite.
             ContractError: the step has no terms at all.
         """
-        totals, counts = self._tally(request)
-        pending = self._tree.pending
-        owned = [node for share in self.shares for node in nodes(share)]
+        for node, parts in self._tree.pending:
+            if node.level == 0:  # nothing was added to it
+                lay_down(parts, self._targets[node])
+        self._tree.clear()
+        if sum(rows.elements for rows in self._my_rows()) <= len(self._packed):
+            pack(self._my_rows(), self._packed)
+        totals, told = self._tally(request)
+        names = [row[: len(nodes(share))] for row, share in zip(told["names"].tolist(), self.shares, strict=True)]
         received = self._exchange.to_owners(
-            [buffer for _, buffer in pending],
-            [len(nodes(share)) for share in self.shares],
+            self._buffers[: len(self._targets)],
+            names,
             shard_size=self._replica.shard.size,
             dtype=self._replica.space.dtype,
         )
-        tables = self._gather_rows(counts) if self._tables else {}
+        owned = [node for share in self.shares for node in nodes(share)]
+        tables = self._gather_rows(told["rows"].tolist(), told["names"][:, -1].tolist()) if self._tables else {}
         return Sum(list(zip(owned, received, strict=True)), tables), totals
 
-    def _gather_rows(self, counts: list[list[int]]) -> dict[int, dict[int, Rows]]:
-        """Everybody's rows. counts: table by table, how many each microbatch has."""
+    def _my_rows(self) -> list[Rows]:
+        """Table by table, those of each microbatch."""
+        return [rows for table in self._rows.values() for rows in table.values()]
+
+    def _gather_rows(self, counts: list[list[int]], names: list[int]) -> dict[int, dict[int, Rows]]:
+        """Everybody's rows. counts: table by table, how many each microbatch has. names: of everybody's packed rows."""
         widths = [self._replica.parameters[table].shape[1] for table in self._tables]
         sizes = [
             [sum(counts[k][number] for number in share) * (1 + width) for k, width in enumerate(widths)]
             for share in self.shares
         ]
         longest = max(1, *(sum(size) for size in sizes))
-        if len(self._packed) < longest:
+        fits = longest <= len(self._packed)  # for all, or for none: the buffers are equally long
+        if not fits:
             self._packed = self._exchange.new_buffer(2 * longest, self._replica.space.dtype)
-        position = 0
-        for mine, elements in zip(self._rows.values(), sizes[self._exchange.rank], strict=True):
-            pack([mine[number] for number in self.shares[self._exchange.rank]], self._packed[position:])
-            position += elements
+            pack(self._my_rows(), self._packed)
         everyone = self._packed.new_empty(longest * self._exchange.workers)
-        self._exchange.gather_shards(self._packed[:longest], everyone)
+        self._exchange.gather_shards(self._packed[:longest], everyone, names if fits else None)
         found: dict[int, dict[int, Rows]] = {table: {} for table in self._tables}
         for share, size, content in zip(self.shares, sizes, everyone.split(longest), strict=True):
             for k, table in enumerate(self._tables):
@@ -159,36 +175,45 @@ class Reduction:
                 found[table].update(zip(share, rows, strict=True))
         return found
 
-    def _tally(self, request: int) -> tuple[Totals, list[list[int]]]:
+    def _tally(self, request: int) -> tuple[Totals, dict[str, Tensor]]:
         """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all but
-        one. Return the totals, and how many rows of each table each microbatch has."""
+        one. Return the totals, and what was told: "names" of everybody's buffers, int64 [workers, nodes + 1], that of
+        packed rows being the last; "rows" that each microbatch has of each table, int64 [tables, microbatches]."""
         assert self._step is not None
-        microbatches = len(self._step.microbatches)
+        microbatches, rank, workers = len(self._step.microbatches), self._exchange.rank, self._exchange.workers
         losses, weights = torch.zeros(microbatches, dtype=torch.float64), torch.zeros(microbatches, dtype=torch.int64)
         for number, (loss, weight) in self._scalars.items():
             losses[number], weights[number] = loss, weight
         integers = self._first_integers
         if integers is None:
             integers = torch.zeros(self._integers, dtype=torch.int64)
-        requests = torch.tensor([int(request == STOP), int(request == REGROUP)])
-        pace = torch.zeros(self._exchange.workers + 1, dtype=torch.int64)
-        pace[self._exchange.rank] = round((time.perf_counter() - self._began) * 1e6) if self._scalars else 0
+        pace = torch.zeros(workers + 1, dtype=torch.int64)
+        pace[rank] = round((time.perf_counter() - self._began) * 1e6) if self._scalars else 0
         pace[-1] = self._assignment.number
-        counts = torch.zeros(len(self._tables), microbatches, dtype=torch.int64)
-        for k, rows in enumerate(self._rows.values()):
-            for number, one in rows.items():
-                counts[k, number] = len(one.numbers)
-        facts = [losses.view(torch.int64), weights, self._used, integers.cpu(), requests, pace, counts.view(-1)]
-        mine = torch.cat(facts)
-        device = self._replica.flat.device
-        everyone = self._exchange.add_integers(mine.to(device)).cpu()
-        everything = everyone.split([len(fact) for fact in facts])
-        loss_bits, weights, used, integers, requests, pace, rows_each = everything
-        self._learn(*pace.tolist())
-        stops, regroups = requests.tolist()
-        asked = STOP if stops else REGROUP if regroups else RUNNING
-        totals = self._conclude(loss_bits.view(torch.float64).tolist(), weights.tolist(), used, integers, asked)
-        return totals, rows_each.view(counts.shape).tolist()
+        names = torch.zeros(workers, 1 + max(len(nodes(share)) for share in self.shares), dtype=torch.int64)
+        for place in range(len(self._targets)):
+            names[rank, place] = self._exchange.name(self._buffers[place])
+        names[rank, -1] = self._exchange.name(self._packed)
+        rows = torch.zeros(len(self._tables), microbatches, dtype=torch.int64)
+        for k, table in enumerate(self._rows.values()):
+            for number, one in table.items():
+                rows[k, number] = len(one.numbers)
+        facts = {
+            "losses": losses.view(torch.int64),
+            "weights": weights,
+            "used": self._used,
+            "integers": integers.cpu(),
+            "requests": torch.tensor([int(request == STOP), int(request == REGROUP)]),
+            "pace": pace,
+            "names": names,
+            "rows": rows,
+        }
+        mine = torch.cat([fact.view(-1) for fact in facts.values()])
+        everyone = self._exchange.add_integers(mine.to(self._replica.flat.device)).cpu()
+        parts = everyone.split([fact.numel() for fact in facts.values()])
+        told = {name: part.view(fact.shape) for (name, fact), part in zip(facts.items(), parts, strict=True)}
+        self._learn(*told["pace"].tolist())
+        return self._conclude(told), told
 
     def _learn(self, *pace: int) -> None:
         """Let the next step's shares follow what this one took: every worker learns the same."""
@@ -197,10 +222,10 @@ class Reduction:
             raise LostPeerError("the workers do not agree on the sharing out of this step")
         self._assignment.learn(microseconds)
 
-    def _conclude(
-        self, losses: list[float], weights: list[int], used: Tensor, integers: Tensor, request: int
-    ) -> Totals:
+    def _conclude(self, told: dict[str, Tensor]) -> Totals:
         assert self._step is not None
+        losses, weights = told["losses"].view(torch.float64).tolist(), told["weights"].tolist()
+        stops, regroups = told["requests"].tolist()
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise DivergedError(
@@ -214,28 +239,58 @@ class Reduction:
                 f"step {self._step.number + 1} has no terms: the task's loss returned 0 for all its microbatches."
             )
         return Totals(
-            loss=fold(losses) / weight, weight=weight, used=(used > 0).tolist(), integers=integers, request=request
+            loss=fold(losses) / weight,
+            weight=weight,
+            used=(told["used"] > 0).tolist(),
+            integers=told["integers"],
+            request=STOP if stops else REGROUP if regroups else RUNNING,
         )
 
-    def _write(self, parts: Sequence[Tensor | None], buffer: Tensor, add: bool) -> None:
-        """Write parts (None: zeros) of what is no table into a flat buffer of the space, or add them to it."""
-        key = buffer.data_ptr()
-        if key not in self._views:
-            segments = self._replica.space.segments
-            self._views[key] = [segments[index].view(buffer) for index in self._dense]
-        targets: list[Tensor] = []
-        values: list[Tensor] = []
-        absent: list[Tensor] = []
-        for view, part in zip(self._views[key], parts, strict=True):
-            if part is None:
-                absent.append(view)
-            else:
-                targets.append(view)
-                values.append(part)
-        if targets:
-            (torch._foreach_add_ if add else torch._foreach_copy_)(targets, values)
-        if absent:  # adding 0.0 makes +0.0 of −0.0, just as adding a buffer of zeros would
-            torch._foreach_add_(absent, 0.0) if add else torch._foreach_zero_(absent)
+    def _combine(self, node: Node, left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
+        """A node's parts, of those of its children: where the left ones lie, or where I pass the node on."""
+        if node not in self._targets:
+            return add_parts(left, right)
+        add_parts_into(left, right, self._targets[node])
+        return []
+
+    def _add_buffer(self) -> None:
+        segments = self._replica.space.segments
+        self._buffers.append(self._exchange.new_buffer(self._replica.flat.numel(), self._replica.space.dtype))
+        self._views.append([segments[index].view(self._buffers[-1]) for index in self._dense])
+
+
+def add_parts(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add the parts of two nodes, in place where either has them. None is zeros; adding 0.0 makes +0.0 of −0.0."""
+    both = [(one, other) for one, other in zip(left, right, strict=True) if one is not None and other is not None]
+    if both:
+        torch._foreach_add_([one for one, _ in both], [other for _, other in both])
+    found = [one if one is not None else other for one, other in zip(left, right, strict=True)]
+    alone = [one for one, l, r in zip(found, left, right, strict=True) if one is not None and (l is None or r is None)]
+    if alone:
+        torch._foreach_add_(alone, 0.0)
+    return found
+
+
+def add_parts_into(left: Sequence[Tensor | None], right: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
+    """As `add_parts`, with the sum in `targets`."""
+    for one, other, target in zip(left, right, targets, strict=True):
+        given = [part for part in (one, other) if part is not None]
+        if len(given) == 2:
+            torch.add(*given, out=target)
+        elif given:
+            torch.add(given[0], 0.0, out=target)
+        else:
+            target.zero_()
+
+
+def lay_down(parts: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
+    """Write a node's parts into `targets`."""
+    given = [(target, part) for target, part in zip(targets, parts, strict=True) if part is not None]
+    absent = [target for target, part in zip(targets, parts, strict=True) if part is None]
+    if given:
+        torch._foreach_copy_([target for target, _ in given], [part for _, part in given])
+    if absent:
+        torch._foreach_zero_(absent)
 
 
 def _some(samples: list[int]) -> str:

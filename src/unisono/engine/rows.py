@@ -9,7 +9,6 @@ Owns the rows' packing and their sum. What becomes of them is the matter of `tab
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,11 @@ class Rows:
 
     numbers: Tensor
     values: Tensor
+
+    @property
+    def elements(self) -> int:
+        """How many `pack` writes."""
+        return len(self.numbers) + self.values.numel()
 
     def between(self, first: int, last: int) -> Rows:
         """Those from number `first` up to, but without, number `last`: views."""
@@ -75,14 +79,22 @@ def add_up(parts: Mapping[int, Rows], first: int, last: int) -> Rows:
         present[rows.numbers - first] = True
     numbers = present.nonzero().squeeze(1)
     places = torch.cumsum(present, 0) - 1
-    tree = Tree(lambda: some.values.new_empty(len(numbers), some.values.shape[1]))
+
+    def fill(rows: Rows | Tensor) -> Tensor:
+        """All present rows: those that a microbatch did not touch are zero."""
+        if isinstance(rows, Tensor):
+            return rows
+        return add(some.values.new_zeros(len(numbers), some.values.shape[1]), rows)
+
+    def add(total: Tensor, rows: Rows | Tensor) -> Tensor:
+        if isinstance(rows, Tensor):
+            return total.add_(rows)
+        return total.index_add_(0, places[rows.numbers - first], rows.values)
+
+    tree: Tree[Rows | Tensor] = Tree(lambda node, left, right: add(fill(left), right))
     for number, rows in mine.items():
-        tree.add(number, functools.partial(_write, places[rows.numbers - first], rows.values))
-    return Rows(numbers=numbers + first, values=fold_nodes(tree.pending))
-
-
-def _write(places: Tensor, values: Tensor, buffer: Tensor, add: bool) -> None:
-    (buffer if add else buffer.zero_()).index_add_(0, places, values)
+        tree.add(number, rows)
+    return Rows(numbers=numbers + first, values=fold_nodes([(node, fill(rows)) for node, rows in tree.pending]))
 
 
 def squares_of_rows(values: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Three copies of every trained array lie in one anonymous memory file (no name, so nothing outlives the processes; no
 room in /dev/shm is needed), which the supervisor opens before it forks and every worker maps. An update reads the
-committed copy and writes another; when all workers have written their shards, one number is flipped, and that is the
-commit: an update torn between workers is never seen. The third copy is for a checkpoint being written meanwhile.
+committed copy and writes another; when all workers have written their shards, worker 0 flips one number, and that is
+the commit: an update torn between workers is never seen. The third copy is for a checkpoint being written meanwhile.
 
     header    sequence number, size of the description, the facts of the last two commits (whose number is even, odd)
     arrays    a copy after the other: weights, optimiser state, averages, counts, integers; then best, and constants
@@ -94,7 +94,7 @@ class Snapshot:
         return int(self._words[_SEQUENCE])
 
     def flip(self, sequence: int) -> None:
-        """Commit. Every worker does, after all have written: whoever lives on has done it."""
+        """Commit. Worker 0 does, after all have written."""
         self._words[_SEQUENCE] = sequence
 
     def facts(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class SnapshotArrays:
         self._next = next(copy for copy in range(COPIES) if copy not in (self._copy, self._pinned))
         return self._cut(self._next) if self._direct else self._arrays
 
-    def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:
+    def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor, *, met: bool = False) -> None:
         if self._direct:
             self._arrays = self._cut(self._next)
         else:
@@ -222,14 +222,20 @@ class SnapshotArrays:
             self.snapshot.array("counts", self._next).copy_(counts)
             self.snapshot.array("integers", self._next).copy_(integers)
         self._copy = self._next
-        self.note(facts)
+        self._conclude(facts, met=met and self._direct)
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        sequence = self.snapshot.sequence + 1
+        self._conclude(facts, met=False)
+
+    def _conclude(self, facts: Mapping[str, Any], *, met: bool) -> None:
+        """Flip, when all have written. Nobody waits for that: if worker 0 is lost before it, the others learn so in
+        their next exchange, before they write anything, and go back to the commit before."""
+        if not met:
+            self._exchange.wait_for_all()
         if self._exchange.rank == 0:
+            sequence = self.snapshot.sequence + 1
             self.snapshot.write_facts(sequence, {**facts, "copy": self._copy, "pinned": self._pinned})
-        self._exchange.wait_for_all()
-        self.snapshot.flip(sequence)
+            self.snapshot.flip(sequence)
 
     def pin(self) -> None:
         self._pinned = self._copy

@@ -3,17 +3,20 @@
 The tree itself is `nodes.py`: node (0, i) is microbatch i's contribution, and a missing right child is not added
 (−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
 
-Owns the sums of tensors and a worker's pending buffers. Does not communicate.
+Owns the order of additions. Does not communicate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from unisono.nodes import Node
+
+Value = TypeVar("Value")
 
 
 def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:
@@ -33,49 +36,37 @@ def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = Non
     return stack[0][1]
 
 
-class Tree:
-    """A worker's part of a step's tree: adds contributions as they come, in log2 buffers that are used again.
+class Tree(Generic[Value]):
+    """A worker's part of a step's tree: puts contributions together as they come, in rising order of number.
 
-    Contributions come in rising order of number, as `write(buffer, add)` calls: with `add` false they overwrite
-    the buffer, else they are added to it, so that no contribution needs a buffer of its own before it is added.
+    Args:
+        combine: makes a node of its children, from left to right; both are its to overwrite.
+
+    Attributes:
+        pending: the complete nodes so far, from left to right.
     """
 
-    def __init__(self, new_buffer: Callable[[], Tensor]) -> None:
-        self._new_buffer = new_buffer
-        self._free: list[Tensor] = []
-        self._pending: list[tuple[Node, Tensor]] = []
+    def __init__(self, combine: Callable[[Node, Value, Value], Value]) -> None:
+        self._combine = combine
+        self.pending: list[tuple[Node, Value]] = []
 
-    def add(self, number: int, write: Callable[[Tensor, bool], None]) -> None:
+    def add(self, number: int, value: Value) -> None:
         """Add microbatch `number`'s contribution."""
         node = Node(0, number)
-        if self._pending and self._pending[-1][0].is_left_of(node):
-            left, buffer = self._pending.pop()
-            write(buffer, True)
-            self._pending.append((left.parent, buffer))
-            self._free += _merge(self._pending)
-        else:
-            buffer = self._free.pop() if self._free else self._new_buffer()
-            write(buffer, False)
-            self._pending.append((node, buffer))
-
-    @property
-    def pending(self) -> list[tuple[Node, Tensor]]:
-        """The complete nodes so far, from left to right."""
-        return list(self._pending)
+        while self.pending and self.pending[-1][0].is_left_of(node):
+            left, held = self.pending.pop()
+            node = left.parent
+            value = self._combine(node, held, value)
+        self.pending.append((node, value))
 
     def clear(self) -> None:
-        """Forget all nodes; keep their buffers for the next step."""
-        self._free += [buffer for _, buffer in self._pending]
-        self._pending.clear()
+        """Forget all nodes."""
+        self.pending.clear()
 
 
-def _merge(stack: list[tuple[Node, Tensor]], into: Tensor | None = None) -> list[Tensor]:
-    """Add siblings at the end of the stack, in place (at its beginning into `into`, where that is given); return the
-    values no longer needed."""
-    spare: list[Tensor] = []
+def _merge(stack: list[tuple[Node, Tensor]], into: Tensor | None) -> None:
+    """Add siblings at the end of the stack, in place (at its beginning into `into`, where that is given)."""
     while len(stack) > 1 and stack[-2][0].is_left_of(stack[-1][0]):
         _, right = stack.pop()
         node, left = stack.pop()
         stack.append((node.parent, torch.add(left, right, out=left if stack or into is None else into)))
-        spare.append(right)
-    return spare

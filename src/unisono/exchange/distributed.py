@@ -49,12 +49,15 @@ class Distributed:
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(elements, dtype=dtype, device=self._device)
 
+    def name(self, buffer: Tensor) -> int:
+        return 0  # sockets need none
+
     def add_integers(self, values: Tensor) -> Tensor:
         _call(lambda: dist.all_reduce(values))
         return values
 
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         if len(nodes) == 1:  # already in order of owner
             outbox = nodes[0]
@@ -65,14 +68,14 @@ class Distributed:
                 by_owner = outbox.view(self.workers, len(nodes), shard_size)
                 for number, node in enumerate(nodes):
                     by_owner[:, number].copy_(node.view(self.workers, shard_size))
-        self._inbox = _sized(self._inbox, sum(counts) * shard_size, dtype)
-        received = [count * shard_size for count in counts]
+        received = [len(others) * shard_size for others in names]
+        self._inbox = _sized(self._inbox, sum(received), dtype)
         sent = [len(nodes) * shard_size] * self.workers
         inbox = self._inbox
         _call(lambda: dist.all_to_all_single(inbox, outbox, received, sent))
         return list(inbox.view(-1, shard_size).unbind(0))
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         if self._device.type == "cuda" or shard.nbytes < LARGE_BYTES:
             _call(lambda: _all_gather(flat, shard))
             return

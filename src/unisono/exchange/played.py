@@ -60,18 +60,21 @@ class Played:
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(elements, dtype=dtype)
 
+    def name(self, buffer: Tensor) -> int:
+        return 0
+
     def add_integers(self, values: Tensor) -> Tensor:
         return self._stage.swap(self.rank, values, lambda all_values: torch.stack(all_values).sum(0)).clone()
 
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         rows = self._stage.swap(
             self.rank, nodes, lambda all_nodes: torch.stack([node for nodes in all_nodes for node in nodes])
         )
         return list(rows.view(-1, self.workers, shard_size)[:, self.rank].unbind(0))
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         flat.copy_(self._stage.swap(self.rank, shard, torch.cat))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:

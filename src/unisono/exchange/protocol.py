@@ -27,26 +27,31 @@ class Exchange(Protocol):
         """Return zeros, in memory from which `to_owners` and `gather_shards` send best, on this worker's device."""
         ...
 
+    def name(self, buffer: Tensor) -> int:
+        """Return a number by which other workers find a buffer from `new_buffer`."""
+        ...
+
     def add_integers(self, values: Tensor) -> Tensor:
         """Return the sum over workers of an int64 tensor (wrapping); all pass one shape. May overwrite `values`."""
         ...
 
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         """Send each owner its part of my nodes; return all workers' nodes, cut to my shard, in order of worker, then
         node.
 
-        `nodes`: flat tensors of workers × shard_size elements. `counts`: how many nodes each worker has. The result
-        may alias `nodes` or other workers' memory, and is the caller's to overwrite. `nodes` come from `new_buffer`;
-        they may be written again after the next exchange of any kind.
+        `nodes`: flat tensors of workers × shard_size elements, from `new_buffer`. `names`: of every worker's nodes, by
+        rank, as an exchange told them after the nodes were written. The result may alias `nodes` or other workers'
+        memory, and is the caller's to overwrite. Nodes may be written again after the next exchange of any kind.
         """
         ...
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         """Fill `flat` (workers × shard elements) with every worker's shard, in order of rank.
 
-        A shard from `new_buffer` may be written again after the next exchange of any kind.
+        A shard from `new_buffer` may be written again after the next exchange of any kind. `names`: of the buffers in
+        which the shards lie, by rank, if an exchange told them after these were written: that spares a meeting.
         """
         ...
 

@@ -48,29 +48,28 @@ class Shared(Distributed):
         self._files[buffer.data_ptr()] = file
         return buffer
 
+    def name(self, buffer: Tensor) -> int:
+        return self._files[buffer.data_ptr()]
+
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         """As the protocol says; the result lies in the workers' buffers, of which each owner has a part to itself."""
-        files = self._announce([self._files[node.data_ptr()] for node in nodes], longest=max(counts))
         mine = slice(self.rank * shard_size, (self.rank + 1) * shard_size)
-        return [
-            self._read(worker, file, dtype)[mine]
-            for worker, count in enumerate(counts)
-            for file in files[worker][:count]
-        ]
+        return [self._read(worker, file, dtype)[mine] for worker, files in enumerate(names) for file in files]
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
-        if shard.nbytes < SMALL_BYTES:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
+        if names is None and shard.nbytes < SMALL_BYTES:
             super().gather_shards(shard, flat)
             return
-        window = shard
-        if shard.data_ptr() not in self._files:
-            window = self._next_window(shard.nbytes)
-            window[: shard.nbytes].copy_(shard.view(torch.uint8))
-        files = self._announce([self._files[window.data_ptr()]], longest=1)
+        if names is None:
+            window = shard
+            if shard.data_ptr() not in self._files:
+                window = self._next_window(shard.nbytes)
+                window[: shard.nbytes].copy_(shard.view(torch.uint8))
+            names = self._announce(self.name(window))
         for worker, part in enumerate(flat.chunk(self.workers)):
-            values = shard if worker == self.rank else self._read(worker, files[worker][0], shard.dtype)[: len(shard)]
+            values = shard if worker == self.rank else self._read(worker, names[worker], shard.dtype)[: len(shard)]
             part.copy_(values)
 
     def close(self) -> None:
@@ -78,10 +77,10 @@ class Shared(Distributed):
         for file in self._files.values():
             os.close(file)
 
-    def _announce(self, files: list[int], *, longest: int) -> list[list[int]]:
-        """Tell everyone which of my files to read, and hear it of all. What was written before can be read after."""
-        told = torch.zeros(self.workers, longest, dtype=torch.int64)
-        told[self.rank, : len(files)] = torch.tensor(files, dtype=torch.int64)
+    def _announce(self, name: int) -> list[int]:
+        """Tell everyone which of my buffers to read, and hear it of all. What was written before can be read after."""
+        told = torch.zeros(self.workers, dtype=torch.int64)
+        told[self.rank] = name
         return self.add_integers(told).tolist()
 
     def _read(self, worker: int, file: int, dtype: torch.dtype) -> Tensor:

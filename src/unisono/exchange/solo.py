@@ -20,15 +20,18 @@ class Solo:
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(elements, dtype=dtype, device=self._device)
 
+    def name(self, buffer: Tensor) -> int:
+        return 0
+
     def add_integers(self, values: Tensor) -> Tensor:
         return values
 
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         return list(nodes)
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         if flat.data_ptr() != shard.data_ptr():
             flat.copy_(shard)
 

@@ -26,6 +26,9 @@ class Watched:
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         return self._exchange.new_buffer(elements, dtype)
 
+    def name(self, buffer: Tensor) -> int:
+        return self._exchange.name(buffer)
+
     def add_integers(self, values: Tensor) -> Tensor:
         self._progress.enter("add_integers")
         found = self._exchange.add_integers(values)
@@ -33,16 +36,16 @@ class Watched:
         return found
 
     def to_owners(
-        self, nodes: Sequence[Tensor], counts: Sequence[int], *, shard_size: int, dtype: torch.dtype
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
         self._progress.enter("to_owners")
-        found = self._exchange.to_owners(nodes, counts, shard_size=shard_size, dtype=dtype)
+        found = self._exchange.to_owners(nodes, names, shard_size=shard_size, dtype=dtype)
         self._progress.leave()
         return found
 
-    def gather_shards(self, shard: Tensor, flat: Tensor) -> None:
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         self._progress.enter("gather_shards")
-        self._exchange.gather_shards(shard, flat)
+        self._exchange.gather_shards(shard, flat, names)
         self._progress.leave()
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
