@@ -28,31 +28,46 @@ REPEATS = 5
 ROWS = (("minilm", "float32", 8), ("transformer", "float32", 8))
 
 
+Parts = list[Tensor | None]
+
+
 class RunningSum:
-    """Takes the place of a worker's tree: one buffer, to which every contribution is added."""
+    """Takes the place of a worker's tree: one sum, to which every contribution is added; the last addition goes where
+    others read, as the tree's does."""
 
-    def __init__(self, new_buffer: Callable[[], Tensor]) -> None:
-        self._buffer = new_buffer()
-        self._first = -1
+    def __init__(self, combine: Callable[[Node, Parts, Parts], Parts]) -> None:
+        self._combine = combine
+        self.clear()
 
-    def add(self, number: int, write: Callable[[Tensor, bool], None]) -> None:
-        """Add microbatch `number`'s contribution."""
-        write(self._buffer, self._first >= 0)
-        self._first = number if self._first < 0 else self._first
+    def add(self, number: int, value: Parts) -> None:
+        """Add microbatch `number`'s contribution, or rather the one before it."""
+        if self._first < 0:
+            self._first, self._sum = number, value
+            return
+        if self._last:
+            self._sum = self._combine(Node(-1, 0), self._sum, self._last)
+        self._last = value
 
     @property
-    def pending(self) -> list[tuple[Node, Tensor]]:
-        """The sum so far."""
-        return [(Node(0, 2 * self._first), self._buffer)]
+    def pending(self) -> list[tuple[Node, Parts]]:
+        """The whole sum."""
+        if self._first < 0:
+            return []
+        node = Node(1 if self._last else 0, 2 * self._first)
+        if self._last:
+            self._sum, self._last = self._combine(node, self._sum, self._last), []
+        return [(node, self._sum)]
 
     def clear(self) -> None:
         """Begin anew."""
         self._first = -1
+        self._sum: Parts = []
+        self._last: Parts = []
 
 
 def one_sum(share: range) -> list[Node]:
     """What a worker passes on; no two are siblings, so they are added one after another."""
-    return [Node(0, 2 * share.start)]
+    return [Node(1 if len(share) > 1 else 0, 2 * share.start)] if share else []
 
 
 def ordinary(workload: Workload, exchange: Exchange, memory: int) -> float:
