@@ -330,9 +330,9 @@ def models(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 @pytest.mark.parametrize(("name", "workers"), [*zip(MODELS, (3, 2, 3), strict=True)])
 def test_models_survive(name: str, workers: int, models: Callable[[str], Path], tmp_path: Path) -> None:
-    faults = "kill(worker=0, step=4, phase=update)", f"kill(worker={workers - 1}, step=7, phase=commit)"
+    faults = f"kill(worker={workers - 1}, step=4, phase=update)", "kill(worker=0, step=7, phase=commit)"
     run = train_model(name, tmp_path / "run", workers, *faults)
-    assert places(run) == [(3, "worker 0"), (6, f"worker {workers - 1}")]
+    assert places(run) == [(3, f"worker {workers - 1}"), (6, "worker 0")]
     assert_same_history(run, models(name))
 
 
