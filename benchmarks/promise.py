@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 from unittest.mock import patch
 
 from record import Cell, Spread, record
@@ -37,37 +38,25 @@ class RunningSum:
 
     def __init__(self, combine: Callable[[Node, Parts, Parts], Parts]) -> None:
         self._combine = combine
-        self.clear()
+        self._engine: Any = combine.__self__  # type: ignore[attr-defined]
+        self._sum: Parts = []
 
     def add(self, number: int, value: Parts) -> None:
-        """Add microbatch `number`'s contribution, or rather the one before it."""
-        if self._first < 0:
-            self._first, self._sum = number, value
-            return
-        if self._last:
-            self._sum = self._combine(Node(-1, 0), self._sum, self._last)
-        self._last = value
-
-    @property
-    def pending(self) -> list[tuple[Node, Parts]]:
-        """The whole sum."""
-        if self._first < 0:
-            return []
-        node = Node(1 if self._last else 0, 2 * self._first)
-        if self._last:
-            self._sum, self._last = self._combine(node, self._sum, self._last), []
-        return [(node, self._sum)]
+        """Add microbatch `number`'s contribution."""
+        share = self._engine.shares[self._engine._exchange.rank]
+        if number > share.start:
+            node = one_sum(share)[0] if number == share.stop - 1 else Node(-1, 0)
+            value = self._combine(node, self._sum, value)
+        self._sum = value
 
     def clear(self) -> None:
         """Begin anew."""
-        self._first = -1
-        self._sum: Parts = []
-        self._last: Parts = []
+        self._sum = []
 
 
 def one_sum(share: range) -> list[Node]:
     """What a worker passes on; no two are siblings, so they are added one after another."""
-    return [Node(1 if len(share) > 1 else 0, 2 * share.start)] if share else []
+    return [Node(1, 2 * share.start) if len(share) > 1 else Node(0, share.start)] if share else []
 
 
 def ordinary(workload: Workload, exchange: Exchange, memory: int) -> float:

@@ -116,7 +116,11 @@ class Reduction:
 
     def add(self, number: int, contribution: Contribution) -> None:
         """Add microbatch `number`'s contribution, whose parts are then overwritten; numbers rise."""
-        self._tree.add(number, [contribution.parts[index] for index in self._dense])
+        dense = [contribution.parts[index] for index in self._dense]
+        if Node(0, number) in self._targets:  # nothing is added to it here
+            lay_down(dense, self._targets[Node(0, number)])
+            dense = []
+        self._tree.add(number, dense)
         for table, rows in self._rows.items():
             rows[number] = rows_of(contribution.parts[table], self._replica.parameters[table])
         self._scalars[number] = (contribution.loss, contribution.weight)
@@ -132,10 +136,6 @@ class Reduction:
             DivergedError: a microbatch's loss is not finite.
             ContractError: the step has no terms at all.
         """
-        for node, parts in self._tree.pending:
-            if node.level == 0:  # nothing was added to it
-                lay_down(parts, self._targets[node])
-        self._tree.clear()
         if sum(rows.elements for rows in self._my_rows()) <= len(self._packed):
             pack(self._my_rows(), self._packed)
         totals, told = self._tally(request)
