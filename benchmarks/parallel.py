@@ -26,7 +26,7 @@ SIDE = Path(__file__).resolve().parent / "parallel_sides.py"
 ROUNDS, QUICK_ROUNDS = 5, 3
 TASKS = {"unisono": 100_000, "unisono, seed=None": 100_000, "executor, tuned": 100_000, "unisono on Ray": 500_000}
 FEWER_TASKS = 5_000  # of sides whose tasks cost many times as much
-ARRAYS = 400
+ARRAYS = 2_000
 
 
 def run(side: str, share: int) -> dict[str, float]:
