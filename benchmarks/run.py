@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", "parallel", "data/fuzz")
-MEASUREMENTS = (*NAMES, *(f"faults/{name}" for name in FAULTS))
-OPTIONS = {"peers/compare": ["--quick"], "data/fuzz": ["--minutes", "2"]}
+NAMES = ("startup", "exchange", "step", "promise", "peers/compare", "bag", "demo", "parallel", "algebra")
+DATA = ("prepare", "store", "kills", "fuzz")
+MEASUREMENTS = (*NAMES, *(f"data/{name}" for name in DATA), *(f"faults/{name}" for name in FAULTS))
+OPTIONS = {"peers/compare": ["--quick"], "data/kills": ["--times", "5"], "data/fuzz": ["--minutes", "2"]}
 
 
 def main(names: list[str]) -> None:
