@@ -41,12 +41,12 @@ class RunningSum:
         self._engine: Any = combine.__self__  # type: ignore[attr-defined]
         self._sum: Parts = []
 
-    def add(self, number: int, value: Parts) -> None:
-        """Add microbatch `number`'s contribution."""
+    def add(self, node: Node, value: Parts) -> None:
+        """Add a microbatch's contribution."""
         share = self._engine.shares[self._engine._exchange.rank]
-        if number > share.start:
-            node = one_sum(share)[0] if number == share.stop - 1 else Node(-1, 0)
-            value = self._combine(node, self._sum, value)
+        if node.index > share.start:
+            parent = one_sum(share)[0] if node.index == share.stop - 1 else Node(-1, 0)
+            value = self._combine(parent, self._sum, value)
         self._sum = value
 
     def clear(self) -> None:

@@ -57,7 +57,7 @@ def reduce(values: list[Tensor], ranges: list[range]) -> tuple[Tensor, int]:
     for microbatches in ranges:
         tree: Tree[Tensor] = Tree(lambda node, left, right: left.add_(right))
         for number in microbatches:
-            tree.add(number, values[number].clone())
+            tree.add(Node(0, number), values[number].clone())
             held = max(held, len(tree.pending))
         assert [node for node, _ in tree.pending] == nodes(microbatches)
         pending += tree.pending
@@ -140,7 +140,7 @@ def test_nodes_are_combined_from_left_to_right_as_they_come() -> None:
 
     tree = Tree(combine)
     for number, value in zip(range(2, 7), "cdefg", strict=True):
-        tree.add(number, value)
+        tree.add(Node(0, number), value)
     assert told == [(Node(1, 1), "(cd)"), (Node(1, 2), "(ef)")]
     assert tree.pending == [(Node(1, 1), "(cd)"), (Node(1, 2), "(ef)"), (Node(0, 6), "g")]
     tree.clear()

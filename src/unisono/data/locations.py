@@ -35,7 +35,7 @@ VERSIONS = (
     "Last-Modified",
 )
 """Facts by which stores tell versions of an object apart, the best first."""
-CREDENTIALS = " Set the store's credentials (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
+_CREDENTIALS = " Set the store's credentials (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,14 +163,14 @@ def explain(location: str) -> Iterator[None]:
     except ImportError as error:
         raise DataError(f"{told}: {error}. Install what reads it: pip install 'unisono[remote]'.") from None
     except PermissionError as error:
-        raise DataError(f"{told}: access is denied: {error}.{CREDENTIALS if is_url(location) else ''}") from None
+        raise DataError(f"{told}: access is denied: {error}.{_CREDENTIALS if is_url(location) else ''}") from None
     except OSError as error:
         raise DataError(f"{told}: cannot be read: {error.strerror or error}.") from None
     except Exception as error:
         if not is_url(location) or isinstance(error, (AssertionError, MemoryError)):
             raise
         kind = type(error).__name__  # of botocore, aiohttp …: each store's library has errors of its own
-        hint = CREDENTIALS if "Credentials" in kind else " Is the server up? Try again."
+        hint = _CREDENTIALS if "Credentials" in kind else " Is the server up? Try again."
         raise DataError(f"{told}: cannot be read: {kind}: {error}.{hint}") from None
 
 

@@ -79,7 +79,7 @@ def read_parts(paths: Sequence[Path], split: str) -> Iterator[Chunk]:
             yield read_chunk(reader.get_batch(splits.index(split)))
 
 
-def read_quarantine(paths: Sequence[Path]) -> Iterator[str]:
+def read_quarantine_lines(paths: Sequence[Path]) -> Iterator[str]:
     """Return the lines of `quarantine.jsonl`, part by part."""
     for path in paths:
         yield pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata[b"quarantine"].decode()

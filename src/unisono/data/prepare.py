@@ -26,7 +26,7 @@ from unisono.data.decided import Decided, load_records, refuse, refuse_absent_la
 from unisono.data.encoder import Encoder
 from unisono.data.inputs import Input, find_inputs, make_key
 from unisono.data.page import render
-from unisono.data.parts import add_reviews, read_parts, read_quarantine, write_part
+from unisono.data.parts import add_reviews, read_parts, read_quarantine_lines, write_part
 from unisono.data.pieces import read_piece
 from unisono.data.read import find_column
 from unisono.data.rules import Examiner, describe_treatments
@@ -159,7 +159,7 @@ class _Stages:
             splits={split: read_parts(parts, split) for split in splits},
             labels=labels,
             encoder=encoder,
-            quarantine=read_quarantine(parts),
+            quarantine=read_quarantine_lines(parts),
             notes={"quarantined": decided.counts, "made_from": dict(key)},
             pages={REPORT: self._draw(parts)},
         )

@@ -94,7 +94,7 @@ class Profile:
         """A new group of workers begins; return its exchange, with marks around each call."""
         self._progress, self._rank, self._workers = progress, exchange.rank, exchange.workers
         self._first, self._within, self._recorded = True, False, None
-        self._buffers, self.buffer_bytes = set(), 0
+        self._buffers, self._gradients, self.buffer_bytes = set(), [], 0
         if device.type == "cuda":
             self._settle = lambda: torch.cuda.synchronize(device)
         return Timed(exchange, self)
@@ -173,7 +173,6 @@ class Profile:
         """The step is committed."""
         assert self._recorded is not None
         self._within = self._first = False
-        self._gradients.clear()
         self.steps.pop(self._step, None)  # one that was computed again counts as it was in the end
         self.steps[self._step] = self._recorded
         if len(self.steps) > MOST_STEPS:

@@ -116,11 +116,11 @@ class Reduction:
 
     def add(self, number: int, contribution: Contribution) -> None:
         """Add microbatch `number`'s contribution, whose parts are then overwritten; numbers rise."""
-        dense = [contribution.parts[index] for index in self._dense]
-        if Node(0, number) in self._targets:  # nothing is added to it here
-            lay_down(dense, self._targets[Node(0, number)])
+        node, dense = Node(0, number), [contribution.parts[index] for index in self._dense]
+        if node in self._targets:  # nothing is added to it here
+            lay_down(dense, self._targets[node])
             dense = []
-        self._tree.add(number, dense)
+        self._tree.add(node, dense)
         for table, rows in self._rows.items():
             rows[number] = rows_of(contribution.parts[table], self._replica.parameters[table])
         self._scalars[number] = (contribution.loss, contribution.weight)

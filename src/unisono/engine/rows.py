@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unisono.engine.tree import Tree, fold_nodes
+from unisono.nodes import Node
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """Integers as wide as a dtype, so that row numbers can travel among values."""
@@ -93,7 +94,7 @@ def add_up(parts: Mapping[int, Rows], first: int, last: int) -> Rows:
 
     tree: Tree[Rows | Tensor] = Tree(lambda node, left, right: add(fill(left), right))
     for number, rows in mine.items():
-        tree.add(number, rows)
+        tree.add(Node(0, number), rows)
     return Rows(numbers=numbers + first, values=fold_nodes([(node, fill(rows)) for node, rows in tree.pending]))
 
 

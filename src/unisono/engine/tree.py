@@ -19,40 +19,22 @@ from unisono.nodes import Node
 Value = TypeVar("Value")
 
 
-def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:
-    """Add complete nodes, given from left to right and covering all microbatches; return the root.
-
-    Sums overwrite their left part; with `into`, those that begin with the first node go there, so that it stays as it
-    is. A single node is returned itself.
-    """
-    stack: list[tuple[Node, Tensor]] = []
-    for node, value in pending:
-        stack.append((node, value))
-        _merge(stack, into)
-    while len(stack) > 1:  # what lacks its right sibling goes up as it is
-        _, right = stack.pop()
-        node, left = stack.pop()
-        stack.append((node, torch.add(left, right, out=left if stack or into is None else into)))
-    return stack[0][1]
-
-
 class Tree(Generic[Value]):
-    """A worker's part of a step's tree: puts contributions together as they come, in rising order of number.
+    """A part of the tree: puts nodes together as they come, from left to right.
 
     Args:
-        combine: makes a node of its children, from left to right; both are its to overwrite.
+        combine: makes a node of its children, the left one first; both are its to overwrite.
 
     Attributes:
-        pending: the complete nodes so far, from left to right.
+        pending: the nodes that wait for a sibling, from left to right.
     """
 
     def __init__(self, combine: Callable[[Node, Value, Value], Value]) -> None:
         self._combine = combine
         self.pending: list[tuple[Node, Value]] = []
 
-    def add(self, number: int, value: Value) -> None:
-        """Add microbatch `number`'s contribution."""
-        node = Node(0, number)
+    def add(self, node: Node, value: Value) -> None:
+        """Add the node that follows the last one."""
         while self.pending and self.pending[-1][0].is_left_of(node):
             left, held = self.pending.pop()
             node = left.parent
@@ -64,9 +46,20 @@ class Tree(Generic[Value]):
         self.pending.clear()
 
 
-def _merge(stack: list[tuple[Node, Tensor]], into: Tensor | None) -> None:
-    """Add siblings at the end of the stack, in place (at its beginning into `into`, where that is given)."""
-    while len(stack) > 1 and stack[-2][0].is_left_of(stack[-1][0]):
-        _, right = stack.pop()
-        node, left = stack.pop()
-        stack.append((node.parent, torch.add(left, right, out=left if stack or into is None else into)))
+def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:
+    """Add complete nodes, given from left to right and covering all microbatches; return the root.
+
+    Sums overwrite their left part; with `into`, those that begin with the first node go there, so that it stays as it
+    is. A single node is returned itself.
+    """
+
+    def combine(node: Node, left: Tensor, right: Tensor) -> Tensor:
+        return torch.add(left, right, out=left if node.index or into is None else into)
+
+    tree = Tree(combine)
+    for node, value in pending:
+        tree.add(node, value)
+    *lefts, (_, root) = tree.pending
+    for node, left in reversed(lefts):  # what lacks its right sibling goes up as it is
+        root = combine(node, left, root)
+    return root

@@ -202,10 +202,12 @@ class _Term:
 
 def _add_owned(left: _Term, right: _Term) -> _Term:
     """An addition is rounded in one way only, wherever its operands lie: so they need no copies."""
-    if left.owned or not right.owned:
-        value = _add_to_left(left.value, right.value) if left.owned else left.value + right.value
-    else:
+    if left.owned:
+        value = _add_to_left(left.value, right.value)
+    elif right.owned:
         value = _add_to_left(right.value, left.value)  # equal bits either way, but for the payloads of two NaNs
+    else:
+        value = left.value + right.value
     return _Term(value=value, owned=True)
 
 
