@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from unisono.engine.reduction import Sum, Totals
 from unisono.engine.snapshot import COPIES, FACTS_BYTES, Description, Snapshot, SnapshotArrays, new_file
 from unisono.engine.space import BLOCK
 from unisono.engine.state import Content
-from unisono.errors import DivergedError
+from unisono.errors import DivergedError, WorkerError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
@@ -279,6 +280,47 @@ def test_an_update_that_is_not_committed_is_not_seen(memory: int) -> None:
     assert held(memory) == before
     again = play(2, lambda exchange: gathered(take_part(case, exchange, memory)))[0]
     assert again == before
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_a_worker_lost_at_the_commit_tears_nothing(clip_norm: float, direct: bool, memory: int, forked: Forked) -> None:
+    """Where all have written before the norm is known, the commit goes on without it; else nobody commits."""
+    case = Case(zoo.convolution, zoo.images, {"clip_norm": clip_norm})
+
+    def act(exchange: Exchange) -> None:
+        run = take_part(case, exchange, memory)
+        advance(run, 3)
+        if exchange.rank == 2:
+
+            def leave(*given: Any, **more: Any) -> None:
+                time.sleep(0.5)  # the others go on, if they wait for nothing
+                os._exit(1)
+
+            run.state.optimizer.arrays.commit = leave  # type: ignore[method-assign]
+        advance(run, 1)
+
+    with pytest.raises(WorkerError, match="worker 2"):
+        forked(3, act)
+    expected = take_part(case, Solo(), -1)
+    advance(expected, 4 if direct and not clip_norm else 3)
+    assert held(memory) == gathered(expected)
+
+
+def test_facts_of_a_commit_that_never_came_are_not_seen(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker 0 is lost when it has written them."""
+    case = CASES["mixed"]
+
+    def flip(self: Snapshot, sequence: int) -> None:
+        raise KeyboardInterrupt
+
+    run = take_part(case, Solo(), memory)
+    advance(run, 3)
+    with monkeypatch.context() as lost, pytest.raises(KeyboardInterrupt):
+        lost.setattr(Snapshot, "flip", flip)
+        advance(run, 1)
+    expected = take_part(case, Solo(), -1)
+    advance(expected, 3)
+    assert held(memory) == gathered(expected)
 
 
 def test_a_lost_worker_s_update_is_done_again_to_the_same_bits(memory: int) -> None:

@@ -158,7 +158,7 @@ class Optimizer:
         self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
         if not norm_first:
             norm = self._norm(squares, totals, step)
-        self._met = not norm_first
+        self._met = not norm_first  # never where arrays are updated in place, or copied by the commit
         if self._train.lazy_rows and new is not old:
             self._behind.commit(_copy(new), {table: rows.numbers for table, rows in touched.items()})
         self._hold(new)

@@ -222,7 +222,7 @@ class SnapshotArrays:
             self.snapshot.array("counts", self._next).copy_(counts)
             self.snapshot.array("integers", self._next).copy_(integers)
         self._copy = self._next
-        self._conclude(facts, met=met and self._direct)
+        self._conclude(facts, met=met)
 
     def note(self, facts: Mapping[str, Any]) -> None:
         self._conclude(facts, met=False)
