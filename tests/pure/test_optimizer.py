@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unisono.board import RUNNING
-from unisono.engine.optimizer import Optimizer, block_squares
+from unisono.engine.kernels import block_squares
+from unisono.engine.optimizer import Optimizer
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.space import BLOCK

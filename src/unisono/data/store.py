@@ -17,7 +17,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +42,7 @@ FORMAT = 1
 SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32())), pa.field("label", pa.int32())])
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+_MOST_BEHIND = 16  # pieces that wait to be hashed, each in memory
 REMEDY = "Delete the folder and prepare the data again."
 
 
@@ -177,18 +180,44 @@ def _fill(
     sync(folder)
 
 
-class _Hashing(io.RawIOBase):
-    """A file to write to that knows the SHA-256 of what was written."""
+class _Beside:
+    """A thread that does what it is told, in order, a little behind: hashing a file takes longer than writing it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "unisono-store")
+        self._behind: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Beside:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def do(self, function: Callable[[Any], None], value: object) -> None:
+        """Have the function done with a value, which must stay as it is meanwhile."""
+        self._behind.append(self._thread.submit(function, value))
+        if len(self._behind) > _MOST_BEHIND:
+            self._behind.popleft().result()
+
+    def finish(self) -> None:
+        """Return when all is done."""
+        while self._behind:
+            self._behind.popleft().result()
+
+
+class _Hashing(io.RawIOBase):
+    """A file to write to, whose bytes are hashed beside."""
+
+    def __init__(self, file: BinaryIO, beside: _Beside) -> None:
         self._file = file
+        self._beside = beside
         self.sha256 = hashlib.sha256()
 
     def writable(self) -> bool:
         return True
 
     def write(self, content: Any, /) -> int:
-        self.sha256.update(content)
+        self._beside.do(self.sha256.update, content)
         return self._file.write(content)
 
 
@@ -196,14 +225,16 @@ def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[dict[str, Any], s
     """Write one record batch per chunk; return the split's entry in the manifest, and the file's SHA-256."""
     content = ContentHash()
     samples = tokens = 0
-    with path.open("wb") as file:
-        hashing = _Hashing(file)
+    with path.open("wb") as file, _Beside() as beside, _Beside() as other:
+        hashing = _Hashing(file, beside)
         with pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as writer:
             for chunk in chunks:
+                other.do(content.add, chunk)
                 write_chunk(writer, chunk)
-                content.add(chunk)
                 samples += len(chunk.lengths)
                 tokens += len(chunk.ids)
+        beside.finish()
+        other.finish()
     entry = {"file": path.name, "samples": samples, "tokens": tokens, "sha256": content.hexdigest()}
     return entry, hashing.sha256.hexdigest()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
+from unisono.engine.kernels import LARGE, Gradient, find_adam
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Group, Replica
 from unisono.engine.rows import Rows
@@ -74,11 +75,12 @@ def cut(space: Space, shard: Shard, size: int) -> tuple[list[Chunk], slice]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What an update knows before it begins. counts: float32 scalars, updates that each parameter will have had.
-    factor: by which clipping multiplies the gradient."""
+    """What an update knows before it begins. counts: updates that each parameter will have had; count_tensors: the same
+    as float32 scalars. factor: by which clipping multiplies the gradient."""
 
     used: Sequence[bool]
-    counts: Sequence[Tensor]
+    counts: Sequence[int]
+    count_tensors: Sequence[Tensor]
     rate: float
     ema_decay: float
     factor: float = 1.0
@@ -108,6 +110,7 @@ class Optimizer:
         self._behind = Behind(self._tables)
         self._chunk_elements = size
         self._scratch = replica.flat.new_empty(min(size, replica.shard.size))
+        self._adam = find_adam(train, replica.flat)
         self._met = False  # whether all workers have met since they wrote the new arrays
         self._hold(self.arrays.mine())
         if not self.arrays.committed:  # the average begins as the weights, everything else at zero
@@ -139,7 +142,7 @@ class Optimizer:
         norm_first = new is old or bool(self._train.clip_norm)  # else what is written stays uncommitted
         if norm_first:
             for chunk in self._chunks:
-                _square(gradient.mean(chunk.place, totals.weight), chunk, squares)
+                gradient.mean(chunk.place, totals.weight, squares=_blocks(squares, chunk))
             norm = self._norm(squares, totals, step)
             clip = self._train.clip_norm
             if clip and norm > clip:
@@ -148,12 +151,15 @@ class Optimizer:
                     rows.values.mul_(known.factor)
         for chunk in self._chunks:
             if norm_first:
-                mean = gradient.left(chunk.place)
-                mean = mean.mul_(known.factor) if known.factor != 1.0 else mean
+                gradient_of_chunk = Gradient(values=[gradient.left(chunk.place)], factor=known.factor)
             else:
-                mean = gradient.mean(chunk.place, totals.weight, into=self._scratch)
-                _square(mean, chunk, squares)
-            self._apply(mean, chunk, old, new, known)
+                gradient_of_chunk = Gradient(
+                    values=gradient.nodes(chunk.place),
+                    additions=gradient.additions,
+                    weight=totals.weight,
+                    squares=_blocks(squares, chunk),
+                )
+            self._apply(gradient_of_chunk, chunk, old, new, known)
         self._update_tables(touched, old, new, known)
         self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
         if not norm_first:
@@ -166,9 +172,10 @@ class Optimizer:
         return norm
 
     def _know(self, totals: Totals, step: int, rate: float) -> Known:
-        counts = (self.counts + 1).to(torch.float32).to(self._replica.flat.device).unbind(0)
+        counts = self.counts + 1
+        tensors = counts.to(torch.float32).to(self._replica.flat.device).unbind(0)
         decay = min(self._train.ema_decay, (1 + step) / (10 + step))
-        return Known(used=totals.used, counts=counts, rate=rate, ema_decay=decay)
+        return Known(used=totals.used, counts=counts.tolist(), count_tensors=tensors, rate=rate, ema_decay=decay)
 
     def publish(self, integers: Tensor, facts: Mapping[str, Any] | None = None) -> None:
         """Commit the present arrays, with the step's integer buffers and what else is told of it; afterwards
@@ -178,27 +185,45 @@ class Optimizer:
         self._replica.show(self.arrays.whole(WEIGHTS))
         self._replica.accept(integers)
 
-    def _apply(self, mean: Tensor, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+    def _apply(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
         """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
-        values = _moved(chunk.place, old, new)
-        for number, group in enumerate(self._replica.groups):
-            places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
-            if places:
-                pieces = Pieces(
-                    weights=[values[WEIGHTS][place] for _, place in places],
-                    gradients=[mean[place] for _, place in places],
-                    slots=tuple([values[name][place] for _, place in places] for name in self.slots),
-                    counts=[known.counts[index] for index, _ in places],
-                )
-                self._run_rule(group, pieces, known.rate)
-        if AVERAGE in values:
-            values[AVERAGE].lerp_(values[WEIGHTS], 1 - known.ema_decay)
+        if self._adam and new is not old:
+            self._walk(gradient, chunk, old, new, known)
+        else:
+            mean, values = gradient.resolve(self._scratch), _moved(chunk.place, old, new)
+            for number, group in enumerate(self._replica.groups):
+                places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
+                if places:
+                    pieces = Pieces(
+                        weights=[values[WEIGHTS][place] for _, place in places],
+                        gradients=[mean[place] for _, place in places],
+                        slots=tuple([values[name][place] for _, place in places] for name in self.slots),
+                        counts=[known.count_tensors[index] for index, _ in places],
+                    )
+                    self._run_rule(group, pieces, known.rate)
+        if AVERAGE in new:
+            new[AVERAGE][chunk.place].lerp_(new[WEIGHTS][chunk.place], 1 - known.ema_decay)
+
+    def _walk(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+        """The same, from the old arrays into the new ones without a copy."""
+        assert self._adam is not None
+        pieces = []
+        for index, number, place in chunk.pieces:
+            settings = self._settings(self._replica.groups[number], known.rate)
+            pieces.append((place.stop, (known.counts[index], *settings) if known.used[index] else None))
+        before, after = ([array[name][chunk.place] for name in (WEIGHTS, *self.slots)] for array in (old, new))
+        self._adam.update(gradient, pieces, before, after, past_caches=self._replica.shard.size >= LARGE)
+        if AVERAGE in new:
+            new[AVERAGE][chunk.place] = old[AVERAGE][chunk.place]
+
+    def _settings(self, group: Group, rate: float) -> tuple[float, float]:
+        """A group's learning rate and weight decay."""
+        factor = self._train.pretrained_rate if group.pretrained else 1.0
+        return rate * factor, self._train.weight_decay if group.decays else 0.0
 
     def _run_rule(self, group: Group, pieces: Pieces, rate: float) -> None:
-        factor = self._train.pretrained_rate if group.pretrained else 1.0
-        decay = self._train.weight_decay if group.decays else 0.0
         with torch.no_grad():
-            RULES[self._train.optimizer](self._train, pieces, rate * factor, decay)
+            RULES[self._train.optimizer](self._train, pieces, *self._settings(group, rate))
 
     def _update_tables(self, touched: Mapping[int, Rows], old: Named, new: Named, known: Known) -> None:
         """Run the rule on every row of each table, or on those that the step touched, as the recipe says."""
@@ -206,7 +231,7 @@ class Optimizer:
             for table in self._tables:
                 for place, mean in table.dense(touched[table.index], self._chunk_elements):
                     pieces = ((table.index, table.group, slice(0, len(mean))),)
-                    self._apply(mean, Chunk(place=place, pieces=pieces), old, new, known)
+                    self._apply(Gradient(values=[mean]), Chunk(place=place, pieces=pieces), old, new, known)
             return
         if new is not old:
             self._behind.catch_up(_copy(new), old, new, touched)
@@ -220,7 +245,7 @@ class Optimizer:
                 weights=[values[WEIGHTS]],
                 gradients=[gradient],
                 slots=tuple([values[name]] for name in self.slots),
-                counts=[known.counts[table.index]],
+                counts=[known.count_tensors[table.index]],
             )
             self._run_rule(self._replica.groups[table.group], pieces, known.rate)
 
@@ -256,8 +281,8 @@ def _copy(arrays: Named) -> int:
     return arrays[WEIGHTS].data_ptr()
 
 
-def _square(mean: Tensor, chunk: Chunk, squares: Tensor) -> None:
-    squares[chunk.place.start // BLOCK : chunk.place.stop // BLOCK] = block_squares(mean)
+def _blocks(squares: Tensor, chunk: Chunk) -> Tensor:
+    return squares[chunk.place.start // BLOCK : chunk.place.stop // BLOCK]
 
 
 def _moved(place: slice, old: Named, new: Named) -> dict[str, Tensor]:
@@ -267,23 +292,6 @@ def _moved(place: slice, old: Named, new: Named) -> dict[str, Tensor]:
         for name, value in values.items():
             value.copy_(old[name][place])
     return values
-
-
-def block_squares(values: Tensor) -> Tensor:
-    """Sum of squares of each block of 1,024, float64: the same bits whatever other blocks are there.
-
-    On CPUs torch's norm goes along each row by itself. A GPU's kernel may share a row out as the number of rows
-    suggests; there products and sums of single elements are used, added by halving.
-    """
-    rows = values.view(-1, BLOCK)
-    if values.device.type == "cpu":
-        return torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square_()
-    squares = rows * rows
-    width = BLOCK // 2
-    while width:
-        squares = squares[:, :width].add_(squares[:, width : 2 * width])
-        width //= 2
-    return squares[:, 0].to(torch.float64)
 
 
 def fold_vector(values: Tensor) -> float:

@@ -18,9 +18,10 @@ from unisono.board import REGROUP, RUNNING, STOP
 from unisono.data.order import Step
 from unisono.engine.assignment import Assignment
 from unisono.engine.contribution import Contribution
+from unisono.engine.kernels import mean
 from unisono.engine.replica import Replica
 from unisono.engine.rows import Rows, add_up, pack, rows_of, unpack
-from unisono.engine.tree import Tree, fold_nodes
+from unisono.engine.tree import Tree, additions
 from unisono.errors import ContractError, DivergedError, LostPeerError
 from unisono.exchange.protocol import Exchange
 from unisono.nodes import Node, fold, nodes
@@ -45,21 +46,30 @@ class Totals:
 class Sum:
     """My shard of the *sum* of a step's contributions, still in nodes: they are added up a part at a time, as the tree
     says, by whoever needs the part. Their memory is overwritten freely.
+
+    Attributes:
+        additions: how the nodes are added, see `tree.additions`.
     """
 
     def __init__(
         self, nodes: Sequence[tuple[Node, Tensor]], tables: Mapping[int, Mapping[int, Rows]] | None = None
     ) -> None:
         """tables: number of the parameter → number of the microbatch → its rows. They are no part of the nodes."""
-        self._nodes = nodes
+        self._values = [value for _, value in nodes]
+        self.additions = additions([node for node, _ in nodes])
         self._tables = tables or {}
 
-    def mean(self, place: slice, weight: int, into: Tensor | None = None) -> Tensor:
-        """A part of the shard, divided by the step's weight, once: in the beginning of `into`, or left where `left`
-        finds it."""
-        parts = [(node, value[place]) for node, value in self._nodes]
-        target = parts[0][1] if into is None else into[: place.stop - place.start]
-        return torch.div(fold_nodes(parts, target), weight, out=target)
+    def nodes(self, place: slice) -> list[Tensor]:
+        """A part of the shard, of each node."""
+        return [value[place] for value in self._values]
+
+    def mean(
+        self, place: slice, weight: int, into: Tensor | None = None, *, squares: Tensor | None = None
+    ) -> Tensor:
+        """A part of the shard, added and divided by the step's weight, once: in the beginning of `into`, or left where
+        `left` finds it. squares: float64, to hold the sum of squares of each of its blocks."""
+        target = self.left(place) if into is None else into[: place.stop - place.start]
+        return mean(self.nodes(place), self.additions, weight, target, squares)
 
     def rows(self, table: int, first: int, last: int, weight: int) -> Rows:
         """The rows of a table that any microbatch touched, from `first` up to, but without, `last`, divided by the
@@ -70,7 +80,7 @@ class Sum:
 
     def left(self, place: slice) -> Tensor:
         """What `mean` has left of a part."""
-        return self._nodes[0][1][place]
+        return self._values[0][place]
 
 
 class Reduction:

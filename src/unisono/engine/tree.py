@@ -46,20 +46,36 @@ class Tree(Generic[Value]):
         self.pending.clear()
 
 
+def additions(nodes: Sequence[Node]) -> list[int]:
+    """Return how often, after each of these complete nodes, the last two values become one. They are given from left to
+    right, and cover all microbatches."""
+    pending: list[Node] = []
+    found: list[int] = []
+    for node in nodes:
+        found.append(0)
+        while pending and pending[-1].is_left_of(node):
+            node = pending.pop().parent
+            found[-1] += 1
+        pending.append(node)
+    found[-1] += len(pending) - 1  # what lacks its right sibling goes up as it is
+    return found
+
+
 def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:
-    """Add complete nodes, given from left to right and covering all microbatches; return the root.
+    """Add complete nodes, given from left to right and covering all microbatches; return the root. See `fold_values`."""
+    return fold_values([value for _, value in pending], additions([node for node, _ in pending]), into)
+
+
+def fold_values(values: Sequence[Tensor], additions: Sequence[int], into: Tensor | None = None) -> Tensor:
+    """Add the values of nodes in the order of `additions`; return the root.
 
     Sums overwrite their left part; with `into`, those that begin with the first node go there, so that it stays as it
     is. A single node is returned itself.
     """
-
-    def combine(node: Node, left: Tensor, right: Tensor) -> Tensor:
-        return torch.add(left, right, out=left if node.index or into is None else into)
-
-    tree = Tree(combine)
-    for node, value in pending:
-        tree.add(node, value)
-    *lefts, (_, root) = tree.pending
-    for node, left in reversed(lefts):  # what lacks its right sibling goes up as it is
-        root = combine(node, left, root)
-    return root
+    stack: list[Tensor] = []
+    for value, count in zip(values, additions, strict=True):
+        stack.append(value)
+        for _ in range(count):
+            right, left = stack.pop(), stack.pop()
+            stack.append(torch.add(left, right, out=left if stack or into is None else into))
+    return stack[0]

@@ -1,8 +1,8 @@
 """The exchange of processes on one host: nodes are read where they lie, instead of travelling through sockets.
 
 Each worker keeps its tree's buffers in anonymous shared memory (memfd: no name, so nothing outlives the processes, and
-no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges still go through gloo
-and are the barriers: after one of them, what a worker wrote before it can be read by all.
+no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges go through pipes and
+are the barriers: after one of them, what a worker wrote before it can be read by all. Gloo is how the workers meet.
 
 Owns the memory. What is added, and in which order, is the engine's matter, so the bits are those of any other exchange.
 """
@@ -14,12 +14,14 @@ import os
 import resource
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
 from unisono.exchange.distributed import Distributed
+from unisono.exchange.pipes import Pipes
 
 SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
 
@@ -29,8 +31,10 @@ class Shared(Distributed):
 
     def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
         super().__init__(store, rank=rank, workers=workers, device=torch.device("cpu"), timeout_seconds=timeout_seconds)
+        self._pipes: Pipes | None = None  # until there are some, gloo does it
         try:
             self._pids = [int(pid) for pid in self.gather_bytes(str(os.getpid()).encode())]
+            self._pipes = Pipes(self.gather_bytes, rank=rank, workers=workers, timeout_seconds=timeout_seconds)
         except LostPeerError:
             super().close()  # nobody else could
             raise
@@ -51,6 +55,17 @@ class Shared(Distributed):
     def name(self, buffer: Tensor) -> int:
         return self._files[buffer.data_ptr()]
 
+    def add_integers(self, values: Tensor) -> Tensor:
+        if self._pipes is None:
+            return super().add_integers(values)
+        total = values.contiguous()
+        numbers = total.view(-1).numpy()
+        rows = self._pipes.swap(numbers.tobytes() or b"0")
+        for worker, row in enumerate(rows):
+            if worker != self.rank:
+                numbers += np.frombuffer(row, np.int64, count=len(numbers))
+        return total
+
     def to_owners(
         self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
@@ -60,7 +75,12 @@ class Shared(Distributed):
 
     def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         if names is None and shard.nbytes < SMALL_BYTES:
-            super().gather_shards(shard, flat)
+            if self._pipes is None:
+                super().gather_shards(shard, flat)
+                return
+            rows = self._pipes.swap(shard.contiguous().view(torch.uint8).numpy().tobytes())
+            for part, row in zip(flat.chunk(self.workers), rows, strict=True):
+                part.copy_(torch.frombuffer(row, dtype=shard.dtype))
             return
         if names is None:
             window = shard
@@ -73,6 +93,8 @@ class Shared(Distributed):
             part.copy_(values)
 
     def close(self) -> None:
+        if self._pipes is not None:
+            self._pipes.close()
         super().close()
         for file in self._files.values():
             os.close(file)

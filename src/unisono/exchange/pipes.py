@@ -1,0 +1,133 @@
+"""Small messages among the processes of one host, through pipes. A collective of gloo goes through several threads and
+a socket, and takes a hundred times as long.
+
+Each worker has a pipe from every other one. Nobody but the two holds its ends, so that a worker that is lost, or leaves,
+is known at once: what it wrote can still be read, and then there is an end.
+
+Owns the pipes, and the waiting. What the messages mean is the matter of `shared.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from unisono.errors import LostPeerError
+
+SPIN_SECONDS = 1e-4  # a process that sleeps takes as long to wake up: others are mostly quicker
+
+
+class Pipes:
+    """A worker's end of the pipes.
+
+    Args:
+        gather: returns what every worker passed, in order of rank; called at the same time by all of them, twice.
+    """
+
+    def __init__(
+        self, gather: Callable[[bytes], list[bytes]], *, rank: int, workers: int, timeout_seconds: float
+    ) -> None:
+        self._rank, self._workers = rank, workers
+        self._timeout_seconds = timeout_seconds
+        peers = [worker for worker in range(workers) if worker != rank]
+        made = {worker: os.pipe() for worker in peers}
+        self._inlets = {inlet: worker for worker, (inlet, _) in made.items()}
+        self._outlets: list[int] = []
+        try:
+            mine = [os.getpid(), *(made[worker][1] if worker in made else -1 for worker in range(workers))]
+            told = [np.frombuffer(row, np.int64).tolist() for row in gather(np.array(mine, np.int64).tobytes())]
+            for worker in peers:
+                pid, *outlets = told[worker]
+                self._outlets.append(_open(pid, outlets[rank]))
+            gather(b"")  # all have opened theirs
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for _, outlet in made.values():
+                os.close(outlet)
+        for file in (*self._inlets, *self._outlets):
+            os.set_blocking(file, False)
+
+    def swap(self, content: bytes) -> list[bytearray]:
+        """Return what every worker passed, in order of rank; all pass the same number of bytes, one at least.
+
+        Raises:
+            LostPeerError: another worker has gone, or did not come in time.
+        """
+        found = [bytearray(content if worker == self._rank else b"") for worker in range(self._workers)]
+        unsent = dict.fromkeys(self._outlets, memoryview(content))
+        lacking = dict.fromkeys(self._inlets, len(content))
+        spin_until = time.perf_counter() + SPIN_SECONDS
+        while unsent or lacking:
+            sent, received = self._send(unsent), self._receive(lacking, found)
+            if sent or received:
+                continue
+            if time.perf_counter() < spin_until:
+                os.sched_yield()
+            else:
+                self._wait(unsent, lacking)
+        return found
+
+    def close(self) -> None:
+        """Leave; the others learn of it."""
+        for file in (*self._inlets, *self._outlets):
+            os.close(file)
+        self._inlets, self._outlets = {}, []
+
+    def _send(self, unsent: dict[int, memoryview]) -> bool:
+        """Write what the pipes take; return whether that was anything."""
+        before = len(unsent)
+        for file, content in list(unsent.items()):
+            try:
+                written = os.write(file, content)
+            except BlockingIOError:
+                continue
+            except BrokenPipeError as error:
+                raise LostPeerError(f"another worker has gone: {error}") from error
+            if written < len(content):
+                unsent[file] = content[written:]
+            else:
+                del unsent[file]
+        return len(unsent) < before
+
+    def _receive(self, lacking: dict[int, int], found: list[bytearray]) -> bool:
+        """Read what has come; return whether that was anything."""
+        anything = False
+        for file, size in list(lacking.items()):
+            try:
+                content = os.read(file, size)
+            except BlockingIOError:
+                continue
+            if not content:
+                raise LostPeerError(f"another worker has gone: worker {self._inlets[file]} has closed its pipe")
+            anything = True
+            found[self._inlets[file]] += content
+            if len(content) < size:
+                lacking[file] = size - len(content)
+            else:
+                del lacking[file]
+        return anything
+
+    def _wait(self, unsent: dict[int, memoryview], lacking: dict[int, int]) -> None:
+        """Sleep until one of the pipes is ready."""
+        waiting = select.poll()
+        for file in unsent:
+            waiting.register(file, select.POLLOUT)
+        for file in lacking:
+            waiting.register(file, select.POLLIN)
+        if not waiting.poll(self._timeout_seconds * 1e3):
+            late = sorted(self._inlets[file] for file in lacking)
+            raise LostPeerError(f"another worker has gone: no word from {late} in {self._timeout_seconds:g} s")
+
+
+def _open(pid: int, file: int) -> int:
+    """Another process's end of a pipe, to write to."""
+    try:
+        return os.open(f"/proc/{pid}/fd/{file}", os.O_WRONLY)
+    except OSError as error:
+        raise LostPeerError(f"another worker has gone: {error}") from error
