@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from unisono.board import RUNNING
+from unisono.engine import kernels
 from unisono.engine.kernels import block_squares
-from unisono.engine.optimizer import Optimizer
+from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
+from unisono.engine.snapshot import SnapshotArrays, new_file
 from unisono.engine.space import BLOCK
 from unisono.errors import DivergedError
 from unisono.exchange.played import play
@@ -92,10 +95,19 @@ def advance(optimizer: Optimizer, slope: Tensor, known: Totals, *, step: int, ra
 
 
 def run(
-    exchange: Exchange, settings: Train, make: Callable[[], nn.Module] = net, **options: Any
+    exchange: Exchange, settings: Train, make: Callable[[], nn.Module] = net, memory: int = -1, **options: Any
 ) -> tuple[Replica, Optimizer, list[float]]:
+    """memory: file of a snapshot to keep the arrays in; −1: updated in place."""
     replica = Replica(make(), rank=exchange.rank, workers=exchange.workers, **options)
-    optimizer = Optimizer(replica, exchange, settings)
+    arrays = None
+    if memory >= 0:
+        names = array_names(settings)
+        arrays = SnapshotArrays(
+            memory, names, replica, exchange, most_workers=exchange.workers, extra={}, direct=True
+        )
+    optimizer = Optimizer(replica, exchange, settings, arrays)
+    if arrays:
+        optimizer.publish(replica.integer_values())
     norms = []
     for step, rate in enumerate(RATES):
         mine = replica.shard.of(gradient(replica, step)).clone()
@@ -153,16 +165,24 @@ def test_lion_is_program_1_of_its_paper() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
 @pytest.mark.parametrize("clip_norm", [0.0, 3.0])
-def test_no_cut_into_shards_or_chunks_changes_a_bit(
+def test_no_cut_and_no_way_of_computing_changes_a_bit(
     rule: dict[str, Any], clip_norm: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Shards and chunks; arrays that are updated in place, or copy by copy; compiled walks and torch's operations."""
     settings = train(**rule, clip_norm=clip_norm, ema_decay=0.9, pretrained_rate=0.5)
     found = set()
-    for workers, chunk in ((1, 2**20), (1, BLOCK), (2, 2 * BLOCK), (3, BLOCK), (5, 2**20), (7, BLOCK), (16, 2**20)):
+    compiled = kernels._kernels
+    for workers, chunk, copies, walks in (
+        (1, 2**20, False, False), (1, BLOCK, False, True), (1, BLOCK, True, True), (2, 2 * BLOCK, True, True),
+        (3, BLOCK, True, False), (3, BLOCK, True, True), (5, 2**20, False, True), (7, BLOCK, True, True),
+        (16, 2**20, False, False),
+    ):  # fmt: skip
         monkeypatch.setattr("unisono.engine.optimizer.CHUNK", chunk)
+        monkeypatch.setattr(kernels, "_kernels", compiled if walks else None)
+        memory = new_file() if copies else -1
 
-        def act(exchange: Exchange) -> str:
-            replica, optimizer, norms = run(exchange, settings, pretrained=("encoder.",))
+        def act(exchange: Exchange, memory: int = memory) -> str:
+            replica, optimizer, norms = run(exchange, settings, memory=memory, pretrained=("encoder.",))
             everything = replica.all_tensors() | {"norms": torch.tensor(norms, dtype=torch.float64)}
             for name, shard in (*optimizer.slots.items(), ("average", optimizer.average)):
                 flat = torch.zeros_like(replica.flat)
@@ -173,6 +193,8 @@ def test_no_cut_into_shards_or_chunks_changes_a_bit(
             return tensors_sha256(everything)
 
         found |= set(play(workers, act))
+        if copies:
+            os.close(memory)
     assert len(found) == 1
 
 

@@ -11,14 +11,14 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define CAN_STREAM __builtin_cpu_supports("avx")
 #else
 #define FOR_EACH_PROCESSOR
+#define CAN_STREAM 0
 #endif
 
 enum { GRID = 64, BLOCK = 1024 }; /* elements: of the engine's layout */
@@ -118,17 +118,22 @@ FOR_EACH_PROCESSOR static void adam_run(const Factors *factors, Py_ssize_t n, co
     }
 }
 
-static void write_values(float *target, const float *values, Py_ssize_t n, int past_caches)
+/* Write past the caches. */
+#if defined(__x86_64__) && defined(__linux__)
+__attribute__((target("avx"))) static void stream(float *target, const float *values, Py_ssize_t n)
 {
-#ifdef __SSE2__
-    if (past_caches) {
-        for (Py_ssize_t i = 0; i < n; i += 4)
-            _mm_stream_ps(target + i, _mm_loadu_ps(values + i));
-        return;
-    }
-#endif
-    memcpy(target, values, n * sizeof(float));
+    for (Py_ssize_t i = 0; i < n; i += 8)
+        _mm256_stream_ps(target + i, _mm256_loadu_ps(values + i));
 }
+
+static void finish_streams(void)
+{
+    _mm_sfence(); /* before anything that tells others of what was written */
+}
+#else
+static void stream(float *target, const float *values, Py_ssize_t n) { memcpy(target, values, n * sizeof(float)); }
+static void finish_streams(void) {}
+#endif
 
 typedef struct {
     int64_t stop, setting; /* up to where in the walk, and by which factors; −1: it stays as it is */
@@ -145,28 +150,30 @@ typedef struct {
 static void update(const Sum *sum, const Adam *adam, Py_ssize_t n)
 {
     _Alignas(64) float squares[BLOCK], mean[RUN], values[3][RUN];
+    int streams = adam->past_caches && CAN_STREAM;
     Py_ssize_t done = 0, k = 0;
     for (Py_ssize_t start = 0; start < n; start += RUN) {
         Py_ssize_t end = n - start < RUN ? n : start + RUN;
         find_mean(sum, start, end - start, mean, squares);
         while (done < end && k < adam->pieces) {
             Py_ssize_t stop = adam->piece[k].stop < end ? adam->piece[k].stop : end, size = stop - done;
-            if (adam->piece[k].setting >= 0) {
+            float *to[3], *new[3] = {adam->new[0] + done, adam->new[1] + done, adam->new[2] + done};
+            for (int i = 0; i < 3; i++)
+                to[i] = streams ? values[i] : new[i];
+            if (adam->piece[k].setting >= 0)
                 adam_run(&adam->factors[adam->piece[k].setting], size, mean + (done - start), adam->old[0] + done,
-                         adam->old[1] + done, adam->old[2] + done, values[0], values[1], values[2]);
+                         adam->old[1] + done, adam->old[2] + done, to[0], to[1], to[2]);
+            else
                 for (int i = 0; i < 3; i++)
-                    write_values(adam->new[i] + done, values[i], size, adam->past_caches);
-            } else
-                for (int i = 0; i < 3; i++)
-                    write_values(adam->new[i] + done, adam->old[i] + done, size, adam->past_caches);
+                    memcpy(to[i], adam->old[i] + done, size * sizeof(float));
+            for (int i = 0; i < 3 && streams; i++)
+                stream(new[i], values[i], size);
             done = stop;
             k += done == adam->piece[k].stop;
         }
     }
-#ifdef __SSE2__
-    if (adam->past_caches)
-        _mm_sfence(); /* before anything that tells others of it */
-#endif
+    if (streams)
+        finish_streams();
 }
 
 /* ---- from Python ---- */
@@ -275,7 +282,7 @@ static int fits(const Adam *adam, Py_ssize_t n, Py_ssize_t settings, const doubl
         before = adam->piece[k].stop;
     }
     for (int i = 0; i < 3; i++)
-        if ((uintptr_t)adam->new[i] % 16)
+        if ((uintptr_t)adam->new[i] % 32)
             return 0;
     return 1;
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,14 +104,15 @@ class Optimizer:
         self._train = train
         self.arrays = arrays or PrivateArrays(array_names(train), replica, exchange)
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
-        on_cpu = replica.flat.device.type == "cpu"
-        size = CHUNK if on_cpu else replica.shard.size  # a GPU has no use for small pieces
+        # Adam from old arrays into new ones, where these are other memory
+        self._adam = None if isinstance(self.arrays, PrivateArrays) else find_adam(train, replica.flat)
+        on_cpu, whole = replica.flat.device.type == "cpu", replica.shard.size
+        self._chunk_elements = min(CHUNK, whole) if on_cpu else whole  # a GPU has no use for small pieces
+        size = whole if self._adam else self._chunk_elements  # nor has a walk
         self._chunks, self._buffers = cut(replica.space, replica.shard, size)
         self._tables = tables_of(replica.space, replica.shard)
         self._behind = Behind(self._tables)
-        self._chunk_elements = size
-        self._scratch = replica.flat.new_empty(min(size, replica.shard.size))
-        self._adam = find_adam(train, replica.flat)
+        self._scratch = replica.flat.new_empty(self._chunk_elements)
         self._met = False  # whether all workers have met since they wrote the new arrays
         self._hold(self.arrays.mine())
         if not self.arrays.committed:  # the average begins as the weights, everything else at zero
@@ -296,7 +298,8 @@ def _moved(place: slice, old: Named, new: Named) -> dict[str, Tensor]:
 
 def fold_vector(values: Tensor) -> float:
     """Add a vector's elements in the fixed tree."""
-    while len(values) > 1:
-        pairs = len(values) // 2
-        values = torch.cat([values[: 2 * pairs : 2] + values[1 : 2 * pairs : 2], values[2 * pairs :]])
-    return float(values[0])
+    level = values.cpu().numpy()
+    while len(level) > 1:
+        pairs = len(level) // 2
+        level = np.concatenate([level[: 2 * pairs : 2] + level[1 : 2 * pairs : 2], level[2 * pairs :]])
+    return float(level[0])

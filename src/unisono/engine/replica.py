@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from unisono.engine.space import BLOCK, Segment, Shard, Space, lay_out
 from unisono.errors import ContractError
@@ -65,6 +66,7 @@ class Replica:
         device = next(module.parameters()).device
         self.flat = torch.zeros(self.shard.padded_space, dtype=dtype, device=device)
         self.buffer_values = torch.zeros_like(self._step_floats)
+        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # flat tensors that come again → views of the parameters
         self.parameters: list[nn.Parameter] = []
         self._owners = _buffer_owners(module)
         self._move_in()
@@ -135,10 +137,15 @@ class Replica:
     def show(self, flat: Tensor) -> None:
         """Let the module look at the weights of another flat tensor, which is not copied; buffers follow when they are
         restored."""
-        if flat.data_ptr() != self.flat.data_ptr():
-            for parameter, segment in zip(self.parameters, self.space.parameters, strict=True):
-                parameter.data = segment.view(flat)
-            self.flat = flat
+        if flat.data_ptr() == self.flat.data_ptr():
+            return
+        views = self._seen.get(flat)
+        if views is None:
+            same = flat.detach()  # or the views would keep `flat`, and so themselves
+            views = self._seen[flat] = [segment.view(same) for segment in self.space.parameters]
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
+        self.flat = flat
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite `flat` and all buffers, frozen parameters too, with the values of `all_tensors` by name.

@@ -180,6 +180,7 @@ class SnapshotArrays:
         self._names = list(names)
         self._copy = self._next = 0
         self._pinned = -1
+        self._wholes: dict[tuple[str, int | None], Tensor] = {}
         if self.committed:
             facts = self.snapshot.facts()
             self._copy = self._next = int(facts["copy"])
@@ -242,8 +243,10 @@ class SnapshotArrays:
 
     def whole(self, name: str) -> Tensor:
         """Every array was complete when it was committed; the best weights, when their facts were noted."""
-        held = self.snapshot.array(BEST) if name == BEST else self.snapshot.array(name, self._copy)
-        return held[: self._replica.shard.padded_space].to(self._replica.flat.device)
+        copy = None if name == BEST else self._copy
+        if (name, copy) not in self._wholes:
+            self._wholes[name, copy] = self.snapshot.array(name, copy)[: self._replica.shard.padded_space]
+        return self._wholes[name, copy].to(self._replica.flat.device)
 
     def _cut(self, copy: int) -> dict[str, Tensor]:
         return {name: self._replica.shard.of(self.snapshot.array(name, copy)) for name in self._names}
