@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from unisono.data import words as module
+from unisono.data import wordtable
 from unisono.data.tokens import Pieces, train_bpe, train_wordpiece
 from unisono.data.words import Words
+from unisono.data.wordtable import LONGEST_WORD, WordTable
 
 TEXTS = ["the Cat sat on the mat, and Ünïcode çhars 中文 too! don't", "a b c 1 22 333 _ ` ~ Straße ΣΑΣ"] * 3
 SPICE = [
@@ -72,26 +75,86 @@ def test_any_text_has_the_librarys_tokens(text: str) -> None:
         np.testing.assert_array_equal(encoder.encode([text])[0], encoder._ask([text])[0])
 
 
+def ids_of(words: Words, text: str, most: int = 99) -> list[int]:
+    (row,) = words.encode([text], most)
+    assert row is not None
+    return row.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(SPICE), max_size=25).map("".join), max_size=9), st.sampled_from(ENCODERS))
+def test_texts_are_encoded_together_as_alone(texts: list[str], encoder: Pieces) -> None:
+    together = encoder.encode(texts)
+    assert [row.tolist() for row in together] == [encoder._ask([text])[0].tolist() for text in texts]
+
+
 def test_words_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_WORDS", 3)
+    monkeypatch.setattr(wordtable, "MOST_WORDS", 3)
     tokenizer = train_wordpiece([TEXTS], 150, True)
     words = Words.of(tokenizer)
     assert words is not None
     for text in ["the cat", "sat on a mat", "the cat sat", "don't"] * 2:
-        expected = tokenizer.encode(text, add_special_tokens=False).ids
-        assert np.frombuffer(words.encode(text, 99) or b"", np.int32).tolist() == expected
-        assert len(words._words) <= 3 + 5 and len(words._chunks) <= 3 + 5
+        assert ids_of(words, text) == tokenizer.encode(text, add_special_tokens=False).ids
+        assert len(words._table) <= 3 + 5
+
+
+def test_a_word_is_asked_for_once() -> None:
+    asked: list[str] = []
+
+    def ask(words: list[str]) -> list[list[int]]:
+        asked.extend(words)
+        return [[len(word), 7] for word in words]
+
+    table = WordTable(ask, lowercase=True)
+    long, longer, longest = "y" * 17, "z" * LONGEST_WORD, "q" * (LONGEST_WORD + 1)
+    text = f"one TWO one, sixteen-letters_ {'x' * 16} {'x' * 17} {long} {longer} {longest}"
+    for _ in range(2):
+        (row,) = table.encode([text], 99, [], [])
+        words = [*"one two one , sixteen - letters _".split(), "x" * 16, "x" * 17, long, longer, longest]
+        assert row.tolist() == [number for word in words for number in (len(word), 7)]
+    assert sorted(asked) == sorted([*dict.fromkeys(words), longest])
+
+
+def test_a_table_without_room_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all words fall into the same few places."""
+    monkeypatch.setattr(wordtable, "_BUCKET_BITS", 2)
+    words = ["".join(letters) for letters in product("abc", repeat=4)]
+    numbers = {word: number for number, word in enumerate(words)}
+    table = WordTable(lambda some: [[numbers[word]] for word in some], lowercase=False)
+    for start in (0, 40, 20, 0):
+        (row,) = table.encode([" ".join(words[start : start + 60])], 99, [], [])
+        assert row.tolist() == [numbers[word] for word in words[start : start + 60]]
+    assert len(table) == len(words)
+
+
+def test_many_new_words_at_once() -> None:
+    table = WordTable(lambda words: [[int(word)] * (int(word) % 5) for word in words], lowercase=False)
+    for start in (0, 5000, 0):
+        numbers = range(start, start + 10_000)
+        (row,) = table.encode([" ".join(map(str, numbers))], 10**6, [], [])
+        assert row.tolist() == [number for number in numbers for _ in range(number % 5)]
+    assert len(table) == 15_000
+
+
+@pytest.mark.parametrize("most", [1, 2, 10])
+def test_texts_longer_than_mostly_needed_are_read_on(most: int) -> None:
+    table = WordTable(lambda words: [[int(word)] for word in words], lowercase=False)
+    numbers = [str(number) for number in range(3 * most)]
+    texts = [(" " * 500).join(numbers), " ".join(numbers), "\n" * 5000 + "5", "", " " * 1000]
+    expected = [list(range(3 * most))[:most]] * 2 + [[5], [], []]
+    for begin, end in (([], []), ([101], [102, 103])):
+        found = table.encode(texts, most, begin, end)
+        assert [row.tolist() for row in found] == [[*begin, *row, *end] for row in expected]
 
 
 def test_texts_without_spaces_are_not_remembered() -> None:
     tokenizer = train_wordpiece([TEXTS], 150, True)
     words = Words.of(tokenizer)
     assert words is not None
-    before = len(words._words), len(words._chunks)
-    text = "中文" * module.LONGEST_WORD
-    expected = tokenizer.encode(text, add_special_tokens=False).ids
-    assert np.frombuffer(words.encode(text, 99) or b"", np.int32).tolist() == expected
-    assert (len(words._words), len(words._chunks)) == before, "each would take as much memory as it is long"
+    before = len(words._table), len(words._chunks)
+    text = "中文" * LONGEST_WORD
+    assert ids_of(words, text) == tokenizer.encode(text, add_special_tokens=False).ids[:99]
+    assert (len(words._table), len(words._chunks)) == before, "each would take as much memory as it is long"
 
 
 def test_other_tokenizers_are_asked_for_whole_texts() -> None:
@@ -109,5 +172,5 @@ def test_an_added_token_within_a_text_is_the_librarys_matter() -> None:
     tokenizer.add_tokens([AddedToken("cat sat", normalized=True)])
     words = Words.of(tokenizer)
     assert words is not None
-    assert words.encode("the CAT sat", 9) is None
-    assert words.encode("the cat", 9) is not None
+    alone, other = words.encode(["the CAT sat", "the cat"], 9)
+    assert alone is None and other is not None

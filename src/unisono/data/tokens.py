@@ -62,11 +62,7 @@ class Pieces:
         if self._words is None or self._frame is None:
             return self._ask(texts)
         begin, end = self._frame
-        most = self.max_tokens - (len(begin) + len(end)) // 4
-        found: list[np.ndarray | None] = []
-        for text in texts:
-            ids = self._words.encode(text, most)
-            found.append(None if ids is None else np.frombuffer(begin + ids[: 4 * most] + end, np.int32))
+        found = self._words.encode(texts, self.max_tokens - len(begin) - len(end), begin, end)
         left = [number for number, row in enumerate(found) if row is None]
         for number, asked in zip(left, self._ask([texts[number] for number in left]), strict=True):
             found[number] = asked
@@ -197,15 +193,15 @@ def _find_padding(tokenizer: Tokenizer) -> int:
     return next((number for number in known if number is not None), 0)
 
 
-def _find_frame(tokenizer: Tokenizer) -> tuple[bytes, bytes] | None:
-    """The special tokens before and after every text (int32); None if that is not how they are set."""
+def _find_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """The special tokens before and after every text; None if that is not how they are set."""
     word = next(iter(sorted(tokenizer.get_vocab())), "")
     inner = tokenizer.encode(word, add_special_tokens=False).ids[:1]
     whole = tokenizer.encode(word).ids
     if not inner or whole.count(inner[0]) != 1 or len(whole) != 1 + tokenizer.num_special_tokens_to_add(False):
         return None
     place = whole.index(inner[0])
-    return np.array(whole[:place], np.int32).tobytes(), np.array(whole[place + 1 :], np.int32).tobytes()
+    return whole[:place], whole[place + 1 :]
 
 
 def _keeps_words_apart(tokenizer: Tokenizer) -> bool:
