@@ -70,13 +70,19 @@ def write_part(path: Path, spooled: Spooled, number: int, fates: Fates, encoder:
             write_chunk(writer, chunk)
 
 
-def read_parts(paths: Sequence[Path], split: str) -> Iterator[Chunk]:
-    """Return the samples of a split, part by part."""
-    for path in paths:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        splits = json.loads(reader.schema.metadata[b"splits"])
-        if split in splits:
-            yield read_chunk(reader.get_batch(splits.index(split)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The samples of a split, part by part; they can be gone through more than once."""
+
+    paths: Sequence[Path]
+    split: str
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for path in self.paths:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            splits = json.loads(reader.schema.metadata[b"splits"])
+            if self.split in splits:
+                yield read_chunk(reader.get_batch(splits.index(self.split)))
 
 
 def read_quarantine_lines(paths: Sequence[Path]) -> Iterator[str]:

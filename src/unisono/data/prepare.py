@@ -26,7 +26,7 @@ from unisono.data.decided import Decided, load_records, refuse, refuse_absent_la
 from unisono.data.encoder import Encoder
 from unisono.data.inputs import Input, find_inputs, make_key
 from unisono.data.page import render
-from unisono.data.parts import add_reviews, read_parts, read_quarantine_lines, write_part
+from unisono.data.parts import Parts, add_reviews, read_quarantine_lines, write_part
 from unisono.data.pieces import read_piece
 from unisono.data.read import find_column
 from unisono.data.rules import Examiner, describe_treatments
@@ -40,6 +40,7 @@ from unisono.recipe import Recipe
 from unisono.sections import Screen
 
 REPORT = "report.html"
+LARGE_BYTES = 2**25  # of samples, from which on it pays to start processes for storing them
 _DEFAULTS = Screen().model_dump()
 
 
@@ -156,12 +157,13 @@ class _Stages:
         parts = self._encode(decided, encoder)
         return store.write_dataset(
             folder,
-            splits={split: read_parts(parts, split) for split in splits},
+            splits={split: Parts(paths=parts, split=split) for split in splits},
             labels=labels,
             encoder=encoder,
             quarantine=read_quarantine_lines(parts),
             notes={"quarantined": decided.counts, "made_from": dict(key)},
             pages={REPORT: self._draw(parts)},
+            **({"do": self._share.call} if sum(path.stat().st_size for path in parts) > LARGE_BYTES else {}),
         )
 
     def _spool(self) -> list[Spooled]:

@@ -113,18 +113,18 @@ def _cut(records: Records, validation: float, test: float) -> None:
 
 def _group(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return of each record whether no earlier one has its text, and whether records with its text differ in class."""
-    order = _sort(hashes)
-    ordered = hashes[:, order]
+    order, (high, low) = _sort(hashes)
+    first, contradicted = np.zeros((2, len(order)), bool)
+    if not len(order):
+        return first, contradicted
     begins = np.ones(len(order), bool)
-    begins[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
-    groups = np.cumsum(begins) - 1
-    first = np.zeros(len(order), bool)
-    first[order[begins]] = True  # the sort is stable: the earliest of a group stands first
-    differs = np.zeros(int(groups[-1]) + 1 if len(groups) else 0, bool)
-    ordered_labels = labels[order]
-    differs[groups[ordered_labels != ordered_labels[begins][groups]]] = True
-    contradicted = np.empty(len(order), bool)
-    contradicted[order] = differs[groups]
+    begins[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    first[np.minimum.reduceat(order, np.flatnonzero(begins))] = True
+    ordered = labels[order]
+    changes = np.flatnonzero((ordered[1:] != ordered[:-1]) & ~begins[1:]) + 1  # within a group
+    if len(changes):
+        groups = np.cumsum(begins)
+        contradicted[order] = np.isin(groups, groups[changes])
     return first, contradicted
 
 
@@ -135,10 +135,11 @@ def _is_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
     return ~first[known.shape[1] :]
 
 
-def _sort(hashes: np.ndarray) -> np.ndarray:
-    """Return the stable order of hashes of 128 bits, by the first half, and by the second where that is equal."""
-    order = np.argsort(hashes[0], kind="stable")
-    ordered = hashes[:, order]
-    if ((ordered[0, 1:] == ordered[0, :-1]) & (ordered[1, 1:] != ordered[1, :-1])).any():  # once in 2^64 pairs
+def _sort(hashes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Return an order of hashes of 128 bits in which equal ones are neighbours, and both halves so ordered."""
+    order = np.argsort(hashes[0])
+    high, low = hashes[0][order], hashes[1][order]
+    if ((high[1:] == high[:-1]) & (low[1:] != low[:-1])).any():  # once in 2^64 pairs
         order = np.lexsort((hashes[1], hashes[0]))
-    return order
+        high, low = hashes[0][order], hashes[1][order]
+    return order, (high, low)

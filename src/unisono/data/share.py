@@ -41,6 +41,10 @@ class Share:
                 raise DataError("the disk is full. Free some space, or set data.store to a folder elsewhere.") from None
             raise
 
+    def call(self, functions: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Return what the functions return, in their order."""
+        return list(self.map(lambda function: function(), functions))
+
     def do(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
         """Have the function done with each item."""
         for _ in self.map(function, items):

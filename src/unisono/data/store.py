@@ -17,14 +17,12 @@ import io
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +40,6 @@ FORMAT = 1
 SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32())), pa.field("label", pa.int32())])
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
-_MOST_BEHIND = 16  # pieces that wait to be hashed, each in memory
 REMEDY = "Delete the folder and prepare the data again."
 
 
@@ -73,6 +70,10 @@ class Dataset:
         return _map_samples(self.folder / entry["file"], entry["sha256"])
 
 
+def _one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    return [task() for task in tasks]
+
+
 def write_dataset(
     folder: Path,
     *,
@@ -82,29 +83,31 @@ def write_dataset(
     quarantine: Iterable[str],
     notes: Mapping[str, object],
     pages: Mapping[str, str] | None = None,
+    do: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] = _one_by_one,
 ) -> Dataset:
     """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
 
     `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of
     the manifest; `quarantined`, the counts by split and reason, is one of them. `pages` are further text files, by
-    name.
+    name. Chunks are gone through twice. `do` calls functions and returns their results in order, in processes of its
+    own, say.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    unfinished = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():
-                shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
                 try:
-                    partial.mkdir()
-                    _fill(partial, splits, labels, encoder, quarantine, notes, pages or {})
-                    partial.rename(folder)
+                    unfinished.mkdir()
+                    _fill(unfinished, splits, labels, encoder, quarantine, notes, pages or {}, do)
+                    unfinished.rename(folder)
                     sync(folder.parent)
                 finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fault = "the disk is full. Free some space, or set data.store to a folder elsewhere"
@@ -156,6 +159,7 @@ def _fill(
     quarantine: Iterable[str],
     notes: Mapping[str, object],
     pages: Mapping[str, str],
+    do: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]],
 ) -> None:
     encoder.save(folder)
     encoder_files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
@@ -163,9 +167,13 @@ def _fill(
         (folder / name).write_text(page, encoding="utf-8")
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         file.writelines(quarantine)
-    written = {name: _write_split(folder / f"{name}.arrow", chunks) for name, chunks in splits.items()}
-    entries = {name: entry for name, (entry, _) in written.items()}
-    hashes = {entry["file"]: sha256 for entry, sha256 in written.values()}
+    writing = [partial(_write_split, folder / f"{name}.arrow", chunks) for name, chunks in splits.items()]
+    hashing = [partial(_hash_split, chunks) for chunks in splits.values()]
+    found = do([*writing, *hashing])  # to hash a file takes as long as to write it
+    entries, hashes = {}, {}
+    for name, (samples, tokens), (content, sha256) in zip(splits, found, found[len(splits) :], strict=False):
+        entries[name] = {"file": f"{name}.arrow", "samples": samples, "tokens": tokens, "sha256": content}
+        hashes[f"{name}.arrow"] = sha256
     contents = {name: entry["sha256"] for name, entry in entries.items()}
     visible = {"labels": list(labels), "encoder": encoder_files, "splits": contents}
     files = {}
@@ -180,63 +188,39 @@ def _fill(
     sync(folder)
 
 
-class _Beside:
-    """A thread that does what it is told, in order, a little behind: hashing a file takes longer than writing it."""
+class _Hashing(io.RawIOBase):
+    """A file that keeps the SHA-256 of what was written, and nothing else."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "unisono-store")
-        self._behind: deque[Future[None]] = deque()
-
-    def __enter__(self) -> _Beside:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def do(self, function: Callable[[Any], None], value: object) -> None:
-        """Have the function done with a value, which must stay as it is meanwhile."""
-        self._behind.append(self._thread.submit(function, value))
-        if len(self._behind) > _MOST_BEHIND:
-            self._behind.popleft().result()
-
-    def finish(self) -> None:
-        """Return when all is done."""
-        while self._behind:
-            self._behind.popleft().result()
-
-
-class _Hashing(io.RawIOBase):
-    """A file to write to, whose bytes are hashed beside."""
-
-    def __init__(self, file: BinaryIO, beside: _Beside) -> None:
-        self._file = file
-        self._beside = beside
         self.sha256 = hashlib.sha256()
 
     def writable(self) -> bool:
         return True
 
     def write(self, content: Any, /) -> int:
-        self._beside.do(self.sha256.update, content)
-        return self._file.write(content)
+        self.sha256.update(content)
+        return memoryview(content).nbytes
 
 
-def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[dict[str, Any], str]:
-    """Write one record batch per chunk; return the split's entry in the manifest, and the file's SHA-256."""
-    content = ContentHash()
+def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[int, int]:
+    """Write one record batch per chunk; return how many samples and tokens these are."""
     samples = tokens = 0
-    with path.open("wb") as file, _Beside() as beside, _Beside() as other:
-        hashing = _Hashing(file, beside)
-        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA) as writer:
-            for chunk in chunks:
-                other.do(content.add, chunk)
-                write_chunk(writer, chunk)
-                samples += len(chunk.lengths)
-                tokens += len(chunk.ids)
-        beside.finish()
-        other.finish()
-    entry = {"file": path.name, "samples": samples, "tokens": tokens, "sha256": content.hexdigest()}
-    return entry, hashing.sha256.hexdigest()
+    with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for chunk in chunks:
+            write_chunk(writer, chunk)
+            samples += len(chunk.lengths)
+            tokens += len(chunk.ids)
+    return samples, tokens
+
+
+def _hash_split(chunks: Iterable[Chunk]) -> tuple[str, str]:
+    """Return the SHA-256 of the samples, and of the file that `_write_split` makes of them."""
+    content, file = ContentHash(), _Hashing()
+    with pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as writer:
+        for chunk in chunks:
+            content.add(chunk)
+            write_chunk(writer, chunk)
+    return content.hexdigest(), file.sha256.hexdigest()
 
 
 def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:
