@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,9 +87,20 @@ def remove_leftovers(parent: Path) -> None:
             path.rename(replaced)
 
 
+def boot_id() -> str:
+    """Which start of this machine this is; a new one each time where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return uuid.uuid4().hex
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary file's path beside `path`; on success fsync it and rename it there; else remove it.
+
+    durable: false leaves out the fsync. The file is then whole or absent for whoever looks while the machine is up, and
+    may be anything after it was cut off; see `boot_id`.
 
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
@@ -96,7 +108,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}{PART}")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.rename(path)
     except OSError as error:
         raise _unwritable(path, error) from error

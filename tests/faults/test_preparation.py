@@ -134,6 +134,28 @@ def test_settings_that_changed_meanwhile_begin_anew(whole: tuple[Path, dict[str,
     assert (work / "encoder").exists(), "what another preparation could go on with stays"
 
 
+def test_what_a_machine_left_when_it_was_cut_off_is_not_trusted(
+    whole: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Files of a preparation at work are not forced to the disk: after the next start they may be anything."""
+    folder, expected = whole
+    store = tmp_path / "store"
+    process = start(folder, store)
+    while process.poll() is None and not STAGES["encoding"](store):
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    (mark,) = store.glob(".*.work/boot")
+    mark.write_text("another start of the machine", encoding="utf-8")
+    for path in [*store.glob(".*.work/spool-*"), *store.glob(".*.work/part-*")]:
+        path.write_bytes(bytes(path.stat().st_size))
+    again = start(folder, store)
+    told, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, told
+    assert "going on with" not in told
+    assert read_all(store) == expected
+
+
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -23,14 +23,21 @@ from unisono.sections import Train
 pytestmark = pytest.mark.usefixtures("settled")
 
 FLAT = torch.zeros(1)
-WORKERS = {1: [range(8)], 2: [range(4), range(4, 8)], 3: [range(3), range(3, 5), range(5, 8)], 5: [range(7), range(7, 8)]}
+WORKERS = {
+    1: [range(8)],
+    2: [range(4), range(4, 8)],
+    3: [range(3), range(3, 5), range(5, 8)],
+    5: [range(7), range(7, 8)],
+}
 SHARES = [*WORKERS.values(), [range(number, number + 1) for number in range(13)]]
 
 
 def values_of_all_sizes(count: int, seed: int) -> Tensor:
     """From denormals to large numbers, zeros of both signs among them."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(count, generator=generator) * torch.exp2(torch.randint(-140, 20, (count,), generator=generator))
+    values = torch.randn(count, generator=generator) * torch.exp2(
+        torch.randint(-140, 20, (count,), generator=generator)
+    )
     values[torch.rand(count, generator=generator) < 0.1] = 0.0
     values[torch.rand(count, generator=generator) < 0.05] = -0.0
     return values
@@ -41,7 +48,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(integers), other.view(integers))
 
 
-def with_torch(train: Train, gradient: Tensor, old: Sequence[Tensor], setting: tuple[float, float, float]) -> list[Tensor]:
+def with_torch(
+    train: Train, gradient: Tensor, old: Sequence[Tensor], setting: tuple[float, float, float]
+) -> list[Tensor]:
     """What torch's kernel makes of one piece."""
     found = [value.clone() for value in old]
     count, rate, decay = setting
@@ -65,12 +74,12 @@ def test_the_kernels_are_there() -> None:
     seed=st.integers(0, 2**32 - 1),
     in_place=st.booleans(),
 )
-def test_a_mean_is_that_of_torch(
-    shares: list[range], blocks: int, weight: int, seed: int, in_place: bool
-) -> None:
+def test_a_mean_is_that_of_torch(shares: list[range], blocks: int, weight: int, seed: int, in_place: bool) -> None:
     pending = [node for share in shares for node in nodes(share)]
     values = [values_of_all_sizes(blocks * BLOCK, seed % 2**31 + number) for number in range(len(pending))]
-    expected = torch.div(fold_nodes([(node, value.clone()) for node, value in zip(pending, values, strict=True)]), weight)
+    expected = torch.div(
+        fold_nodes([(node, value.clone()) for node, value in zip(pending, values, strict=True)]), weight
+    )
     squares = torch.full((blocks,), -1.0, dtype=torch.float64)
     others = [value.clone() for value in values[1:]]
     target = values[0] if in_place else torch.empty_like(values[0])

@@ -102,9 +102,7 @@ def run(
     arrays = None
     if memory >= 0:
         names = array_names(settings)
-        arrays = SnapshotArrays(
-            memory, names, replica, exchange, most_workers=exchange.workers, extra={}, direct=True
-        )
+        arrays = SnapshotArrays(memory, names, replica, exchange, most_workers=exchange.workers, extra={}, direct=True)
     optimizer = Optimizer(replica, exchange, settings, arrays)
     if arrays:
         optimizer.publish(replica.integer_values())

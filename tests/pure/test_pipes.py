@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,10 +65,10 @@ def test_everybody_hears_everybody_in_order_of_rank(workers: int) -> None:
             heard.append([bytes(row) for row in pipes.swap(bytes([10 * turn + rank]) * size)])
         return heard
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     expected = [[bytes([10 * turn + rank]) * size for rank in range(workers)] for turn, size in enumerate(sizes)]
     assert act_together(workers, act) == [expected] * workers
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_who_has_gone_is_told_after_what_it_said() -> None:
@@ -118,7 +118,7 @@ def test_a_worker_that_was_lost_before_the_pipes_were_laid_is_told() -> None:
     def gather(content: bytes) -> list[bytes]:
         return [content, (2**22 + 1).to_bytes(8, "little") + content[8:]]  # no process has such a number
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(LostPeerError, match="another worker has gone"):
         Pipes(gather, rank=0, workers=2, timeout_seconds=1)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -65,7 +65,7 @@ def write_part(path: Path, spooled: Spooled, number: int, fates: Fates, encoder:
         "quarantine": "".join(lines),
     }
     schema = SCHEMA.with_metadata(facts)
-    with whole_file(path) as part, part.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with whole_file(path, durable=False) as part, part.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         for chunk in chunks.values():
             write_chunk(writer, chunk)
 

@@ -10,7 +10,7 @@ Owns the order of the stages, the classes, and when what was made before is used
 
 1, 4 and much of 3 are shared out to processes. Parts are cut by the input's bytes, and taken up in its order, so the
 dataset does not depend on their number. What 1, 3 and 4 have finished lies in a hidden folder beside the dataset's, and
-a preparation that was killed goes on with it.
+a preparation that was killed goes on with it, as long as the machine was not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unisono.data.share import Share
 from unisono.data.sheets import Sheet
 from unisono.data.spool import Spooled, spool
 from unisono.errors import DataError, RunFolderError, UnisonoError
-from unisono.files import facts_sha256, remove_leftovers, whole_folder
+from unisono.files import boot_id, facts_sha256, remove_leftovers, whole_folder, write_text
 from unisono.recipe import Recipe
 from unisono.sections import Screen
 
@@ -96,10 +96,7 @@ def _make(
 ) -> store.Dataset:
     work = folder.with_name(f".{folder.name}.work")
     try:
-        if work.exists():
-            notify(f"going on with what {work} holds")
-        work.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(work)
+        _enter(work, notify)
         dataset = _Stages(recipe, inputs, work, share, notify).make(folder, key)
     except RunFolderError as error:
         shutil.rmtree(work, ignore_errors=True)
@@ -110,6 +107,19 @@ def _make(
     shutil.rmtree(work, ignore_errors=True)
     notify(f"dataset {folder}: written")
     return dataset
+
+
+def _enter(work: Path, notify: Callable[[str], None]) -> None:
+    """Make the folder of a preparation at work, or go on with it. Its files are not forced to the disk, so what was
+    there before the machine was started is not trusted."""
+    mark = work / "boot"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == boot_id():
+        notify(f"going on with what {work} holds")
+        remove_leftovers(work)
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_text(mark, boot_id())
 
 
 class _Stages:
@@ -155,6 +165,7 @@ class _Stages:
         told = ", ".join(f"{decided.count_kept(split)} {split}" for split in splits)
         self._notify(f"encoding {told} records")
         parts = self._encode(decided, encoder)
+        size = sum(path.stat().st_size for path in parts)
         return store.write_dataset(
             folder,
             splits={split: Parts(paths=parts, split=split) for split in splits},
@@ -163,7 +174,7 @@ class _Stages:
             quarantine=read_quarantine_lines(parts),
             notes={"quarantined": decided.counts, "made_from": dict(key)},
             pages={REPORT: self._draw(parts)},
-            **({"do": self._share.call} if sum(path.stat().st_size for path in parts) > LARGE_BYTES else {}),
+            do=self._share.call if size > LARGE_BYTES else store.one_by_one,
         )
 
     def _spool(self) -> list[Spooled]:

@@ -73,7 +73,7 @@ def spool(
     """
     names: dict[str, None] = {}
     rows: list[int] = []
-    with whole_file(path) as part, part.open("wb") as file:
+    with whole_file(path, durable=False) as part, part.open("wb") as file:
         with pa.ipc.new_file(file, _SCHEMA) as writer:
             for sheet in sheets:
                 names |= dict.fromkeys(sheet.columns)

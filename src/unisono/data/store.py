@@ -70,7 +70,8 @@ class Dataset:
         return _map_samples(self.folder / entry["file"], entry["sha256"])
 
 
-def _one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Call functions in this process."""
     return [task() for task in tasks]
 
 
@@ -83,7 +84,7 @@ def write_dataset(
     quarantine: Iterable[str],
     notes: Mapping[str, object],
     pages: Mapping[str, str] | None = None,
-    do: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] = _one_by_one,
+    do: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] = one_by_one,
 ) -> Dataset:
     """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
 

@@ -56,8 +56,8 @@ class Words:
     def encode(
         self, texts: Sequence[str], most: int, begin: Sequence[int] = (), end: Sequence[int] = ()
     ) -> list[np.ndarray | None]:
-        """Return int32 [tokens] of each text: `begin`, those of its words, `most` at most, and `end`; None if it holds an
-        added token, which the library alone can judge."""
+        """Return int32 [tokens] of each text: `begin`, those of its words, `most` at most, and `end`; None if it holds
+        an added token, which the library alone can judge."""
         rows: list[np.ndarray | None] = [None] * len(texts)
         plain = []
         for number, text in enumerate(texts):
@@ -75,10 +75,7 @@ class Words:
         return (found.ids for found in self._tokenizer.encode_batch_fast(words, add_special_tokens=False))
 
     def _may_be_added(self, text: str) -> bool:
-        for letter in self._begins:
-            if letter in text:
-                return True
-        return False
+        return any(letter in text for letter in self._begins)
 
     def _has_added(self, text: str) -> bool:
         folded = text.casefold()

@@ -3,8 +3,8 @@
 Owns where words begin and end in ASCII texts, and a table of words. What a word's tokens are, somebody else says, once
 for each word.
 
-Words are compared by their letters, packed into two numbers of 64 bits, never by a hash alone; the hash says where in the
-table to look. The few words that are longer, or for which the table has no room, are in a dictionary.
+Words are compared by their letters, packed into two numbers of 64 bits, never by a hash alone; the hash says where in
+the table to look. The few words that are longer, or for which the table has no room, are in a dictionary.
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ class WordTable:
         self._ask = ask
         letters = bytes(range(256))
         self._letters = letters[:128].lower() + letters[128:] if lowercase else letters
-        self._forget()
+        # words by number, of which 0 is nobody's: packed letters; where its tokens begin, and how many there are
+        self._words, self._used = 1, 0
+        self._keys = np.zeros((1024, 2), "<u8")
+        self._spans = np.zeros((1024, 2), np.int64)
+        self._ids = np.zeros(1024, np.int32)
+        # two numbers for each bucket of the table, and a dictionary for words that are not in it
+        self._ways = np.zeros((2, 1 << _BUCKET_BITS), np.int32)
+        self._others: dict[bytes, int] = {}
 
     def __len__(self) -> int:
         return self._words - 1
@@ -102,12 +109,10 @@ class WordTable:
         return numbers
 
     def _forget(self) -> None:
-        self._words, self._used = 1, 0  # number 0 is no word's
-        self._keys = np.zeros((1024, 2), "<u8")
-        self._spans = np.zeros((1024, 2), np.int64)
-        self._ids = np.zeros(1024, np.int32)
-        self._ways = np.zeros((2, 1 << _BUCKET_BITS), np.int32)
-        self._others: dict[bytes, int] = {}
+        self._words, self._used = 1, 0
+        self._keys[:] = 0
+        self._ways[:] = 0
+        self._others.clear()
 
     def _encode(self, texts: Sequence[str], most: int, begin: Sequence[int], end: Sequence[int]) -> list[np.ndarray]:
         if len(self) > MOST_WORDS:

@@ -1,8 +1,8 @@
 """From my shard of the gradient to everybody's new weights: the norm, the update, and the second crossing.
 
-Owns the optimiser's state, of which each worker keeps its shard. An update goes through the shard in chunks, so that
-what one pass has read or written is still in the processor's cache for the next; all cuts lie on the grid of 64
-elements, and nothing depends on them. The rules themselves are in `rules.py`.
+Owns the optimiser's state, of which each worker keeps its shard. An update goes through the shard in one walk
+(`kernels.py`), or else in chunks, so that what one pass has read or written is still in the processor's cache for the
+next; all cuts lie on the grid of 64 elements, and nothing depends on them. The rules themselves are in `rules.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
-from unisono.engine.kernels import LARGE, Gradient, find_adam
+from unisono.engine.kernels import LARGE, AdamWalk, Gradient, find_adam
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Group, Replica
 from unisono.engine.rows import Rows
@@ -153,15 +153,12 @@ class Optimizer:
                     rows.values.mul_(known.factor)
         for chunk in self._chunks:
             if norm_first:
-                gradient_of_chunk = Gradient(values=[gradient.left(chunk.place)], factor=known.factor)
+                part = Gradient(values=[gradient.left(chunk.place)], factor=known.factor)
             else:
-                gradient_of_chunk = Gradient(
-                    values=gradient.nodes(chunk.place),
-                    additions=gradient.additions,
-                    weight=totals.weight,
-                    squares=_blocks(squares, chunk),
-                )
-            self._apply(gradient_of_chunk, chunk, old, new, known)
+                nodes = gradient.nodes(chunk.place)
+                asked = _blocks(squares, chunk)
+                part = Gradient(values=nodes, additions=gradient.additions, weight=totals.weight, squares=asked)
+            self._apply(part, chunk, old, new, known)
         self._update_tables(touched, old, new, known)
         self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
         if not norm_first:
@@ -190,31 +187,32 @@ class Optimizer:
     def _apply(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
         """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
         if self._adam and new is not old:
-            self._walk(gradient, chunk, old, new, known)
+            self._walk(self._adam, gradient, chunk, old, new, known)
         else:
-            mean, values = gradient.resolve(self._scratch), _moved(chunk.place, old, new)
-            for number, group in enumerate(self._replica.groups):
-                places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
-                if places:
-                    pieces = Pieces(
-                        weights=[values[WEIGHTS][place] for _, place in places],
-                        gradients=[mean[place] for _, place in places],
-                        slots=tuple([values[name][place] for _, place in places] for name in self.slots),
-                        counts=[known.count_tensors[index] for index, _ in places],
-                    )
-                    self._run_rule(group, pieces, known.rate)
+            self._copy_and_update(gradient, chunk, old, new, known)
         if AVERAGE in new:
             new[AVERAGE][chunk.place].lerp_(new[WEIGHTS][chunk.place], 1 - known.ema_decay)
 
-    def _walk(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
-        """The same, from the old arrays into the new ones without a copy."""
-        assert self._adam is not None
+    def _copy_and_update(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+        mean, values = gradient.resolve(self._scratch), _moved(chunk.place, old, new)
+        for number, group in enumerate(self._replica.groups):
+            places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
+            if places:
+                pieces = Pieces(
+                    weights=[values[WEIGHTS][place] for _, place in places],
+                    gradients=[mean[place] for _, place in places],
+                    slots=tuple([values[name][place] for _, place in places] for name in self.slots),
+                    counts=[known.count_tensors[index] for index, _ in places],
+                )
+                self._run_rule(group, pieces, known.rate)
+
+    def _walk(self, rule: AdamWalk, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
         pieces = []
         for index, number, place in chunk.pieces:
             settings = self._settings(self._replica.groups[number], known.rate)
             pieces.append((place.stop, (known.counts[index], *settings) if known.used[index] else None))
         before, after = ([array[name][chunk.place] for name in (WEIGHTS, *self.slots)] for array in (old, new))
-        self._adam.update(gradient, pieces, before, after, past_caches=self._replica.shard.size >= LARGE)
+        rule.update(gradient, pieces, before, after, past_caches=self._replica.shard.size >= LARGE)
         if AVERAGE in new:
             new[AVERAGE][chunk.place] = old[AVERAGE][chunk.place]
 

@@ -63,9 +63,7 @@ class Sum:
         """A part of the shard, of each node."""
         return [value[place] for value in self._values]
 
-    def mean(
-        self, place: slice, weight: int, into: Tensor | None = None, *, squares: Tensor | None = None
-    ) -> Tensor:
+    def mean(self, place: slice, weight: int, into: Tensor | None = None, *, squares: Tensor | None = None) -> Tensor:
         """A part of the shard, added and divided by the step's weight, once: in the beginning of `into`, or left where
         `left` finds it. squares: float64, to hold the sum of squares of each of its blocks."""
         target = self.left(place) if into is None else into[: place.stop - place.start]

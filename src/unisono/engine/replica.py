@@ -66,7 +66,9 @@ class Replica:
         device = next(module.parameters()).device
         self.flat = torch.zeros(self.shard.padded_space, dtype=dtype, device=device)
         self.buffer_values = torch.zeros_like(self._step_floats)
-        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # flat tensors that come again → views of the parameters
+        self._seen: WeakIdKeyDictionary = (
+            WeakIdKeyDictionary()
+        )  # flat tensors that come again → views of the parameters
         self.parameters: list[nn.Parameter] = []
         self._owners = _buffer_owners(module)
         self._move_in()

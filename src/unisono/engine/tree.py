@@ -62,7 +62,7 @@ def additions(nodes: Sequence[Node]) -> list[int]:
 
 
 def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = None) -> Tensor:
-    """Add complete nodes, given from left to right and covering all microbatches; return the root. See `fold_values`."""
+    """Add complete nodes, given from left to right and covering all microbatches; return the root, as `fold_values`."""
     return fold_values([value for _, value in pending], additions([node for node, _ in pending]), into)
 
 

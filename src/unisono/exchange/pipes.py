@@ -1,8 +1,8 @@
 """Small messages among the processes of one host, through pipes. A collective of gloo goes through several threads and
 a socket, and takes a hundred times as long.
 
-Each worker has a pipe from every other one. Nobody but the two holds its ends, so that a worker that is lost, or leaves,
-is known at once: what it wrote can still be read, and then there is an end.
+Each worker has a pipe from every other one. Nobody but the two holds its ends, so that a worker that is lost, or
+leaves, is known at once: what it wrote can still be read, and then there is an end.
 
 Owns the pipes, and the waiting. What the messages mean is the matter of `shared.py`.
 """
