@@ -42,4 +42,4 @@ soak: .venv/ready-dev  ## all kinds of faults mixed, on one run after another: m
 	touch $@
 
 clean:  ## remove what these targets made, but no runs and no data
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/unisono/engine/_kernels.*.so

@@ -21,7 +21,7 @@ from toy import Command
 from unisono.board import PHASES
 from unisono.engine.state import TrainState
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
-from unisono.exchange.distributed import Distributed
+from unisono.exchange.shared import Shared
 from unisono.launch import supervisor
 from unisono.launch.losses import Budget
 
@@ -182,9 +182,9 @@ def test_a_worker_that_is_stuck_in_an_exchange(
     disturbed: Disturbed, quiet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has entered, as all others have, so all are found; from outside nobody can tell whose fault it is."""
-    honest = Distributed.add_integers
+    honest = Shared.add_integers
 
-    def add_integers(self: Distributed, values: Tensor) -> Tensor:
+    def add_integers(self: Shared, values: Tensor) -> Tensor:
         if self.rank == 1 and (tmp_path / "run" / "checkpoints" / "step-00000006").exists():
             with stuck.open("a") as file:
                 file.write("once\n")
@@ -195,7 +195,7 @@ def test_a_worker_that_is_stuck_in_an_exchange(
         return honest(self, values)
 
     stuck = tmp_path / "stuck"
-    monkeypatch.setattr(Distributed, "add_integers", add_integers)
+    monkeypatch.setattr(Shared, "add_integers", add_integers)
     run = disturbed(workers=2, **HANGS)
     (line,) = recovered(run)
     assert line["what"].count("in the exchange ") >= 1
