@@ -76,7 +76,7 @@ def test_any_text_has_the_librarys_tokens(text: str) -> None:
 
 
 def ids_of(words: Words, text: str, most: int = 99) -> list[int]:
-    (row,) = words.encode([text], most)
+    (row,) = words.encode([text], most, [], [])
     assert row is not None
     return row.tolist()
 
@@ -172,5 +172,5 @@ def test_an_added_token_within_a_text_is_the_librarys_matter() -> None:
     tokenizer.add_tokens([AddedToken("cat sat", normalized=True)])
     words = Words.of(tokenizer)
     assert words is not None
-    alone, other = words.encode(["the CAT sat", "the cat"], 9)
+    alone, other = words.encode(["the CAT sat", "the cat"], 9, [], [])
     assert alone is None and other is not None

@@ -26,7 +26,7 @@ _WHOLE = re.compile(r"[A-Za-z0-9]{1,100}|[!-/:-@\[-`{-~]")
 
 
 class Words:
-    """A pure function from texts to their tokens, without special ones."""
+    """A pure function from texts to their tokens."""
 
     def __init__(self, tokenizer: Tokenizer, added: list[str], *, lowercase: bool) -> None:
         self._tokenizer = tokenizer
@@ -54,18 +54,19 @@ class Words:
         return cls(tokenizer, added, lowercase=normalizer["lowercase"])
 
     def encode(
-        self, texts: Sequence[str], most: int, begin: Sequence[int] = (), end: Sequence[int] = ()
+        self, texts: Sequence[str], most: int, begin: Sequence[int], end: Sequence[int]
     ) -> list[np.ndarray | None]:
         """Return int32 [tokens] of each text: `begin`, those of its words, `most` at most, and `end`; None if it holds
         an added token, which the library alone can judge."""
         rows: list[np.ndarray | None] = [None] * len(texts)
         plain = []
         for number, text in enumerate(texts):
+            if self._has_added(text):
+                continue
             if text.isascii():
-                if not self._may_be_added(text) or not self._has_added(text):
-                    plain.append(number)
-            elif not self._has_added(text):
-                rows[number] = np.concatenate([begin, self._encode_any(text, most), end]).astype(np.int32)
+                plain.append(number)
+            else:
+                rows[number] = np.array([*begin, *self._encode_any(text, most).tolist(), *end], np.int32)
         encoded = self._table.encode([texts[number] for number in plain], most, begin, end)
         for number, row in zip(plain, encoded, strict=True):
             rows[number] = row
@@ -74,10 +75,9 @@ class Words:
     def _ask(self, words: list[str]) -> Iterable[Sequence[int]]:
         return (found.ids for found in self._tokenizer.encode_batch_fast(words, add_special_tokens=False))
 
-    def _may_be_added(self, text: str) -> bool:
-        return any(letter in text for letter in self._begins)
-
     def _has_added(self, text: str) -> bool:
+        if text.isascii() and not any(letter in text for letter in self._begins):
+            return False
         folded = text.casefold()
         return any(token in folded for token in self._added)
 

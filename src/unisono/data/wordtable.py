@@ -151,11 +151,9 @@ class WordTable:
             ends = (starts[missed] + lengths[missed]).tolist()
             words = [packed[start:end] for start, end in zip(starts[missed].tolist(), ends, strict=True)]
             new = [word for word in dict.fromkeys(words) if word not in self._others]
-            known = self._others
-            if new:
-                asked = self._ask([word.decode("ascii") for word in new])
-                known = known | dict(zip(new, self.add(new, asked), strict=True))
-            numbers[missed] = [known[word] for word in words]
+            asked = self._ask([word.decode("ascii") for word in new]) if new else []
+            learned = dict(zip(new, self.add(new, asked), strict=True))
+            numbers[missed] = [learned[word] if word in learned else self._others[word] for word in words]
         return numbers
 
 

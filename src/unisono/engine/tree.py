@@ -49,15 +49,13 @@ class Tree(Generic[Value]):
 def additions(nodes: Sequence[Node]) -> list[int]:
     """Return how often, after each of these complete nodes, the last two values become one. They are given from left to
     right, and cover all microbatches."""
-    pending: list[Node] = []
+    tree: Tree[None] = Tree(lambda node, left, right: None)
     found: list[int] = []
     for node in nodes:
-        found.append(0)
-        while pending and pending[-1].is_left_of(node):
-            node = pending.pop().parent
-            found[-1] += 1
-        pending.append(node)
-    found[-1] += len(pending) - 1  # what lacks its right sibling goes up as it is
+        waiting = len(tree.pending)
+        tree.add(node, None)
+        found.append(waiting + 1 - len(tree.pending))
+    found[-1] += len(tree.pending) - 1  # what lacks its right sibling goes up as it is
     return found
 
 
