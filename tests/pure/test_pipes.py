@@ -19,11 +19,11 @@ class Meeting:
 
     def __init__(self, workers: int) -> None:
         self._barrier = threading.Barrier(workers)
-        self._rows: list[bytes] = [b""] * workers
+        self._rows: list[list[int]] = [[]] * workers
 
-    def gather(self, rank: int) -> Callable[[bytes], list[bytes]]:
-        def gather(content: bytes) -> list[bytes]:
-            self._rows[rank] = content
+    def gather(self, rank: int) -> Callable[[list[int]], list[list[int]]]:
+        def gather(numbers: list[int]) -> list[list[int]]:
+            self._rows[rank] = numbers
             self._barrier.wait(10)
             heard = list(self._rows)
             self._barrier.wait(10)
@@ -115,8 +115,8 @@ def test_who_does_not_come_is_named() -> None:
 
 
 def test_a_worker_that_was_lost_before_the_pipes_were_laid_is_told() -> None:
-    def gather(content: bytes) -> list[bytes]:
-        return [content, (2**22 + 1).to_bytes(8, "little") + content[8:]]  # no process has such a number
+    def gather(numbers: list[int]) -> list[list[int]]:
+        return [numbers, [2**22 + 1, *numbers[1:]]]  # no process has such a number
 
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(LostPeerError, match="another worker has gone"):

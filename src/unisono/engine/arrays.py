@@ -30,6 +30,11 @@ class Arrays(Protocol):
         """Whether they hold a state to go on from; else zeros."""
         ...
 
+    @property
+    def in_place(self) -> bool:
+        """Whether `begin` returns what `mine` does."""
+        ...
+
     def mine(self) -> dict[str, Tensor]:
         """Name → [shard size], my part of the present values."""
         ...
@@ -77,6 +82,7 @@ class PrivateArrays:
     """One copy in this worker's memory, updated in place: what is lost with a worker is in the last checkpoint."""
 
     committed = False
+    in_place = True
 
     def __init__(self, names: Sequence[str], replica: Replica, exchange: Exchange) -> None:
         self._exchange = exchange

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,17 +75,21 @@ def cut(space: Space, shard: Shard, size: int) -> tuple[list[Chunk], slice]:
     return chunks, slice(end, shard.size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Known:
-    """What an update knows before it begins. counts: updates that each parameter will have had; count_tensors: the same
-    as float32 scalars. factor: by which clipping multiplies the gradient."""
+    """What an update knows before it begins. counts: int64, updates that each parameter will have had. factor: by which
+    clipping multiplies the gradient."""
 
     used: Sequence[bool]
-    counts: Sequence[int]
-    count_tensors: Sequence[Tensor]
+    counts: Tensor
     rate: float
     ema_decay: float
     factor: float = 1.0
+
+    @cached_property
+    def count_tensors(self) -> Sequence[Tensor]:
+        """The counts as float32 scalars."""
+        return self.counts.to(torch.float32).unbind(0)
 
 
 class Optimizer:
@@ -104,8 +109,7 @@ class Optimizer:
         self._train = train
         self.arrays = arrays or PrivateArrays(array_names(train), replica, exchange)
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
-        # Adam from old arrays into new ones, where these are other memory
-        self._adam = None if isinstance(self.arrays, PrivateArrays) else find_adam(train, replica.flat)
+        self._adam = None if self.arrays.in_place else find_adam(train, replica.flat)
         on_cpu, whole = replica.flat.device.type == "cpu", replica.shard.size
         self._chunk_elements = min(CHUNK, whole) if on_cpu else whole  # a GPU has no use for small pieces
         size = whole if self._adam else self._chunk_elements  # nor has a walk
@@ -171,10 +175,9 @@ class Optimizer:
         return norm
 
     def _know(self, totals: Totals, step: int, rate: float) -> Known:
-        counts = self.counts + 1
-        tensors = counts.to(torch.float32).to(self._replica.flat.device).unbind(0)
+        counts = (self.counts + 1).to(self._replica.flat.device)
         decay = min(self._train.ema_decay, (1 + step) / (10 + step))
-        return Known(used=totals.used, counts=counts.tolist(), count_tensors=tensors, rate=rate, ema_decay=decay)
+        return Known(used=totals.used, counts=counts, rate=rate, ema_decay=decay)
 
     def publish(self, integers: Tensor, facts: Mapping[str, Any] | None = None) -> None:
         """Commit the present arrays, with the step's integer buffers and what else is told of it; afterwards
@@ -186,7 +189,7 @@ class Optimizer:
 
     def _apply(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
         """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
-        if self._adam and new is not old:
+        if self._adam:
             self._walk(self._adam, gradient, chunk, old, new, known)
         else:
             self._copy_and_update(gradient, chunk, old, new, known)
@@ -207,10 +210,10 @@ class Optimizer:
                 self._run_rule(group, pieces, known.rate)
 
     def _walk(self, rule: AdamWalk, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
-        pieces = []
+        pieces, counts = [], known.counts.tolist()
         for index, number, place in chunk.pieces:
             settings = self._settings(self._replica.groups[number], known.rate)
-            pieces.append((place.stop, (known.counts[index], *settings) if known.used[index] else None))
+            pieces.append((place.stop, (counts[index], *settings) if known.used[index] else None))
         before, after = ([array[name][chunk.place] for name in (WEIGHTS, *self.slots)] for array in (old, new))
         rule.update(gradient, pieces, before, after, past_caches=self._replica.shard.size >= LARGE)
         if AVERAGE in new:

@@ -196,6 +196,11 @@ class SnapshotArrays:
         """Whether there is a commit to go on from."""
         return self.snapshot.sequence > 0
 
+    @property
+    def in_place(self) -> bool:
+        """Whether updates are computed in private arrays."""
+        return not self._direct
+
     def integers(self) -> tuple[Tensor, Tensor]:
         """The committed counts of updates, and integer buffers."""
         return self.snapshot.array("counts", self._copy), self.snapshot.array("integers", self._copy)

@@ -14,8 +14,6 @@ import select
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from unisono.errors import LostPeerError
 
 SPIN_SECONDS = 1e-4  # a process that sleeps takes as long to wake up: others are mostly quicker
@@ -25,25 +23,27 @@ class Pipes:
     """A worker's end of the pipes.
 
     Args:
-        gather: returns what every worker passed, in order of rank; called at the same time by all of them, twice.
+        gather: returns the numbers that every worker passed, in order of rank; called by all of them, twice.
+
+    Attributes:
+        pids: of all workers, by rank.
     """
 
     def __init__(
-        self, gather: Callable[[bytes], list[bytes]], *, rank: int, workers: int, timeout_seconds: float
+        self, gather: Callable[[list[int]], list[list[int]]], *, rank: int, workers: int, timeout_seconds: float
     ) -> None:
         self._rank, self._workers = rank, workers
         self._timeout_seconds = timeout_seconds
         peers = [worker for worker in range(workers) if worker != rank]
         made = {worker: os.pipe() for worker in peers}
         self._inlets = {inlet: worker for worker, (inlet, _) in made.items()}
-        self._outlets: list[int] = []
+        self._outlets: dict[int, int] = {}
         try:
-            mine = [os.getpid(), *(made[worker][1] if worker in made else -1 for worker in range(workers))]
-            told = [np.frombuffer(row, np.int64).tolist() for row in gather(np.array(mine, np.int64).tobytes())]
+            told = gather([os.getpid(), *(made[worker][1] if worker in made else -1 for worker in range(workers))])
+            self.pids = [pid for pid, *_ in told]
             for worker in peers:
-                pid, *outlets = told[worker]
-                self._outlets.append(_open(pid, outlets[rank]))
-            gather(b"")  # all have opened theirs
+                self._outlets[_open(self.pids[worker], told[worker][1 + rank])] = worker
+            gather([0])  # all have opened theirs
         except BaseException:
             self.close()
             raise
@@ -77,7 +77,7 @@ class Pipes:
         """Leave; the others learn of it."""
         for file in (*self._inlets, *self._outlets):
             os.close(file)
-        self._inlets, self._outlets = {}, []
+        self._inlets, self._outlets = {}, {}
 
     def _send(self, unsent: dict[int, memoryview]) -> bool:
         """Write what the pipes take; return whether that was anything."""
@@ -121,7 +121,7 @@ class Pipes:
         for file in lacking:
             waiting.register(file, select.POLLIN)
         if not waiting.poll(self._timeout_seconds * 1e3):
-            late = sorted(self._inlets[file] for file in lacking)
+            late = sorted({self._inlets[file] for file in lacking} | {self._outlets[file] for file in unsent})
             raise LostPeerError(f"another worker has gone: no word from {late} in {self._timeout_seconds:g} s")
 
 

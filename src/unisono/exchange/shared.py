@@ -31,10 +31,8 @@ class Shared(Distributed):
 
     def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
         super().__init__(store, rank=rank, workers=workers, device=torch.device("cpu"), timeout_seconds=timeout_seconds)
-        self._pipes: Pipes | None = None  # until there are some, gloo does it
         try:
-            self._pids = [int(pid) for pid in self.gather_bytes(str(os.getpid()).encode())]
-            self._pipes = Pipes(self.gather_bytes, rank=rank, workers=workers, timeout_seconds=timeout_seconds)
+            self._pipes = Pipes(self._gather, rank=rank, workers=workers, timeout_seconds=timeout_seconds)
         except LostPeerError:
             super().close()  # nobody else could
             raise
@@ -56,8 +54,6 @@ class Shared(Distributed):
         return self._files[buffer.data_ptr()]
 
     def add_integers(self, values: Tensor) -> Tensor:
-        if self._pipes is None:
-            return super().add_integers(values)
         total = values.contiguous()
         numbers = total.view(-1).numpy()
         rows = self._pipes.swap(numbers.tobytes() or b"0")
@@ -75,9 +71,6 @@ class Shared(Distributed):
 
     def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         if names is None and shard.nbytes < SMALL_BYTES:
-            if self._pipes is None:
-                super().gather_shards(shard, flat)
-                return
             rows = self._pipes.swap(shard.contiguous().view(torch.uint8).numpy().tobytes())
             for part, row in zip(flat.chunk(self.workers), rows, strict=True):
                 part.copy_(torch.frombuffer(row, dtype=shard.dtype))
@@ -93,11 +86,16 @@ class Shared(Distributed):
             part.copy_(values)
 
     def close(self) -> None:
-        if self._pipes is not None:
-            self._pipes.close()
+        self._pipes.close()
         super().close()
         for file in self._files.values():
             os.close(file)
+
+    def _gather(self, numbers: list[int]) -> list[list[int]]:
+        """What all workers pass, by gloo: until there are pipes."""
+        rows = torch.zeros(self.workers * len(numbers), dtype=torch.int64)
+        super().gather_shards(torch.tensor(numbers), rows)
+        return rows.view(self.workers, -1).tolist()
 
     def _announce(self, name: int) -> list[int]:
         """Tell everyone which of my buffers to read, and hear it of all. What was written before can be read after."""
@@ -109,7 +107,7 @@ class Shared(Distributed):
         """The whole of another worker's buffer, mapped here."""
         if (worker, file) not in self._maps:
             try:
-                handle = os.open(f"/proc/{self._pids[worker]}/fd/{file}", os.O_RDWR)
+                handle = os.open(f"/proc/{self._pipes.pids[worker]}/fd/{file}", os.O_RDWR)
             except OSError as error:
                 raise LostPeerError(f"another worker has gone: {error}") from error
             self._maps[worker, file] = mmap.mmap(handle, os.fstat(handle).st_size)
