@@ -5,7 +5,7 @@ says, once for each word; ASCII texts go through a table (`wordtable.py`), other
 
 That holds for tokenizers in the manner of BERT (Devlin et al., 2019): their normalizer changes a text character by
 character, and no token reaches across a space, nor in ASCII across a punctuation mark. The ids are the library's own,
-tested on any text; it takes some twenty times as long.
+tested on any text; it takes ten to twenty times as long.
 """
 
 from __future__ import annotations
