@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,7 @@ from world import WORKERS, in_plain, in_unisono
 
 from unisono.board import RUNNING
 from unisono.data.feed import Feed
+from unisono.engine.contribution import Contributes, Contributor
 from unisono.exchange.protocol import Exchange
 from unisono.joining import Job, join, make_ready
 from unisono.link import Alone
@@ -52,28 +55,37 @@ class Supervised(Alone):
         self.memory = memory
 
 
-def train(workload: Workload, exchange: Exchange, memory: int) -> float:
-    """Train the workload's steps on one worker of unisono; return the seconds that they took."""
-    train = workload.recipe.train
-    number = workload.warm_up + workload.steps
-    recipe = workload.recipe.model_copy(update={"train": train.model_copy(update={"epochs": 10_000.0})})
+@contextmanager
+def training(
+    workload: Workload, exchange: Exchange, memory: int, mark: Callable[[Contributor], Contributes] | None = None
+) -> Iterator[Iterator[object]]:
+    """One worker of unisono, ready to train; each step that is taken from the iterator has been committed. `mark`
+    replaces the contributor."""
+    recipe = workload.recipe
+    train = recipe.train
+    recipe = recipe.model_copy(update={"train": train.model_copy(update={"epochs": 10_000.0})})
     with tempfile.TemporaryDirectory() as folder:
         material = open_own(recipe, workload.task, workload.samples)
         job = Job(recipe=recipe, folder=Path(folder))
         ready = make_ready(job, material, torch.device("cpu"))
         run = join(job, ready, exchange, Supervised(memory))
         feed = Feed(material.train, run.order, ready.device)
-        done = steps(run.state, run.order, feed, run.contributor, train)
+        contributor = run.contributor if mark is None else mark(run.contributor)
+        yield steps(run.state, run.order, feed, contributor, train)
+        feed.close()
+
+
+def train(workload: Workload, exchange: Exchange, memory: int) -> float:
+    """Train the workload's steps on one worker of unisono; return the seconds that they took."""
+    with training(workload, exchange, memory) as done:
         for _ in islice(done, workload.warm_up):
             pass
         exchange.wait_for_all()
         started = time.perf_counter()
-        for _ in islice(done, number - workload.warm_up):
+        for _ in islice(done, workload.steps):
             pass
         exchange.wait_for_all()
-        seconds = time.perf_counter() - started
-        feed.close()
-    return seconds
+        return time.perf_counter() - started
 
 
 def compare(workload: Workload) -> dict[str, Cell]:

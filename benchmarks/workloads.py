@@ -54,6 +54,16 @@ def minilm_real(precision: str, microbatches: int) -> Workload:
     return _made(name, recipe, samples, vocabulary, 256, steps=4, warm_up=1)
 
 
+def minilm_news(precision: str, microbatches: int) -> Workload:
+    """The same on news articles of up to 128 tokens, with dropout on attention weights as config.json has it."""
+    model = {"kind": "pretrained", "folder": str(DATA / "minilm"), "attention_dropout": 0.1}
+    recipe = _recipe(model, precision=precision, microbatches=microbatches, samples_per_step=32)
+    recipe = recipe.model_copy(update={"encode": recipe.encode.model_copy(update={"max_tokens": 128})})
+    samples, vocabulary = _news(recipe)
+    name = f"MiniLM, news up to 128 tokens, {precision}"
+    return _made(name, recipe, samples, vocabulary, 128, steps=8, warm_up=2)
+
+
 def transformer(precision: str, microbatches: int) -> Workload:
     """A small transformer on short samples: a step is made of overheads."""
     model = {"kind": "transformer", "layers": 2, "width": 64, "heads": 4, "feedforward": 256}
@@ -72,6 +82,7 @@ def bag(precision: str, microbatches: int) -> Workload:
 WORKLOADS: dict[str, Callable[[str, int], Workload]] = {
     "minilm": minilm,
     "minilm-real": minilm_real,
+    "minilm-news": minilm_news,
     "transformer": transformer,
     "bag": bag,
 }

@@ -6,11 +6,13 @@ this host, give each one thread and flush denormals.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,9 @@ WORKERS = 2
 TIMEOUT = timedelta(seconds=600)
 
 
-def in_unisono(act: Callable[[Exchange, int], float], workers: int = WORKERS) -> float:
-    """Run `act(exchange, file for the snapshot)` in each of unisono's workers; return worker 0's result."""
+def in_unisono(act: Callable[[Exchange, int], Any], workers: int = WORKERS) -> Any:
+    """Run `act(exchange, file for the snapshot)` in each of unisono's workers; return worker 0's result, which JSON can
+    hold."""
     memory = new_file()
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result"
@@ -35,13 +38,13 @@ def in_unisono(act: Callable[[Exchange, int], float], workers: int = WORKERS) ->
         def work(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
             found = act(exchange, memory)
             if seat.rank == 0:
-                result.write_text(repr(found))
+                result.write_text(json.dumps(found), encoding="utf-8")
 
         try:
             launch(workers, work, threads=1, device="cpu")
         finally:
             os.close(memory)
-        return float(result.read_text())
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def in_plain(act: Callable[[int, int], float]) -> float:

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from unisono.models.text.dropout import Dropout, draw_mask
+from unisono.models.text.dropout import Dropout
+from unisono.models.text.masks import Mask
 from unisono.models.text.packing import Packing, Rectangle
 
 Rectangles = tuple[Rectangle, ...]
@@ -30,23 +31,22 @@ Rectangles = tuple[Rectangle, ...]
 _KERNELS = {"cpu": SDPBackend.FLASH_ATTENTION, "cuda": SDPBackend.EFFICIENT_ATTENTION}
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, heads: int, *, dropout: float = 0.0) -> Tensor:
+def attend(projected: Tensor, packing: Packing, heads: int, *, dropout: float = 0.0) -> Tensor:
     """Let every token attend to its sample's tokens, by scaled dot products (Vaswani et al., arXiv 1706.03762).
 
-    Takes packed floats [m, w]. `dropout` falls on the attention weights. Returns a float [m, w]; on CPUs in float32 at
-    least.
+    Takes packed floats [m, 3 · w]: queries, keys and values side by side. `dropout` falls on the attention weights.
+    Returns a float [m, w]; on CPUs in float32 at least.
     """
-    device = query.device.type
-    parts = [query, key, value]
-    if device == "cpu":  # the CPU kernel's forward and backward pass take 2.2 times as long in bfloat16
-        parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    device = projected.device.type
     grid = packing.grid(heads)
-    query, key, value = map(grid.spread, parts)
+    cells = grid.spread(projected, 3)
+    if device == "cpu":  # the CPU kernel's forward and backward pass take 2.2 times as long in bfloat16
+        cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
     with torch.autocast(device, enabled=False):
         if device == "cpu" and dropout:
-            mixed: Tensor = _Dropped.apply(query, key, value, grid.rectangles, dropout)
+            mixed: Tensor = _Dropped.apply(cells, grid.rectangles, dropout)
         else:
-            mixed = _fused(query, key, value, grid.rectangles, heads, dropout)
+            mixed = _fused(cells, grid.rectangles, heads, dropout)
     return grid.gather(mixed)
 
 
@@ -90,66 +90,78 @@ def attend_once(
 
 
 def _cut(cells: Tensor, rectangles: Rectangles) -> list[Tensor]:
-    """Cells [R, d] in rectangles, [r, t, d] each."""
-    parts = cells.split([one.rows * one.longest for one in rectangles])
-    return [part.view(one.rows, one.longest, -1) for part, one in zip(parts, rectangles, strict=True)]
+    """Cells [R, d] in rectangles, [r, t, d] each; those of several parts [parts · R, d] part after part."""
+    sizes = [one.rows * one.longest for one in rectangles]
+    parts = len(cells) // sum(sizes)
+    return [
+        part.view(one.rows, one.longest, -1)
+        for part, one in zip(cells.split(parts * sizes), parts * rectangles, strict=True)
+    ]
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, rectangles: Rectangles, heads: int, dropout: float) -> Tensor:
+def _cut_three(cells: Tensor, rectangles: Rectangles) -> list[tuple[Tensor, ...]]:
+    """Query, key and value of each rectangle, of cells [3 · R, d]."""
+    parts = _cut(cells, rectangles)
+    each = len(rectangles)
+    return list(zip(parts[:each], parts[each : 2 * each], parts[2 * each :], strict=True))
+
+
+def _fused(cells: Tensor, rectangles: Rectangles, heads: int, dropout: float) -> Tensor:
     """torch's own kernels, which keep no scores."""
     mixed = []
-    with sdpa_kernel(_KERNELS.get(query.device.type, SDPBackend.MATH)):
-        for one, *parts in zip(rectangles, *(_cut(cells, rectangles) for cells in (query, key, value)), strict=True):
+    with sdpa_kernel(_KERNELS.get(cells.device.type, SDPBackend.MATH)):
+        for one, parts in zip(rectangles, _cut_three(cells, rectangles), strict=True):
             asked, offered, given = (part.unflatten(0, (-1, heads)) for part in parts)
             present = None if one.absent is None else ~one.absent.unflatten(0, (-1, heads))[:, :1]
             found = F.scaled_dot_product_attention(asked, offered, given, attn_mask=present, dropout_p=dropout)
-            mixed.append(found.reshape(-1, query.shape[-1]))
+            mixed.append(found.reshape(-1, cells.shape[-1]))
     return torch.cat(mixed)
 
 
 class _Dropped(torch.autograd.Function):
     """Attention with dropout on a CPU, for which torch has no fused kernel: its plain one takes 2.7 times as long.
 
-    Between two products, scores are worked on in place, and a rectangle's stay in the cache.
+    Between two products, scores are worked on in place, and a rectangle's stay in the cache. Of their size, only the
+    softmax is kept; masks are drawn again.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: Rectangles, dropout: float) -> Tensor:
-        mixed, kept = torch.empty_like(query), []
-        scale = 1 / math.sqrt(query.shape[-1])
-        parts = (_cut(cells, rectangles) for cells in (query, key, value, mixed))
-        for one, asked, offered, given, target in zip(rectangles, *parts, strict=True):
-            scores = query.new_empty(one.rows, one.longest, one.longest)
+    def forward(ctx: Any, cells: Tensor, rectangles: Rectangles, dropout: float) -> Tensor:
+        mixed, kept = cells.new_empty(len(cells) // 3, cells.shape[-1]), []
+        scale, mask = 1 / math.sqrt(cells.shape[-1]), Mask.draw(dropout)
+        ctx.rectangles, ctx.scale, ctx.mask = rectangles, scale, mask
+        parts = zip(rectangles, _cut_three(cells, rectangles), _cut(mixed, rectangles), strict=True)
+        for one, (asked, offered, given), target in parts:
+            scores = cells.new_empty(one.rows, one.longest, one.longest)
             if one.absent is None:
                 torch.baddbmm(scores, asked, offered.transpose(1, 2), beta=0, alpha=scale, out=scores)
             else:
-                absent = query.new_zeros(one.absent.shape).masked_fill_(one.absent, -math.inf)
+                absent = cells.new_zeros(one.absent.shape).masked_fill_(one.absent, -math.inf)
                 torch.baddbmm(absent, asked, offered.transpose(1, 2), alpha=scale, out=scores)
             weights = torch.softmax(scores, -1)
-            mask = draw_mask(weights.shape, dropout, weights.dtype)
-            torch.bmm(torch.mul(weights, mask, out=scores), given, out=target)
-            kept += [weights, mask]
-        ctx.rectangles, ctx.scale = rectangles, scale
-        ctx.save_for_backward(query, key, value, *kept)
+            torch.bmm(mask.drop(weights, out=scores), given, out=target)
+            mask = mask.after(weights.numel())
+            kept.append(weights)
+        ctx.save_for_backward(cells, *kept)
         return mixed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        back = [torch.empty_like(cells) for cells in (query, key, value)]
-        cells = (gradient.contiguous(), query, key, value, *back)
-        parts = (_cut(each, ctx.rectangles) for each in cells)
-        for weights, mask, due, asked, offered, given, to_query, to_key, to_value in zip(
-            kept[::2], kept[1::2], *parts, strict=True
-        ):
-            dropped = weights * mask
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cells, *kept = ctx.saved_tensors
+        back, mask = torch.empty_like(cells), ctx.mask
+        parts = [_cut_three(each, ctx.rectangles) for each in (cells, back)]
+        dues = _cut(gradient.contiguous(), ctx.rectangles)
+        for weights, due, (asked, offered, given), (to_query, to_key, to_value) in zip(kept, dues, *parts, strict=True):
+            dropped = mask.drop(weights)
             torch.bmm(dropped.transpose(1, 2), due, out=to_value)
-            scores = torch.bmm(due, given.transpose(1, 2), out=dropped).mul_(mask)
+            scores = torch.bmm(due, given.transpose(1, 2), out=dropped)
+            mask.drop(scores, out=scores)
+            mask = mask.after(weights.numel())
             scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
             torch.baddbmm(to_query, scores, offered, beta=0, alpha=ctx.scale, out=to_query)
             torch.baddbmm(to_key, scores.transpose(1, 2), asked, beta=0, alpha=ctx.scale, out=to_key)
-        return *back, None, None
+        return back, None, None
 
 
 def run_blocks(blocks: Iterable[Callable[..., Tensor]], states: Tensor, packing: Packing, *, recompute: bool) -> Tensor:

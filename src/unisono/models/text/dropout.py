@@ -1,15 +1,15 @@
-"""Dropout that costs little on a CPU.
-
-Owns the drawing of masks there: 16 random bits decide whether a number stays, where torch's own dropout spends a
-float64 on each. From torch's global generator, so a mask is a function of the microbatch's key.
-"""
+"""Dropout that costs little on a CPU: masks are drawn with a few operations a number (`masks.py`), and again in the
+backward pass instead of being kept."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-_LEVELS = 2**16
+from unisono.models.text.masks import Mask
 
 
 class Dropout(nn.Dropout):
@@ -19,25 +19,37 @@ class Dropout(nn.Dropout):
         """Drop numbers of `input`, while training."""
         if not self._draws(input):
             return super().forward(input)
-        return input * draw_mask(input.shape, self.p, input.dtype)
+        dropped: Tensor = _Dropped.apply(input, None, self.p)
+        return dropped
 
     def add(self, input: Tensor, residual: Tensor) -> Tensor:
         """Return `residual` plus the dropped `input`, in the wider dtype of the two."""
         if not self._draws(input):
             return residual + super().forward(input)
-        wide = torch.promote_types(input.dtype, residual.dtype)
-        return torch.addcmul(residual.to(wide), input.to(wide), draw_mask(input.shape, self.p, wide))
+        added: Tensor = _Dropped.apply(input, residual, self.p)
+        return added
 
     def _draws(self, input: Tensor) -> bool:
         return self.training and 0.0 < self.p < 1.0 and input.device.type == "cpu"
 
 
-def draw_mask(shape: torch.Size, rate: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a CPU tensor: 0 with probability `rate` (0 < rate < 1), else the factor that keeps the mean."""
-    dropped = min(round(rate * _LEVELS), _LEVELS - 1)
-    elements = shape.numel()
-    words = torch.empty(-(-elements // 4), dtype=torch.int64).random_(-(2**63), None)
-    mask = words.view(torch.int16)[:elements].view(shape)  # −2^15 … 2^15 − 1, all equally likely
-    mask = mask.to(torch.promote_types(dtype, torch.float32))
-    # the lowest `dropped` of the levels become 0, the others 1
-    return mask.add_(_LEVELS // 2 + 1 - dropped).clamp_(0, 1).mul_(_LEVELS / (_LEVELS - dropped)).to(dtype)
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, residual: Tensor | None, rate: float) -> Tensor:
+        ctx.mask, ctx.dtype = Mask.draw(rate), input.dtype
+        if residual is None:
+            return ctx.mask.drop(_wide(input)).to(input.dtype)
+        ctx.residual = residual.dtype
+        wide = torch.promote_types(input.dtype, residual.dtype)
+        return ctx.mask.drop(_wide(input.to(wide)), added=_wide(residual.to(wide))).to(wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        wants_input, wants_residual, _ = ctx.needs_input_grad
+        dropped = ctx.mask.drop(_wide(gradient)).to(ctx.dtype) if wants_input else None
+        return dropped, gradient.to(ctx.residual) if wants_residual else None, None
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -35,28 +35,30 @@ class Rectangle:
 class Grid:
     """The rectangles of a microbatch, cell after cell.
 
-    places: int64 [R], the number of (token, head) in each cell, that of the sample's first token where there is none.
-    empty: int64, the cells without a token; None: there are none. cells: int64 [m · h], the cell of each (token, head).
+    place: which (token, head) is in each of the R cells, that of the sample's first token where there is none.
+    hole: bool [R], the cells without a token.
     samples, ranks: int64 [n], the samples in order of rectangles, and where each stands in that order.
     """
 
     heads: int
     rectangles: tuple[Rectangle, ...]
-    places: Tensor
-    empty: Tensor | None
-    cells: Tensor
+    place: np.ndarray
+    hole: np.ndarray
     samples: Tensor
     ranks: Tensor
+    _ways: dict[int, tuple[Way, Way]] = field(default_factory=dict)
 
-    def spread(self, packed: Tensor) -> Tensor:
-        """Return the cells [R, w / h] of packed tokens [m, w], zeros where there is no token."""
-        return _Moved.apply(
-            packed.reshape(-1, packed.shape[-1] // self.heads), (self.places, self.empty), (self.cells, None)
-        )
+    def spread(self, packed: Tensor, parts: int = 1) -> Tensor:
+        """Return the cells [parts · R, w / h] of packed tokens [m, parts · w], part after part, zeros where there is no
+        token."""
+        there, back = self._way(parts)
+        cells: Tensor = _Moved.apply(packed.reshape(-1, packed.shape[-1] // (parts * self.heads)), there, back)
+        return cells
 
     def gather(self, cells: Tensor) -> Tensor:
         """Return the packed tokens [m, w] of cells [R, w / h]."""
-        packed: Tensor = _Moved.apply(cells, (self.cells, None), (self.places, self.empty))
+        there, back = self._way(1)
+        packed: Tensor = _Moved.apply(cells, back, there)
         return packed.view(-1, self.heads * cells.shape[-1])
 
     def sort(self, rows: Tensor) -> Tensor:
@@ -66,6 +68,20 @@ class Grid:
     def unsort(self, rows: Tensor) -> Tensor:
         """The way back."""
         return _Moved.apply(rows, (self.ranks, None), (self.samples, None))
+
+    def _way(self, parts: int) -> tuple[Way, Way]:
+        """From packed tokens to cells, and back. A token's heads are rows of its own, the first part's first."""
+        if parts not in self._ways:
+            token, head = np.divmod(self.place, self.heads)
+            rows = ((token * parts + np.arange(parts)[:, None]) * self.heads + head).ravel()
+            holes = np.tile(self.hole, parts)
+            there = np.flatnonzero(~holes)
+            cells = np.empty(len(there), np.int64)
+            cells[rows[there]] = there
+            device = self.samples.device
+            put = [torch.from_numpy(values).to(device) for values in (rows, np.flatnonzero(holes), cells)]
+            self._ways[parts] = (put[0], put[1] if len(put[1]) else None), (put[2], None)
+        return self._ways[parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +117,7 @@ def _lay_out(starts: Tensor, lengths: Tensor, heads: int) -> Grid:
     first, length = starts.cpu().numpy(), lengths.cpu().numpy()
     groups = _alike(length, heads) if device.type == "cpu" else [np.arange(len(length))]
     head = np.arange(heads)[:, None]
-    rectangles, places, empty = [], [], []
+    rectangles, places, holes = [], [], []
     for group in groups:
         longest = int(length[group].max())
         column = np.arange(longest)
@@ -109,25 +125,17 @@ def _lay_out(starts: Tensor, lengths: Tensor, heads: int) -> Grid:
         token = first[group][:, None] + np.where(absent, 0, column)
         places.append((token[:, None, :] * heads + head).ravel())
         absent = np.repeat(absent, heads, axis=0)[:, None, :]
-        empty.append(absent.ravel())
+        holes.append(absent.ravel())
         some = torch.from_numpy(absent).to(device) if absent.any() else None
         rectangles.append(Rectangle(rows=len(group) * heads, longest=longest, absent=some))
-    place, hole, sample = np.concatenate(places), np.concatenate(empty), np.concatenate(groups)
-    there = np.flatnonzero(~hole)
-    cells = np.empty(len(there), np.int64)
-    cells[place[there]] = there
-
-    def put(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
+    sample = np.concatenate(groups)
     return Grid(
         heads=heads,
         rectangles=tuple(rectangles),
-        places=put(place),
-        empty=put(np.flatnonzero(hole)) if len(there) < len(hole) else None,
-        cells=put(cells),
-        samples=put(sample),
-        ranks=put(np.argsort(sample)),
+        place=np.concatenate(places),
+        hole=np.concatenate(holes),
+        samples=torch.from_numpy(sample).to(device),
+        ranks=torch.from_numpy(np.argsort(sample)).to(device),
     )
 
 

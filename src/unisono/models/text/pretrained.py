@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from unisono.errors import ModelError
 from unisono.models.text.attention import attend, attend_once, mean_over_tokens, run_blocks
 from unisono.models.text.dropout import Dropout
-from unisono.models.text.linear import Linear
+from unisono.models.text.gelu import Gelu
+from unisono.models.text.linear import Linear, project
 from unisono.models.text.packing import Packing, pack
 from unisono.sections import Pretrained
 
 PREFIX = "bert."
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
+    "gelu": Gelu,
     "gelu_new": partial(nn.GELU, approximate="tanh"),
     "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
@@ -132,7 +133,7 @@ class _Layer(nn.Module):
             everyone, states = states, states.index_select(0, packing.starts)
             mixed = attend_once(ask(states), everyone, offer, give, packing, self.heads, dropout=dropout)
         else:
-            mixed = attend(ask(states), offer(states), give(states), packing, self.heads, dropout=dropout)
+            mixed = attend(project(states, ask, offer, give), packing, self.heads, dropout=dropout)
         states = self.attention["output"](mixed, states)
         return self.output(self.activation(self.intermediate["dense"](states)), states)
 

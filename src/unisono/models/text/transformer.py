@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unisono.models.text.attention import attend, mean_over_tokens, run_blocks
 from unisono.models.text.dropout import Dropout
+from unisono.models.text.gelu import Gelu
 from unisono.models.text.linear import Linear
 from unisono.models.text.packing import Packing, pack
 from unisono.sections import Transformer
@@ -74,12 +75,12 @@ class _Block(nn.Module):
         self.feedforward_norm = nn.LayerNorm(model.width)
         self.expand = Linear(model.width, model.feedforward)
         self.contract = Linear(model.feedforward, model.width)
-        self.activation = nn.GELU()
+        self.activation = Gelu()
         self.dropout = Dropout(model.dropout)
 
     def forward(self, states: Tensor, packing: Packing) -> Tensor:
-        query, key, value = self.query_key_value(self.attention_norm(states)).chunk(3, dim=-1)
-        states = self.dropout.add(self.mix(attend(query, key, value, packing, self.heads)), states)
+        projected = self.query_key_value(self.attention_norm(states))
+        states = self.dropout.add(self.mix(attend(projected, packing, self.heads)), states)
         inner = self.activation(self.expand(self.feedforward_norm(states)))
         return self.dropout.add(self.contract(inner), states)
 

@@ -1,0 +1,152 @@
+/* Dropout and GELU in walks that read and write memory once. models/text/masks.py and gelu.py say when they are used,
+   and have the same in NumPy and torch, which gives the same bits.
+
+   Compiled with -ffp-contract=off: no product and sum are fused. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words are read as four numbers of 16 bits, the lowest first"
+#endif
+
+#if defined(__x86_64__) && defined(__linux__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+/* ---- dropout ---- */
+
+enum { WORDS = 256, NUMBERS = 4 }; /* drawn at a time, 16 bits a number */
+
+/* Words `first`, `first` + 1 … of the sequence that begins at `key`: SplitMix64 (Steele, Lea, Flood: Fast Splittable
+   Pseudorandom Number Generators, OOPSLA 2014). */
+FOR_EACH_PROCESSOR static void draw(uint64_t key, uint64_t first, int n, uint64_t *words)
+{
+    for (int i = 0; i < n; i++) {
+        uint64_t word = key + (first + i + 1) * 0x9E3779B97F4A7C15u;
+        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
+        word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
+        words[i] = word ^ (word >> 31);
+    }
+}
+
+FOR_EACH_PROCESSOR static void drop_run(int n, const uint16_t *numbers, int dropped, float factor, const float *values,
+                                        float *target)
+{
+#pragma GCC ivdep
+    for (int i = 0; i < n; i++)
+        target[i] = values[i] * (numbers[i] >= dropped ? factor : 0.0f);
+}
+
+FOR_EACH_PROCESSOR static void drop_and_add_run(int n, const uint16_t *numbers, int dropped, float factor,
+                                                const float *values, const float *added, float *target)
+{
+#pragma GCC ivdep
+    for (int i = 0; i < n; i++)
+        target[i] = values[i] * (numbers[i] >= dropped ? factor : 0.0f) + added[i];
+}
+
+static float *at(unsigned long long address)
+{
+    return (float *)(uintptr_t)address;
+}
+
+static PyObject *drop(PyObject *self, PyObject *arguments)
+{
+    Py_ssize_t n;
+    unsigned long long key, first, values, added, target;
+    int dropped;
+    float factor;
+    if (!PyArg_ParseTuple(arguments, "nKKifKKK:drop", &n, &key, &first, &dropped, &factor, &values, &added, &target))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    union {
+        uint64_t words[WORDS];
+        uint16_t numbers[WORDS * NUMBERS];
+    } drawn;
+    for (Py_ssize_t start = 0; start < n; start += WORDS * NUMBERS) {
+        int size = n - start < WORDS * NUMBERS ? (int)(n - start) : WORDS * NUMBERS;
+        draw(key, first + start / NUMBERS, (size + NUMBERS - 1) / NUMBERS, drawn.words);
+        if (added)
+            drop_and_add_run(size, drawn.numbers, dropped, factor, at(values) + start, at(added) + start,
+                             at(target) + start);
+        else
+            drop_run(size, drawn.numbers, dropped, factor, at(values) + start, at(target) + start);
+    }
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+/* ---- GELU ---- */
+
+/* x times the normal distribution's Phi(x), and the derivative of that. Phi by Abramowitz and Stegun, 7.1.26; exp(-x²/2)
+   as 2^n times a polynomial of the rest (Cephes, expf). */
+FOR_EACH_PROCESSOR static void gelu_run(Py_ssize_t n, const float *restrict values, float *restrict target,
+                                        float *restrict slopes)
+{
+    for (Py_ssize_t i = 0; i < n; i++) {
+        float x = values[i], power = x * x * -0.5f;
+        power = power < -87.0f ? -87.0f : power;
+        float twos = rintf(power * 1.44269504f);
+        float rest = power - twos * 0.693359375f + twos * 2.12194440e-4f;
+        float series = 1.9875691500e-4f;
+        series = series * rest + 1.3981999507e-3f;
+        series = series * rest + 8.3334519073e-3f;
+        series = series * rest + 4.1665795894e-2f;
+        series = series * rest + 1.6666665459e-1f;
+        series = series * rest + 5.0000001201e-1f;
+        float small = series * (rest * rest) + rest + 1.0f;
+        int32_t bits = ((int32_t)twos + 127) << 23;
+        float scale;
+        memcpy(&scale, &bits, sizeof scale);
+        float bell = small * scale;
+
+        float t = 1.0f / (fabsf(x) * 0.231641888f + 1.0f); /* 0.3275911 / sqrt(2) */
+        float tail = 0.5307027145f; /* halves of the coefficients of 7.1.26 */
+        tail = tail * t - 0.7265760135f;
+        tail = tail * t + 0.7107068705f;
+        tail = tail * t - 0.142248368f;
+        tail = tail * t + 0.127414796f;
+        tail = tail * t * bell; /* 1 - Phi(|x|) */
+        float phi = x < 0.0f ? tail : 1.0f - tail;
+        target[i] = x * phi;
+        slopes[i] = x * (bell * 0.398942280f) + phi; /* 1 / sqrt(2 pi) */
+    }
+}
+
+static PyObject *gelu(PyObject *self, PyObject *arguments)
+{
+    Py_ssize_t n;
+    unsigned long long values, target, slopes;
+    if (!PyArg_ParseTuple(arguments, "nKKK:gelu", &n, &values, &target, &slopes))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    gelu_run(n, at(values), at(target), at(slopes));
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"gelu", gelu, METH_VARARGS,
+     "gelu(n, values, target, slopes)\n\n"
+     "target = GELU of values, slopes = its derivative there, for n float32 elements. Addresses of different memory."},
+    {"drop", drop, METH_VARARGS,
+     "drop(n, key, first, dropped, factor, values, added, target)\n\n"
+     "target = values * (0 or factor) + added, for n float32 elements. Element i becomes 0 if number i of the sequence\n"
+     "that begins with word `first` of `key`, 16 bits, is below `dropped`. values, added, target: addresses; added: 0\n"
+     "for nothing. target may be either of the others."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, functions};
+
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    return PyModule_Create(&module);
+}
