@@ -215,6 +215,16 @@ def test_dropping_in_one_walk_gives_the_bits_of_operations(
         mask, start = mask.after(size), start + -(-size // 4) * 4
 
 
+def test_what_is_dropped_and_added_has_one_shape_and_dtype() -> None:
+    """Else the compiled walk would leave its arrays."""
+    values = torch.ones(8)
+    for other in (torch.ones(4), torch.ones(8, dtype=torch.float64), torch.ones(2, 4)):
+        with pytest.raises(ValueError, match="beside"):
+            Mask(0.5, 1).drop(values, added=other)
+        with pytest.raises(ValueError, match="beside"):
+            Mask(0.5, 1).drop(values, out=other)
+
+
 def test_without_a_compiler_dropout_and_gelu_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(300, 401) * torch.logspace(-30, 2, 401)
     values[0, :4] = torch.tensor([0.0, -0.0, 30.0, -30.0])

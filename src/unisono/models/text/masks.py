@@ -49,7 +49,13 @@ class Mask:
         """Return values · factors + `added`.
 
         Takes CPU floats of one shape and dtype. `out`, contiguous, may be either of them.
+
+        Raises:
+            ValueError: shapes or dtypes differ.
         """
+        for other in (added, out):
+            if other is not None and (other.shape, other.dtype) != (values.shape, values.dtype):
+                raise ValueError(f"{other.dtype} {list(other.shape)} beside {values.dtype} {list(values.shape)}")
         target = torch.empty_like(values, memory_format=torch.contiguous_format) if out is None else out
         values = values.contiguous()
         added = None if added is None else added.contiguous()
