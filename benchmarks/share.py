@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload
 from world import WORKERS, in_unisono
 
-from unisono.engine.contribution import Contribution, Contributor
+from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.engine.footprint import count_flop
 from unisono.exchange.protocol import Exchange
 from unisono.models.text.linear import multiplies_bf16
@@ -41,17 +41,25 @@ SIZES = (1024, 2048)
 PAUSE_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
 class Kept:
-    """A contributor that keeps what it was given: (step, number) → microbatch."""
+    """Takes a contributor's place, and keeps what it was given: (step, number) → microbatch."""
 
-    inner: Contributor
-    given: dict[tuple[int, int], dict[str, Tensor]]
+    def __init__(self) -> None:
+        self.given: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def mark(self, inner: Contributor) -> Contributes:
+        """Stand before this one."""
+        self._inner = inner
+        return self
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
         """As the inner one does."""
         self.given[step, number] = microbatch
-        return self.inner.contribute(step, number, microbatch)
+        return self._inner.contribute(step, number, microbatch)
+
+    def again(self, step: int, number: int) -> Contribution:
+        """Compute one once more."""
+        return self._inner.contribute(step, number, self.given[step, number])
 
 
 def multiply(dtype: torch.dtype) -> tuple[float, float]:
@@ -70,16 +78,11 @@ def multiply(dtype: torch.dtype) -> tuple[float, float]:
 def take_turns(workload: Workload, exchange: Exchange, memory: int) -> dict[str, Any]:
     """Steps and products in turns on one worker: FLOP per second of each."""
     dtype = torch.bfloat16 if workload.recipe.train.precision == "bf16" and multiplies_bf16() else torch.float32
-    kept: list[Kept] = []
-
-    def keep(contributor: Contributor) -> Kept:
-        kept.append(Kept(contributor, {}))
-        return kept[0]
-
-    with training(workload, exchange, memory, keep) as done:
+    kept = Kept()
+    with training(workload, exchange, memory, kept.mark) as done:
         for _ in islice(done, workload.warm_up):
             pass
-        kept[0].given.clear()
+        kept.given.clear()
         products, seconds = [multiply(dtype)], []
         for _ in range(workload.steps):
             exchange.wait_for_all()
@@ -88,17 +91,10 @@ def take_turns(workload: Workload, exchange: Exchange, memory: int) -> dict[str,
             exchange.wait_for_all()
             seconds.append(time.perf_counter() - started)
             products.append(multiply(dtype))
-        given, inner = kept[0].given, kept[0].inner
-
-        def again(step: int, number: int) -> object:
-            return inner.contribute(step, number, given[step, number])
-
-        first = min(step for step, _ in given)
-        flop = [0] * workload.steps
-        for step, number in sorted(given):
-            if step - first < workload.steps:  # the feed may be ahead
-                flop[step - first] += count_flop(again, step, number)
-    return {"steps": [a / b for a, b in zip(flop, seconds, strict=True)], "products": products}
+        flop: Counter[int] = Counter()
+        for step, number in kept.given:
+            flop[step] += count_flop(kept.again, step, number)
+    return {"steps": [flop[step] / b for step, b in zip(sorted(flop), seconds, strict=True)], "products": products}
 
 
 def judge(workload: Workload, found: dict[str, Any]) -> dict[str, Cell]:

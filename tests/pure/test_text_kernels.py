@@ -98,21 +98,20 @@ def test_attention_is_each_samples_own(lengths: list[int], single: bool, dropout
     states = torch.randn(sum(lengths), 8, requires_grad=True)
     layers = [linear.Linear(8, 8) for _ in range(3)]
     query, key, value = (layer(states) for layer in layers)
-    ones = pytest.MonkeyPatch()
-    ones.setattr(Mask, "drop", keep_all)
-    if single:
-        mixed = attend_once(query[packing.starts], states, layers[1], layers[2], packing, 2, dropout=dropout)
-    else:
-        mixed = attend(linear.project(states, *layers), packing, 2, dropout=dropout)
+    wanted = [states, *(weight for layer in layers for weight in (layer.weight, layer.bias))]
+    with pytest.MonkeyPatch.context() as ones:
+        ones.setattr(Mask, "drop", keep_all)
+        if single:
+            mixed = attend_once(query[packing.starts], states, layers[1], layers[2], packing, 2, dropout=dropout)
+        else:
+            mixed = attend(linear.project(states, *layers), packing, 2, dropout=dropout)
+        found = torch.autograd.grad(mixed.square().sum(), wanted, retain_graph=True)
     expected = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         heads = [part.unflatten(-1, (2, 4)).transpose(0, 1) for part in (q[:1] if single else q, k, v)]
         scores = heads[0] @ heads[1].transpose(1, 2) / math.sqrt(4)
         expected.append((scores.softmax(-1) @ heads[2]).transpose(0, 1).flatten(1))
     torch.testing.assert_close(mixed, torch.cat(expected))
-    wanted = [states, *(weight for layer in layers for weight in (layer.weight, layer.bias))]
-    found = torch.autograd.grad(mixed.square().sum(), wanted, retain_graph=True)
-    ones.undo()
     due = torch.autograd.grad(torch.cat(expected).square().sum(), wanted)
     for one, other in zip(found, due, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -246,6 +245,16 @@ def test_gelu_and_its_derivative_are_precise() -> None:
     (slope,), (due_slope,) = torch.autograd.grad(found.sum(), x), torch.autograd.grad(due.sum(), exact)
     assert (found - due).abs().max() < 1e-6 and (slope - due_slope).abs().max() < 1e-6
     assert ((found - due) / exact)[x != 0].abs().max() < 4e-7  # the error of Phi
+
+
+def test_what_is_no_number_stays_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is no number is found by looking at it."""
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(gelu_module, "_kernels", None)
+            monkeypatch.setattr(masks, "_kernels", None)
+        assert all(found.isnan().all() for found in gelu(torch.full((9,), math.nan)))
+        assert Mask(0.5, 1).drop(torch.full((9,), math.nan)).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
