@@ -45,9 +45,7 @@ def test_nobody_is_found_among_nobody() -> None:
     assert find() == []
 
 
-@pytest.mark.parametrize(
-    "phase", ["begin", "load", "contribute", "audit", "reduce", "update", "commit", "report", "evaluate"]
-)
+@pytest.mark.parametrize("phase", ["begin", "load", "contribute", "audit", "reduce", "update", "commit", "report"])
 def test_who_is_waited_for_is_found_and_not_who_waits(phase: str) -> None:
     waiting = row("reduce", ago=11.0, entered=6, waiting="add_integers")
     assert find(waiting, row(phase, ago=11.0, entered=5), waiting) == [1]
@@ -93,7 +91,8 @@ def test_no_phase_excuses_who_is_stopped(phase: str, ago: float, found: list[int
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_patience_with_each_phase(phase: str) -> None:
-    patience = {"start": 10.0, "join": 10.0, "save": 10.0, "finish": 60.0, "wait": math.inf, "prepare": math.inf}
+    patience = {"start": 10.0, "join": 10.0, "evaluate": 10.0, "save": 10.0, "finish": 60.0}
+    patience |= {"wait": math.inf, "prepare": math.inf}
     limit = LIMIT * patience.get(phase, 1.0)
     assert find(row(phase, ago=min(limit, 1e9) - 1.0)) == []
     assert find(row(phase, ago=min(limit, 1e9) + 1.0)) == ([] if math.isinf(limit) else [0])

@@ -15,8 +15,17 @@ from pathlib import Path
 from unisono.board import Board, Row
 from unisono.launch.crew import Crew, Member
 
-PATIENCE = {"start": 10.0, "join": 10.0, "finish": 60.0, "save": 10.0, "wait": math.inf, "prepare": math.inf}
-"""Factors on the deadline, for phases that are not a step's. Preparing data has none: it may take hours."""
+PATIENCE = {
+    "start": 10.0,
+    "join": 10.0,
+    "evaluate": 10.0,
+    "finish": 60.0,
+    "save": 10.0,
+    "wait": math.inf,
+    "prepare": math.inf,
+}
+"""Factors on the deadline, for phases that are not a step's. A microbatch of an evaluation may hold many times the
+samples of a step, the longest first. Preparing data has none: it may take hours."""
 FIRST_STEP_PATIENCE = 30.0
 """Factor before any step has been measured."""
 
