@@ -87,7 +87,7 @@ def test_fewer_samples_than_microbatches() -> None:
     assert [len(piece) for piece in step.microbatches] == [1, 1, 1]
 
 
-def test_pieces_hold_samples_of_like_length() -> None:
+def test_padded_pieces_hold_samples_of_like_length() -> None:
     step = order(range(1, 65), per_step=64, pieces=8).step(0)
     falling = sorted(step.microbatches, key=lambda piece: -int(piece.max()))
     assert all(above.min() > below.max() for above, below in itertools.pairwise(falling))
@@ -107,14 +107,25 @@ def test_the_costliest_piece_costs_little_more_than_an_even_share(
 ) -> None:
     falling = np.array(sorted(lengths, reverse=True), np.int32)
     pieces = data.draw(st.integers(1, len(lengths)))
-    bounds = cut(falling, pieces, padded=padded)
-    assert bounds[0] == 0 and bounds[-1] == len(lengths) and all(a < b for a, b in itertools.pairwise(bounds))
-    parts = [falling[a:b].astype(np.int64) for a, b in itertools.pairwise(bounds)]
+    places = cut(falling, pieces, padded=padded)
+    assert np.array_equal(np.sort(np.concatenate(places)), np.arange(len(lengths)))
+    assert all(len(part) and (np.diff(part) > 0).all() for part in places)
+    parts = [falling[part].astype(np.int64) for part in places]
     costs = [int(part[0]) * len(part) if padded else int(part.sum()) for part in parts]
     if padded:
         assert max(costs) <= 2 * _least_padded_cost(falling.tolist(), pieces)
     else:
         assert max(costs) <= falling.sum() / pieces + falling[0]
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8])
+def test_ragged_pieces_cost_the_same_where_long_samples_cost_more_a_token(pieces: int) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        falling = np.sort(random.integers(5, 70, 64))[::-1]
+        costs = [float((part + part**2 / 500).sum()) for part in (falling[p] for p in cut(falling, pieces, padded=False))]
+        shares = np.cumsum(costs) / sum(costs) - np.arange(1, pieces + 1) / pieces
+        assert np.abs(shares).max() < 0.008  # of a step: two or three tokens in ten are a shortest sample's
 
 
 def _least_padded_cost(falling: list[int], pieces: int) -> int:

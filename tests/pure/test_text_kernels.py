@@ -18,7 +18,7 @@ from unisono.models.text.attention import attend, attend_once, mean_over_tokens
 from unisono.models.text.dropout import Dropout
 from unisono.models.text.gelu import Gelu, gelu
 from unisono.models.text.masks import Mask
-from unisono.models.text.packing import pack
+from unisono.models.text.packing import LANES, pack
 
 lengths_of_samples = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -50,9 +50,13 @@ def test_spreading_and_gathering_undo_each_other_forwards_and_backwards(lengths:
     rows = iter([packed.split(lengths)[sample][:, 2 * head :][:, :2] for sample in samples for head in range(heads)])
     for one, part in zip(grid.rectangles, attention._cut(cells, grid.rectangles), strict=True):
         expected = [next(rows) for _ in range(one.rows)]
-        assert max(map(len, expected)) == one.longest < 8 + 1.25 * min(map(len, expected))
-        assert torch.equal(part, torch.nn.utils.rnn.pad_sequence(expected, batch_first=True))
-        present = torch.tensor([[column < len(row) for column in range(one.longest)] for row in expected])
+        longest = max(map(len, expected))
+        assert longest < 8 + 1.25 * min(map(len, expected))
+        assert one.columns % LANES == 0 and longest <= one.columns < longest + LANES
+        expected.append(expected[0].new_empty(one.columns, 2))
+        assert torch.equal(part, torch.nn.utils.rnn.pad_sequence(expected, batch_first=True)[:-1])
+        del expected[-1]
+        present = torch.tensor([[column < len(row) for column in range(one.columns)] for row in expected])
         assert present.all() if one.absent is None else torch.equal(one.absent[:, 0], ~present)
     assert next(rows, None) is None
     check_way(grid.spread, grid.gather, packed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -70,11 +69,9 @@ class Order:
     def _cut(self, samples: np.ndarray) -> tuple[np.ndarray, ...]:
         lengths = np.maximum(self.lengths[samples], 1)
         longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
-        pieces = min(self.microbatches, len(samples))
-        bounds = cut(lengths[longest_first], pieces, padded=self.padded)
+        parts = cut(lengths[longest_first], min(self.microbatches, len(samples)), padded=self.padded)
         samples = samples[longest_first]
-        found = [samples[a:b] for a, b in pairwise(bounds)]
-        return tuple(found[rank] for rank in outside_in(pieces))
+        return tuple(samples[part] for part in parts)
 
 
 def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int = 0) -> int:
@@ -83,31 +80,54 @@ def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: i
     return min(total, max_steps) if max_steps else total
 
 
+def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[np.ndarray]:
+    """Share lengths (positive, falling) out to non-empty pieces of nearly equal cost; return each one's places, rising.
+
+    A padded piece costs its number of samples times its longest, so it takes neighbours. A ragged one costs the sum of
+    its lengths, and more the longer they are, so it takes some of the longest and some of the shortest.
+    """
+    if not padded:
+        return _cut_from_both_ends(lengths, pieces)
+    bounds = [0]
+    for number, bound in enumerate(_equal_rectangles(lengths.tolist(), pieces), start=1):
+        bounds.append(min(max(round(bound), bounds[-1] + 1), len(lengths) - (pieces - number)))
+    bounds.append(len(lengths))
+    return [np.arange(bounds[rank], bounds[rank + 1]) for rank in outside_in(pieces)]
+
+
 def outside_in(pieces: int) -> list[int]:
     """The numbers 0 … pieces − 1 as first, last, second, last but one …
 
-    Pieces of equal predicted cost still differ in true cost, and steadily from the longest samples to the shortest.
+    Rectangles of equal predicted cost still differ in true cost, and steadily from the longest samples to the shortest.
     In this order neighbours make up for each other, so contiguous shares of a step take equally long.
     """
     return [rank for low in range((pieces + 1) // 2) for rank in dict.fromkeys((low, pieces - 1 - low))]
 
 
-def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[int]:
-    """Cut lengths (positive, falling) into contiguous, non-empty pieces of nearly equal predicted cost.
+_TRIED = np.arange(-2, 3)
 
-    A padded piece costs its number of samples times its longest; a ragged one the sum of its lengths.
-    Returns `pieces` + 1 bounds, the first 0, the last len(lengths).
+
+def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
+    """Half of a piece's cost from the longest that are left, the rest from the shortest.
+
+    Whole samples do not add up to an even share, so some numbers of long ones are tried, each with as many short ones
+    as fit it. What is evened out is the cost of the first 1, 2, 3 … pieces: so contiguous shares of a step are, too.
     """
-    samples = len(lengths)
-    if padded:
-        ideal = _equal_rectangles(lengths.tolist(), pieces)
-    else:
-        total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        ideal = np.interp(np.arange(1, pieces) * (float(total[-1]) / pieces), total, np.arange(samples + 1)).tolist()
-    bounds = [0]
-    for number, bound in enumerate(ideal, start=1):
-        bounds.append(min(max(round(bound), bounds[-1] + 1), samples - (pieces - number)))
-    return [*bounds, samples]
+    total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    everything = np.arange(len(total))
+    first, last = 0, len(lengths)
+    parts = []
+    for piece in range(1, pieces):
+        wanted = float(total[-1]) * piece / pieces  # of the first `piece` pieces
+        later = pieces - piece  # that need a sample each
+        starts = (np.searchsorted(total, wanted / 2) + _TRIED).clip(first + 1, last - later)
+        ends = np.rint(np.interp(total[-1] + total[starts] - wanted, total, everything)).astype(np.int64)
+        ends = ends.clip(starts + later, last)
+        best = np.argmin(np.abs(total[starts] + total[-1] - total[ends] - wanted))
+        start, end = int(starts[best]), int(ends[best])
+        parts.append(np.r_[first:start, end:last])
+        first, last = start, end
+    return [*parts, np.arange(first, last)]
 
 
 def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:

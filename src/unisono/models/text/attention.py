@@ -91,10 +91,10 @@ def attend_once(
 
 def _cut(cells: Tensor, rectangles: Rectangles) -> list[Tensor]:
     """Cells [R, d] in rectangles, [r, t, d] each; those of several parts [parts · R, d] part after part."""
-    sizes = [one.rows * one.longest for one in rectangles]
+    sizes = [one.rows * one.columns for one in rectangles]
     parts = len(cells) // sum(sizes)
     return [
-        part.view(one.rows, one.longest, -1)
+        part.view(one.rows, one.columns, -1)
         for part, one in zip(cells.split(parts * sizes), parts * rectangles, strict=True)
     ]
 
@@ -132,7 +132,7 @@ class _Dropped(torch.autograd.Function):
         ctx.rectangles, ctx.scale, ctx.mask = rectangles, scale, mask
         parts = zip(rectangles, _cut_three(cells, rectangles), _cut(mixed, rectangles), strict=True)
         for one, (asked, offered, given), target in parts:
-            scores = cells.new_empty(one.rows, one.longest, one.longest)
+            scores = cells.new_empty(one.rows, one.columns, one.columns)
             if one.absent is None:
                 torch.baddbmm(scores, asked, offered.transpose(1, 2), beta=0, alpha=scale, out=scores)
             else:

