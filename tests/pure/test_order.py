@@ -123,7 +123,9 @@ def test_ragged_pieces_cost_the_same_where_long_samples_cost_more_a_token(pieces
     random = np.random.default_rng(0)
     for _ in range(20):
         falling = np.sort(random.integers(5, 70, 64))[::-1]
-        costs = [float((part + part**2 / 500).sum()) for part in (falling[p] for p in cut(falling, pieces, padded=False))]
+        costs = [
+            float((part + part**2 / 500).sum()) for part in (falling[p] for p in cut(falling, pieces, padded=False))
+        ]
         shares = np.cumsum(costs) / sum(costs) - np.arange(1, pieces + 1) / pieces
         assert np.abs(shares).max() < 0.008  # of a step: two or three tokens in ten are a shortest sample's
 

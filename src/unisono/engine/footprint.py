@@ -17,10 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from unisono.engine.profile import Profile, Shape, storage_bytes
 from unisono.engine.state import TrainState
+from unisono.models.text import fused
 
 MOST_SHAPES = 8
 COUNTING_SECONDS = 10.0
@@ -42,6 +48,20 @@ def _count_attention_backward(gradient: Shape, query: Shape, key: Shape, value: 
 
 def _count_addmm(_: Any, left: Sequence[int], right: Sequence[int], *rest: Any, **named: Any) -> int:
     return 2 * math.prod(left) * right[-1]
+
+
+@register_flop_formula(fused.ATTEND, get_raw=True)
+def _count_fused(projected: Tensor, lengths: Tensor, *rest: Any, **named: Any) -> int:
+    return 2 * _count_scores(projected.shape[1] // 3, lengths)
+
+
+@register_flop_formula(fused.ATTEND_BACKWARD, get_raw=True)
+def _count_fused_backward(gradient: Tensor, projected: Tensor, lengths: Tensor, *rest: Any, **named: Any) -> int:
+    return 5 * _count_scores(gradient.shape[1], lengths)
+
+
+def _count_scores(width: int, lengths: Tensor) -> int:
+    return 2 * width * int((lengths * lengths).sum())
 
 
 FORMULAS = {

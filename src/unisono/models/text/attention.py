@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from unisono.models.text import fused
 from unisono.models.text.dropout import Dropout
 from unisono.models.text.masks import Mask
 from unisono.models.text.packing import Packing, Rectangle
@@ -37,6 +38,8 @@ def attend(projected: Tensor, packing: Packing, heads: int, *, dropout: float = 
     Takes packed floats [m, 3 · w]: queries, keys and values side by side. `dropout` falls on the attention weights.
     Returns a float [m, w]; on CPUs in float32 at least.
     """
+    if fused.takes(projected, heads):
+        return fused.attend(projected, packing.lengths, heads, dropout)
     device = projected.device.type
     grid = packing.grid(heads)
     cells = grid.spread(projected, 3)
@@ -46,7 +49,7 @@ def attend(projected: Tensor, packing: Packing, heads: int, *, dropout: float = 
         if device == "cpu" and dropout:
             mixed: Tensor = _Dropped.apply(cells, grid.rectangles, dropout)
         else:
-            mixed = _fused(cells, grid.rectangles, heads, dropout)
+            mixed = _by_torch(cells, grid.rectangles, heads, dropout)
     return grid.gather(mixed)
 
 
@@ -106,7 +109,7 @@ def _cut_three(cells: Tensor, rectangles: Rectangles) -> list[tuple[Tensor, ...]
     return list(zip(parts[:each], parts[each : 2 * each], parts[2 * each :], strict=True))
 
 
-def _fused(cells: Tensor, rectangles: Rectangles, heads: int, dropout: float) -> Tensor:
+def _by_torch(cells: Tensor, rectangles: Rectangles, heads: int, dropout: float) -> Tensor:
     """torch's own kernels, which keep no scores."""
     mixed = []
     with sdpa_kernel(_KERNELS.get(cells.device.type, SDPBackend.MATH)):
@@ -119,7 +122,8 @@ def _fused(cells: Tensor, rectangles: Rectangles, heads: int, dropout: float) ->
 
 
 class _Dropped(torch.autograd.Function):
-    """Attention with dropout on a CPU, for which torch has no fused kernel: its plain one takes 2.7 times as long.
+    """Attention with dropout on a CPU by torch's operations, which have no fused kernel for it: the plain one takes 2.7
+    times as long.
 
     Between two products, scores are worked on in place, and a rectangle's stay in the cache. Of their size, only the
     softmax is kept; masks are drawn again.

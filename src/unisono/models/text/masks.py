@@ -63,7 +63,7 @@ class Mask:
             place = 0 if added is None else added.data_ptr()
             key, size = self.key % 2**64, values.numel()
             ends = (values.data_ptr(), place, target.data_ptr())
-            _kernels.drop(size, key, self.first, self._dropped, self._factor, *ends)
+            _kernels.drop(size, key, self.first, self.dropped, self.factor, *ends)
             return target
         torch.mul(values, self.factors(values.shape, values.dtype), out=target)
         return target if added is None else target.add_(added)
@@ -77,14 +77,15 @@ class Mask:
             words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             words ^= words >> np.uint64(31)
-        kept = torch.from_numpy(words.view("<u2")[:elements] >= self._dropped)
-        return kept.view(shape).to(dtype).mul_(self._factor)
+        kept = torch.from_numpy(words.view("<u2")[:elements] >= self.dropped)
+        return kept.view(shape).to(dtype).mul_(self.factor)
 
     @property
-    def _dropped(self) -> int:
-        """Levels of 2^16 that become 0."""
+    def dropped(self) -> int:
+        """So many of 2^16 levels become 0, the lowest."""
         return min(round(self.rate * _LEVELS), _LEVELS - 1)
 
     @property
-    def _factor(self) -> float:
-        return _LEVELS / (_LEVELS - self._dropped)
+    def factor(self) -> float:
+        """What the others are multiplied by."""
+        return _LEVELS / (_LEVELS - self.dropped)
