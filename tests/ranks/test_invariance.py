@@ -19,6 +19,7 @@ from torch import nn
 from worlds import Forked, Heard, train_alone
 
 import zoo
+from bert import write_bert
 from unisono import keys
 from unisono import recipe as recipes
 from unisono.data.samples import EncodedSamples
@@ -30,7 +31,7 @@ from unisono.material import Material, open_own
 from unisono.models.task import Task
 from unisono.models.text.classification import TextClassification
 from unisono.recipe import Recipe
-from unisono.sections import Bag, Transformer
+from unisono.sections import Bag, Pretrained, Transformer
 
 MATRIX = (1, 2, 3, 5, 8)
 SHORT_LAST_STEP = {"samples_per_step": 20, "microbatches": 8, "epochs": 2.0}  # 45 samples: steps of 20, 20 and 5
@@ -60,13 +61,28 @@ def encoded(samples: int = 45, seed: int = 5) -> EncodedSamples:
     )
 
 
-def preset(model: Bag | Transformer, **options: Any) -> Task:
+def preset(model: Bag | Transformer | Pretrained, **options: Any) -> Task:
     return TextClassification(
         model=model, classes=zoo.CLASSES, vocabulary_size=zoo.WORDS, padding=0, max_tokens=24, **options
     )
 
 
 SMALL = Transformer(layers=2, width=16, heads=2, feedforward=24, dropout=0.1)
+
+
+BERT: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    BERT["folder"] = write_bert(tmp_path_factory.mktemp("bert") / "folder")
+
+
+def bert() -> Task:
+    """A pretrained encoder, with dropout everywhere."""
+    return preset(
+        Pretrained(folder=str(BERT["folder"]), pooling="pooler", dropout=0.1, attention_dropout=0.2, freeze=False)
+    )
 
 
 def classified(make: Callable[[], nn.Module], data: Callable[..., Any] = zoo.words, **train: Any) -> Case:
@@ -98,6 +114,8 @@ CASES: dict[str, Case] = {
     "preset transformer": Case(
         lambda: preset(SMALL, gradient_checkpointing=True, label_smoothing=0.1), encoded, {"pretrained_rate": 0.5}
     ),
+    "preset BERT, clipped": Case(bert, encoded, {"clip_norm": 0.5, "learning_rate": 1e-3}),
+    "preset BERT, bf16": Case(bert, encoded, {"precision": "bf16", "learning_rate": 1e-3}),
     "preset bag": Case(
         lambda: preset(Bag(width=8, hidden=7, dropout=0.3), class_weights=(1.0, 2.0, 3.0, 4.0, 5.0)), encoded
     ),
