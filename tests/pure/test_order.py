@@ -127,7 +127,7 @@ def test_ragged_pieces_cost_the_same_where_long_samples_cost_more_a_token(pieces
             float((part + part**2 / 500).sum()) for part in (falling[p] for p in cut(falling, pieces, padded=False))
         ]
         shares = np.cumsum(costs) / sum(costs) - np.arange(1, pieces + 1) / pieces
-        assert np.abs(shares).max() < 0.008  # of a step: two or three tokens in ten are a shortest sample's
+        assert np.abs(shares).max() < 0.01  # cut in the order of their lengths, 0.02 and more
 
 
 def _least_padded_cost(falling: list[int], pieces: int) -> int:
