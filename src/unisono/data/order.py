@@ -104,7 +104,7 @@ def outside_in(pieces: int) -> list[int]:
     return [rank for low in range((pieces + 1) // 2) for rank in dict.fromkeys((low, pieces - 1 - low))]
 
 
-_TRIED = np.arange(-2, 3)
+_TRIED = np.arange(-2, 3)  # long samples more than make half a share
 
 
 def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:

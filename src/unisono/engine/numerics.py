@@ -24,9 +24,7 @@ from torch.optim.adam import adam
 
 from unisono.errors import NumericsError
 from unisono.models.text import fused
-from unisono.models.text.attention import attend
 from unisono.models.text.linear import multiplies_bf16
-from unisono.models.text.packing import pack
 from unisono.sections import Train
 
 LIMITING_VARIABLES = (
@@ -159,7 +157,9 @@ def _kernels(device: torch.device) -> list[Tensor]:
     ]
     query = numbers(2, 3, 19, 32)
     out.append(F.scaled_dot_product_attention(query, query * 0.5, query + 0.25))
-    out.append(attend(numbers(21, 48), pack(21, torch.tensor([0, 9], device=device)), heads=2))
+    packed = numbers(21, 48)
+    if fused.takes(packed, heads=2):
+        out.append(fused.attend(packed, torch.tensor([9, 12]), heads=2, dropout=0.0))
     out.append(F.conv2d(numbers(2, 3, 17, 17), numbers(5, 3, 3, 3, seed=3), padding=1))
     out.append(
         F.embedding_bag(torch.arange(40, device=device) % 77, x, torch.tensor([0, 7, 20], device=device), mode="sum")

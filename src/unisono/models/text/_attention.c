@@ -1,6 +1,6 @@
 /* Attention with dropout for packed samples, one head of one sample at a time, all of it in the cache: scaled dot
-   products (Vaswani et al., arXiv 1706.03762), softmax, mask, weighted sum, and the way back. Of scores, two numbers a row are
-   kept; the backward pass computes the rest again (Dao et al., arXiv 2205.14135). fused.py says when it is used.
+   products (Vaswani et al., arXiv 1706.03762), softmax, mask, weighted sum, and the way back. Of scores, two numbers a
+   row are kept; the backward pass computes the rest again (Dao et al., arXiv 2205.14135). fused.py says when it is used.
 
    Rows of scores are padded to whole vectors; columns beyond the last token have weight 0. */
 
@@ -12,9 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_draw.h"
-
-#define INLINE static inline __attribute__((always_inline))
+#include "_common.h"
 
 enum { LANES = 8, ROWS = 64, TILE = 6 }; /* numbers in a vector; rows of scores, and of a product, computed at a time */
 
@@ -88,25 +86,6 @@ FOR_EACH_PROCESSOR static void multiply_and_add(long rows, long columns, long de
 }
 
 /* ---- rows of scores ---- */
-
-/* exp(x) for x <= 0, as 2^n times a polynomial of the rest (Cephes, expf). */
-INLINE float exponential(float x)
-{
-    x = x < -87.0f ? -87.0f : x;
-    float twos = rintf(x * 1.44269504f);
-    float rest = x - twos * 0.693359375f + twos * 2.12194440e-4f;
-    float series = 1.9875691500e-4f;
-    series = series * rest + 1.3981999507e-3f;
-    series = series * rest + 8.3334519073e-3f;
-    series = series * rest + 4.1665795894e-2f;
-    series = series * rest + 1.6666665459e-1f;
-    series = series * rest + 5.0000001201e-1f;
-    float small = series * (rest * rest) + rest + 1.0f;
-    int32_t bits = ((int32_t)twos + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return small * scale;
-}
 
 INLINE float sum_lanes(const float *lanes)
 {
@@ -313,11 +292,6 @@ static int backward(Task task, const float *packed, const float *kept, const flo
 
 /* ---- Python ---- */
 
-static void *at(unsigned long long address)
-{
-    return (void *)(uintptr_t)address;
-}
-
 static PyObject *attend(PyObject *self, PyObject *arguments)
 {
     Task task = {0};
@@ -326,7 +300,7 @@ static PyObject *attend(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "lKllfKifKKK:attend", &task.n, &lengths, &task.heads, &task.d, &task.scale,
                           &task.key, &task.dropped, &task.factor, &packed, &mixed, &kept))
         return NULL;
-    task.lengths = at(lengths);
+    task.lengths = (const int64_t *)at(lengths);
     Py_BEGIN_ALLOW_THREADS;
     failed = forward(task, at(packed), at(mixed), at(kept));
     Py_END_ALLOW_THREADS;
@@ -343,7 +317,7 @@ static PyObject *attend_backward(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "lKllfKifKKKK:attend_backward", &task.n, &lengths, &task.heads, &task.d,
                           &task.scale, &task.key, &task.dropped, &task.factor, &packed, &kept, &gradient, &target))
         return NULL;
-    task.lengths = at(lengths);
+    task.lengths = (const int64_t *)at(lengths);
     Py_BEGIN_ALLOW_THREADS;
     failed = backward(task, at(packed), at(kept), at(gradient), at(target));
     Py_END_ALLOW_THREADS;

@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "_draw.h"
+#include "_common.h"
 
 /* ---- dropout ---- */
 
@@ -30,11 +30,6 @@ FOR_EACH_PROCESSOR static void drop_and_add_run(int n, const uint16_t *numbers, 
 #pragma GCC ivdep
     for (int i = 0; i < n; i++)
         target[i] = values[i] * (numbers[i] >= dropped ? factor : 0.0f) + added[i];
-}
-
-static float *at(unsigned long long address)
-{
-    return (float *)(uintptr_t)address;
 }
 
 static PyObject *drop(PyObject *self, PyObject *arguments)
@@ -65,28 +60,12 @@ static PyObject *drop(PyObject *self, PyObject *arguments)
 
 /* ---- GELU ---- */
 
-/* x times the normal distribution's Phi(x), and the derivative of that. Phi by Abramowitz and Stegun, 7.1.26; exp(-x²/2)
-   as 2^n times a polynomial of the rest (Cephes, expf). */
+/* x times the normal distribution's Phi(x), and the derivative of that. Phi by Abramowitz and Stegun, 7.1.26. */
 FOR_EACH_PROCESSOR static void gelu_run(Py_ssize_t n, const float *restrict values, float *restrict target,
                                         float *restrict slopes)
 {
     for (Py_ssize_t i = 0; i < n; i++) {
-        float x = values[i], power = x * x * -0.5f;
-        power = power < -87.0f ? -87.0f : power;
-        float twos = rintf(power * 1.44269504f);
-        float rest = power - twos * 0.693359375f + twos * 2.12194440e-4f;
-        float series = 1.9875691500e-4f;
-        series = series * rest + 1.3981999507e-3f;
-        series = series * rest + 8.3334519073e-3f;
-        series = series * rest + 4.1665795894e-2f;
-        series = series * rest + 1.6666665459e-1f;
-        series = series * rest + 5.0000001201e-1f;
-        float small = series * (rest * rest) + rest + 1.0f;
-        int32_t bits = ((int32_t)twos + 127) << 23;
-        float scale;
-        memcpy(&scale, &bits, sizeof scale);
-        float bell = small * scale;
-
+        float x = values[i], bell = exponential(x * x * -0.5f);
         float t = 1.0f / (fabsf(x) * 0.231641888f + 1.0f); /* 0.3275911 / sqrt(2) */
         float tail = 0.5307027145f; /* halves of the coefficients of 7.1.26 */
         tail = tail * t - 0.7265760135f;

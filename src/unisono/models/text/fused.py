@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unisono.models.text.masks import Mask
+from unisono.models.text.packing import LANES
 
 try:
     from unisono.models.text import _attention
 except ImportError:  # no C compiler where unisono was installed
     _attention = None  # type: ignore[assignment]
-
-_LANES = 8
 
 
 def is_compiled() -> bool:
@@ -38,7 +37,7 @@ def takes(projected: Tensor, heads: int) -> bool:
         is_compiled()
         and projected.device.type == "cpu"
         and torch.promote_types(projected.dtype, torch.float32) == torch.float32
-        and projected.shape[-1] % (3 * heads * _LANES) == 0
+        and projected.shape[-1] % (3 * heads * LANES) == 0
         and torch.get_num_threads() == 1
     )
 
