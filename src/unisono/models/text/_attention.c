@@ -1,6 +1,7 @@
 /* Attention with dropout for packed samples, one head of one sample at a time, all of it in the cache: scaled dot
-   products (Vaswani et al., arXiv 1706.03762), softmax, mask, weighted sum, and the way back. Of scores, two numbers a
-   row are kept; the backward pass computes the rest again (Dao et al., arXiv 2205.14135). fused.py says when it is used.
+   products (Vaswani et al., arXiv 1706.03762), softmax, mask, weighted sum, and the way back. Two numbers of a row of
+   scores are kept; the backward pass computes the rest again (Dao et al., arXiv 2205.14135). fused.py says when it is
+   used.
 
    Rows of scores are padded to whole vectors; columns beyond the last token have weight 0. */
 
