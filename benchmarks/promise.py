@@ -4,14 +4,16 @@
 
 *An ordinary sum*: the same engine, but each worker adds its contributions as they come, into one buffer, and owners add
 one partial sum a worker, as an all-reduce does; the result then depends on the number of workers. *One worker* does all
-the work of a step by itself, on one core. Runs alternate.
+the work of a step by itself, on one core. *Strangers* are as many single workers at once, each with all the work of a
+step, which have nothing in common but the machine: what they gain is what it has to give to two. Runs alternate.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
-from statistics import median
+from statistics import mean, median
 from typing import Any
 from unittest.mock import patch
 
@@ -65,17 +67,36 @@ def ordinary(workload: Workload, exchange: Exchange, memory: int) -> float:
         return train(workload, exchange, memory)
 
 
+def strangers(workload: Workload) -> float:
+    """The seconds of `step.train` on a single worker that has others like it beside it: the mean of them all."""
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(WORKERS, timeout=600), context.SimpleQueue()
+
+    def one() -> None:
+        found.put(in_unisono(lambda exchange, memory: train(workload, exchange, memory, barrier.wait), workers=1))
+
+    everybody = [context.Process(target=one) for _ in range(WORKERS)]
+    for process in everybody:
+        process.start()
+    for process in everybody:
+        process.join()
+        if process.exitcode:
+            raise SystemExit("one of the workers beside each other failed")
+    return mean(found.get() for _ in everybody)
+
+
 def compare(workload: Workload) -> dict[str, Cell]:
-    """Alternate the three; one row of the table."""
-    seconds: dict[str, list[float]] = {"same bits": [], "ordinary sum": [], "one worker": []}
+    """Alternate the four; one row of the table."""
+    seconds: dict[str, list[float]] = {"same bits": [], "ordinary sum": [], "one worker": [], "strangers": []}
     for _ in range(REPEATS):
         seconds["same bits"].append(in_unisono(lambda exchange, memory: train(workload, exchange, memory)))
         seconds["ordinary sum"].append(in_unisono(lambda exchange, memory: ordinary(workload, exchange, memory)))
         seconds["one worker"].append(in_unisono(lambda exchange, memory: train(workload, exchange, memory), workers=1))
+        seconds["strangers"].append(strangers(workload))
     milliseconds = {name: Spread(values=tuple(v * 1e3 / workload.steps for v in s)) for name, s in seconds.items()}
 
-    def against(other: str) -> Spread:
-        return Spread(values=tuple(b / a for a, b in zip(seconds["same bits"], seconds[other], strict=True)))
+    def against(other: str, one: str = "same bits", times: int = 1) -> Spread:
+        return Spread(values=tuple(times * b / a for a, b in zip(seconds[one], seconds[other], strict=True)))
 
     print(workload.name, median(against("ordinary sum").values), median(against("one worker").values), file=sys.stderr)
     return {
@@ -83,6 +104,7 @@ def compare(workload: Workload) -> dict[str, Cell]:
         **{f"{name}, ms a step": value for name, value in milliseconds.items()},
         "ordinary sum / same bits": against("ordinary sum"),
         f"one worker / {WORKERS}": against("one worker"),
+        f"{WORKERS} × one worker / {WORKERS} strangers": against("one worker", "strangers", WORKERS),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +13,8 @@ import torch
 
 from toy import Command, make_toy
 from unisono.engine import numerics
+from unisono.exchange.protocol import Exchange
+from unisono.launch.seat import Seat
 
 hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fail by being slow
 hypothesis.settings.load_profile("unisono")
@@ -29,6 +31,21 @@ def settled() -> Iterator[None]:
     yield
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def my_rank() -> Iterator[Callable[[], int]]:
+    """Tells whoever asks, in a process forked later, its rank among the workers: for a model that must not know it."""
+    found = [0]
+
+    def join(self: Seat, device: torch.device) -> Exchange:
+        found[0] = self.rank
+        return honest(self, device)
+
+    honest = Seat.join
+    with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo its patches halfway
+        patch.setattr(Seat, "join", join)
+        yield lambda: found[0]
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,11 +155,10 @@ def test_verify_compares_and_says_so(command: Command, tmp_path: Path) -> None:
 
 
 def test_verify_ends_with_1_where_bits_differ(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int]
 ) -> None:
     """A model whose gradient depends on who computes it: the table names the first step, microbatch and parameter."""
     import torch
-    import torch.distributed as dist
 
     from unisono.models.text.classification import TextClassification
 
@@ -166,8 +166,7 @@ def test_verify_ends_with_1_where_bits_differ(
 
     def loss(self: TextClassification, module: torch.nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
         total, weight = honest(self, module, microbatch)  # type: ignore[arg-type]
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return total * (1 + rank * 2**-20), weight
+        return total * (1 + my_rank() * 2**-20), weight
 
     monkeypatch.setattr(TextClassification, "loss", loss)
     make_toy(tmp_path)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +258,11 @@ def test_killed_launcher_takes_its_workers_along(tmp_path: Path) -> None:
     assert wait_until_gone(children) == []
 
 
-def test_exception_in_a_worker_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exception_in_a_worker_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int]
+) -> None:
     def loss(self: TextClassification, module: nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
-        if torch.distributed.get_rank() == 1 and (Path.cwd() / "fail").exists():
+        if my_rank() == 1 and (Path.cwd() / "fail").exists():
             raise ZeroDivisionError("made for the test")
         return honest(self, module, microbatch)  # type: ignore[arg-type]
 
@@ -284,10 +287,10 @@ def test_exception_in_a_worker_is_told_once(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_exception_that_comes_once_costs_one_step(
-    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int], rank: int
 ) -> None:
     def loss(self: TextClassification, module: nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
-        if torch.distributed.get_rank() == rank and (Path.cwd() / "fail").exists():
+        if my_rank() == rank and (Path.cwd() / "fail").exists():
             (Path.cwd() / "fail").unlink()
             raise ZeroDivisionError("made for the test")
         return honest(self, module, microbatch)  # type: ignore[arg-type]

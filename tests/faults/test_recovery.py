@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from histories import OFTEN, assert_same_history, read_ledger, read_summary
 from torch import Tensor, nn
 
@@ -206,11 +205,11 @@ def test_a_worker_that_is_stuck_in_an_exchange(
 
 
 def test_a_task_that_blocks_while_others_wait_is_the_one_that_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int]
 ) -> None:
     class Blocking(zoo.Classified):
         def loss(self, module: nn.Module, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-            if torch.distributed.is_initialized() and torch.distributed.get_rank() == 2 and not mark.exists():
+            if my_rank() == 2 and not mark.exists():
                 mark.touch()
                 time.sleep(60)
             return super().loss(module, microbatch)

@@ -38,13 +38,13 @@ def test_the_minority_is_wrong(
     assert find_wrong(first=first, owner=0, again=again, auditor=auditor, votes=votes) == (suspects, ["weight"])
 
 
-def err_once(monkeypatch: pytest.MonkeyPatch, sign: Path, worker: int) -> None:
+def err_once(monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int], sign: Path, worker: int) -> None:
     """Let the worker of this rank compute one loss slightly wrong, once `sign` is there; then take it away."""
     honest: Callable[..., tuple[torch.Tensor, int]] = TextClassification.loss
 
     def loss(self: TextClassification, module: nn.Module, microbatch: object) -> tuple[torch.Tensor, int]:
         total, terms = honest(self, module, microbatch)
-        if sign.exists() and (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == worker:
+        if sign.exists() and my_rank() == worker:
             sign.unlink()
             total = total * (1 + 1e-6)
         return total, terms
@@ -54,12 +54,14 @@ def err_once(monkeypatch: pytest.MonkeyPatch, sign: Path, worker: int) -> None:
 
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(("workers", "worker"), [(3, 2), (2, 0), (1, 0)])
-def test_an_audit_finds_who_erred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, worker: int) -> None:
+def test_an_audit_finds_who_erred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int], workers: int, worker: int
+) -> None:
     """An audit looks at one microbatch of a step, so seeds are tried until it is the one in which the worker errs."""
     recipe, sign = make_toy(tmp_path), tmp_path / "err"
     found: list[dict[str, object]] = []
     for attempt in range(8):
-        err_once(monkeypatch, sign, worker)
+        err_once(monkeypatch, my_rank, sign, worker)
         sign.touch()
         run = unisono.train(
             recipe, workers=workers, run=tmp_path / f"run-{attempt}", quiet=True, allow_impure=True,

@@ -14,6 +14,7 @@ import torch
 from worlds import Forked
 
 from unisono.errors import LostPeerError, WorkerError
+from unisono.exchange import shared
 from unisono.exchange.distributed import Distributed
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
@@ -26,7 +27,7 @@ COUNTS = {1: [[1], [3]], 2: [[1, 1], [2, 0], [0, 3]], 3: [[1, 1, 1], [2, 0, 1], 
 
 
 @pytest.fixture(params=["memory", "sockets"])
-def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Distributed]:
+def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Distributed] | type[Shared]:
     """How real workers exchange: as they do on one host, or as they must between hosts."""
     if request.param == "memory":
         return Shared
@@ -122,7 +123,7 @@ def test_played(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_real_workers(workers: int, through: type[Distributed], forked: Forked) -> None:
+def test_real_workers(workers: int, through: type[Distributed] | type[Shared], forked: Forked) -> None:
     def act(exchange: Exchange) -> dict[str, Any]:
         assert type(exchange) is through
         return converse(exchange)
@@ -131,7 +132,7 @@ def test_real_workers(workers: int, through: type[Distributed], forked: Forked) 
 
 
 @pytest.mark.parametrize("call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "wait_for_all"])
-def test_a_lost_peer_is_told_as_such(call: str, through: type[Distributed], forked: Forked) -> None:
+def test_a_lost_peer_is_told_as_such(call: str, through: type[Distributed] | type[Shared], forked: Forked) -> None:
 
     def to_owners(exchange: Exchange) -> None:
         node = exchange.new_buffer(9, torch.float32)
@@ -160,6 +161,27 @@ def test_a_lost_peer_is_told_as_such(call: str, through: type[Distributed], fork
     assert found[1] == "gone" and all("another worker has gone" in found[rank] for rank in (0, 2)), found
 
 
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_who_leaves_at_once_leaves_nobody_behind(slow: int, monkeypatch: pytest.MonkeyPatch, forked: Forked) -> None:
+    """Worker 0's process has the store at which all meet: it may go only when nobody reads there any more."""
+
+    class SlowToRead:
+        def __init__(self, store: torch.distributed.Store) -> None:
+            self.set, self._store = store.set, store
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            time.sleep(0.1)
+            return self._store.multi_get(keys)
+
+    def meet(store: Any, what: str, rank: int, *more: Any) -> list[list[int]]:
+        return honest(SlowToRead(store) if rank == slow else store, what, rank, *more)
+
+    honest = shared._meet
+    monkeypatch.setattr(shared, "_meet", meet)
+    found = forked(3, lambda exchange: [type(exchange).__name__, torch.distributed.is_initialized()])
+    assert found == [["Shared", False]] * 3  # and there is no group of torch's, with threads that wake a worker up
+
+
 def test_a_killed_worker_is_the_cause_and_its_peers_are_not(forked: Forked) -> None:
     def act(exchange: Exchange) -> None:
         exchange.wait_for_all()
@@ -184,7 +206,9 @@ def test_a_worker_that_raises_is_the_cause(forked: Forked) -> None:
         forked(3, act)
 
 
-def test_a_slow_reader_hears_each_gathering_as_it_was(through: type[Distributed], forked: Forked) -> None:
+def test_a_slow_reader_hears_each_gathering_as_it_was(
+    through: type[Distributed] | type[Shared], forked: Forked
+) -> None:
     """Others may already be at the next exchange when one worker still reads what they gave to this one."""
 
     def act(exchange: Exchange) -> list[list[float]]:

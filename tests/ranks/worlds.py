@@ -1,4 +1,4 @@
-"""Real workers for a test, forked processes that exchange over gloo; and a run as a worker without supervisor has it."""
+"""Real workers for a test, forked processes; and a run as a worker without supervisor has it."""
 
 from __future__ import annotations
 

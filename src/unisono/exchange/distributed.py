@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
+from unisono.exchange.padding import gather_padded
 
 Result = TypeVar("Result")
 
@@ -84,18 +85,7 @@ class Distributed:
         _call(lambda: _broadcast_each(parts))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        sizes = torch.zeros(self.workers, dtype=torch.int64, device=self._device)
-        sizes[self.rank] = len(content)
-        lengths: list[int] = self.add_integers(sizes).tolist()
-        longest = max(1, *lengths)
-        mine = torch.zeros(longest, dtype=torch.uint8, device=self._device)
-        mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else mine[:0]
-        rows = torch.zeros(self.workers * longest, dtype=torch.uint8, device=self._device)
-        self.gather_shards(mine, rows)
-        return [
-            bytes(row[:length].cpu().numpy().tobytes())
-            for row, length in zip(rows.view(-1, longest), lengths, strict=True)
-        ]
+        return gather_padded(self, content, self._device)
 
     def wait_for_all(self) -> None:
         self.add_integers(torch.zeros(1, dtype=torch.int64, device=self._device))

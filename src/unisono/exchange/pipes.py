@@ -23,7 +23,7 @@ class Pipes:
     """A worker's end of the pipes.
 
     Args:
-        gather: returns the numbers that every worker passed, in order of rank; called by all of them, twice.
+        gather: returns the numbers that every worker passed, in order of rank; called by all of them, once.
 
     Attributes:
         pids: of all workers, by rank.
@@ -43,15 +43,15 @@ class Pipes:
             self.pids = [pid for pid, *_ in told]
             for worker in peers:
                 self._outlets[_open(self.pids[worker], told[worker][1 + rank])] = worker
-            gather([0])  # all have opened theirs
+            for file in (*self._inlets, *self._outlets):
+                os.set_blocking(file, False)
+            self.swap(b"0")  # who has written to me has opened its end
         except BaseException:
             self.close()
             raise
         finally:
             for _, outlet in made.values():
                 os.close(outlet)
-        for file in (*self._inlets, *self._outlets):
-            os.set_blocking(file, False)
 
     def swap(self, content: bytes) -> list[bytearray]:
         """Return what every worker passed, in order of rank; all pass the same number of bytes, one at least.

@@ -2,7 +2,8 @@
 
 Each worker keeps its tree's buffers in anonymous shared memory (memfd: no name, so nothing outlives the processes, and
 no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges go through pipes and
-are the barriers: after one of them, what a worker wrote before it can be read by all. Gloo is how the workers meet.
+are the barriers: after one of them, what a worker wrote before it can be read by all. Workers meet at a store, which
+all have left when the pipes are laid.
 
 Owns the memory. What is added, and in which order, is the engine's matter, so the bits are those of any other exchange.
 """
@@ -20,22 +21,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
-from unisono.exchange.distributed import Distributed
+from unisono.exchange.padding import gather_padded
 from unisono.exchange.pipes import Pipes
 
 SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
 
 
-class Shared(Distributed):
-    """A worker among processes of one host, on CPUs."""
+class Shared:
+    """An `Exchange` of a worker among processes of one host, on CPUs."""
 
     def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
-        super().__init__(store, rank=rank, workers=workers, device=torch.device("cpu"), timeout_seconds=timeout_seconds)
-        try:
-            self._pipes = Pipes(self._gather, rank=rank, workers=workers, timeout_seconds=timeout_seconds)
-        except LostPeerError:
-            super().close()  # nobody else could
-            raise
+        self.rank = rank
+        self.workers = workers
+        self._pipes = Pipes(
+            lambda numbers: _meet(store, "pipes", rank, workers, numbers),
+            rank=rank,
+            workers=workers,
+            timeout_seconds=timeout_seconds,
+        )
         self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
         self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
@@ -85,17 +88,16 @@ class Shared(Distributed):
             values = shard if worker == self.rank else self._read(worker, names[worker], shard.dtype)[: len(shard)]
             part.copy_(values)
 
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        return gather_padded(self, content)
+
+    def wait_for_all(self) -> None:
+        self._pipes.swap(b"0")
+
     def close(self) -> None:
         self._pipes.close()
-        super().close()
         for file in self._files.values():
             os.close(file)
-
-    def _gather(self, numbers: list[int]) -> list[list[int]]:
-        """What all workers pass, by gloo: until there are pipes."""
-        rows = torch.zeros(self.workers * len(numbers), dtype=torch.int64)
-        super().gather_shards(torch.tensor(numbers), rows)
-        return rows.view(self.workers, -1).tolist()
 
     def _announce(self, name: int) -> list[int]:
         """Tell everyone which of my buffers to read, and hear it of all. What was written before can be read after."""
@@ -126,18 +128,23 @@ class Shared(Distributed):
 def can_share(store: dist.Store, rank: int, workers: int) -> bool:
     """Whether all workers can read each other's memory. Every worker must ask; all get the same answer."""
     file = os.memfd_create("unisono") if hasattr(os, "memfd_create") else -1
-    store.set(f"memory-{rank}", f"{os.getpid()} {file}")
+    files = _meet(store, "memory", rank, workers, [os.getpid(), file])
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # it holds for memory files too
-    readable = unlimited and all(_can_open(store.get(f"memory-{other}").decode()) for other in range(workers))
-    store.set(f"readable-{rank}", str(int(readable)))
-    answer = all(store.get(f"readable-{other}") == b"1" for other in range(workers))
+    readable = unlimited and all(_can_open(pid, other) for pid, other in files)
+    answers = _meet(store, "readable", rank, workers, [int(readable)])
     if file >= 0:
         os.close(file)
-    return answer
+    return all(answer for (answer,) in answers)
 
 
-def _can_open(told: str) -> bool:
-    pid, file = map(int, told.split())
+def _meet(store: dist.Store, what: str, rank: int, workers: int, numbers: list[int]) -> list[list[int]]:
+    """The numbers that every worker tells of one matter, in order of rank."""
+    store.set(f"{what}-{rank}", " ".join(map(str, numbers)))
+    told = store.multi_get([f"{what}-{worker}" for worker in range(workers)])
+    return [[int(number) for number in row.split()] for row in told]
+
+
+def _can_open(pid: int, file: int) -> bool:
     try:
         os.close(os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR))
     except OSError:
