@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from unisono.board import PHASES
 from unisono.engine.state import TrainState
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
 from unisono.exchange.shared import Shared
-from unisono.launch import supervisor
+from unisono.launch import member, supervisor
 from unisono.launch.losses import Budget
 
 Disturbed = Callable[..., Path]
@@ -174,6 +175,18 @@ def test_a_worker_that_hangs_is_found_and_named(disturbed: Disturbed, quiet: Any
         assert frame in stacks[f"worker-{lost}.txt"]
         assert all("most recent call first" in text and "was at " in text for text in stacks.values())
         assert line["what"].count("worker ") == 1, "who waits for it is not suspected"
+    assert_same_history(run, quiet.run)
+
+
+def test_who_takes_long_to_come_back_from_a_lost_group_is_not_suspected(
+    disturbed: Disturbed, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SimpleNamespace(collect=lambda: time.sleep(2), freeze=lambda: None)  # as with a great many objects
+    monkeypatch.setattr(member, "gc", slow)
+    run = disturbed("kill(worker=1, step=4, phase=load)", workers=2, **HANGS)
+    (line,) = recovered(run)
+    assert line["what"].startswith("worker 1 was killed by SIGKILL") and line["what"].count("worker ") == 1
+    assert not (run / "hangs").exists()
     assert_same_history(run, quiet.run)
 
 

@@ -124,6 +124,7 @@ class Supervised:
 def serve(post: Post, part: Part) -> None:
     """Live a worker's life, until all is done or the supervisor lets it go."""
     end_with_parent(post.parent)
+    gc.freeze()  # what was inherited is nobody's garbage: collecting, after a loss, need not look at it
     faulthandler.enable(post.stacks)
     faulthandler.register(DUMP, post.stacks, all_threads=True)
     for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers
@@ -146,9 +147,8 @@ def _serve(post: Post, part: Part) -> None:
     numerics.settle(threads=post.threads, device=device)
     part.warm(device, post.workers, link)
     why = ""
+    _stand_up(pen)
     while True:
-        pen.seat(-1, -1)
-        pen.at("wait")
         post.channel.send({"waiting": why})
         seat, listener = post.channel.receive()
         if "leave" in seat:
@@ -162,8 +162,15 @@ def _serve(post: Post, part: Part) -> None:
         except BaseException:
             link.close()
             raise
-        gc.collect()  # the last group's memory, before the next one's is made
+        _stand_up(pen)
+        gc.collect()  # the last group's memory, before the next one's is made; it may take longer than a step
     link.close()
+
+
+def _stand_up(pen: Pen) -> None:
+    """Belong to no group. Nobody suspects who waits for a seat."""
+    pen.seat(-1, -1)
+    pen.at("wait")
 
 
 def _sit(seat: Seat, pen: Pen, part: Part, device: torch.device, link: Link) -> bool:
