@@ -33,11 +33,11 @@ class Node:
 def nodes(leaves: range) -> list[Node]:
     """The fewest complete nodes that cover a contiguous range, from left to right: at most 2 · log2(M)."""
     found: list[Node] = []
-    for number in leaves:
-        found.append(Node(0, number))
-        while len(found) > 1 and found[-2].is_left_of(found[-1]):
-            found.pop()
-            found.append(found.pop().parent)
+    at, stop = leaves.start, leaves.stop
+    while at < stop:
+        size = min(at & -at or stop, 1 << (stop - at).bit_length() - 1)  # the largest that begins here and fits
+        found.append(Node(size.bit_length() - 1, at // size))
+        at += size
     return found
 
 

@@ -7,7 +7,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from unisono.engine.assignment import Assignment, shares
@@ -308,20 +308,22 @@ def test_more_workers_than_microbatches_stay_as_they_are() -> None:
 
 
 @given(paces=st.lists(st.integers(1_000, 3_000), min_size=2, max_size=8))
+@example(paces=[1262, 1593, 1416, 1416, 1416, 1416, 1793, 1244])  # with 8 for the first, all others go askew
 def test_a_settled_cut_sends_few_nodes(paces: Paces) -> None:
-    """Hardly more than when everybody, from left to right, takes what it can do in the time that the cut needs."""
+    """Not more than when everybody, from left to right, takes what it can do in the time that the cut needs."""
     settled = follow(Assignment(len(paces)), paces, microbatches=64, steps=45)[-1]
+    assume(settled != shares(64, len(paces)))  # work has moved
     plain, start = [], 0
     for worker, pace in enumerate(paces):
         stop = min(start + predict(settled, paces) // pace, 64 - (len(paces) - 1 - worker))
         plain.append(range(start, stop))
         start = stop
-    assert sum(len(nodes(share)) for share in settled) <= sum(len(nodes(share)) for share in plain) + len(paces)
+    assert sum(len(nodes(share)) for share in settled) <= sum(len(nodes(share)) for share in plain)
 
 
 @pytest.mark.parametrize(
     ("paces", "sent"),
-    [((10, 20, 10, 10), 13), ((10, 10, 10, 20), 13), ((10, 30), 3), ((10, 10, 20), 9), ((10, 10, 10, 12), 11)],
+    [((10, 20, 10, 10), 12), ((10, 10, 10, 20), 12), ((10, 30), 3), ((10, 10, 20), 9), ((10, 10, 10, 12), 11)],
 )
 def test_few_nodes_travel_from_a_settled_cut(paces: tuple[int, ...], sent: int) -> None:
     settled = follow(Assignment(len(paces)), [1_000 * pace for pace in paces], microbatches=64, steps=45)[-1]

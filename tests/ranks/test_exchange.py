@@ -27,7 +27,7 @@ COUNTS = {1: [[1], [3]], 2: [[1, 1], [2, 0], [0, 3]], 3: [[1, 1, 1], [2, 0, 1], 
 
 
 @pytest.fixture(params=["memory", "sockets"])
-def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Distributed] | type[Shared]:
+def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Exchange]:
     """How real workers exchange: as they do on one host, or as they must between hosts."""
     if request.param == "memory":
         return Shared
@@ -123,7 +123,7 @@ def test_played(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_real_workers(workers: int, through: type[Distributed] | type[Shared], forked: Forked) -> None:
+def test_real_workers(workers: int, through: type[Exchange], forked: Forked) -> None:
     def act(exchange: Exchange) -> dict[str, Any]:
         assert type(exchange) is through
         return converse(exchange)
@@ -132,7 +132,7 @@ def test_real_workers(workers: int, through: type[Distributed] | type[Shared], f
 
 
 @pytest.mark.parametrize("call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "wait_for_all"])
-def test_a_lost_peer_is_told_as_such(call: str, through: type[Distributed] | type[Shared], forked: Forked) -> None:
+def test_a_lost_peer_is_told_as_such(call: str, through: type[Exchange], forked: Forked) -> None:
 
     def to_owners(exchange: Exchange) -> None:
         node = exchange.new_buffer(9, torch.float32)
@@ -206,9 +206,7 @@ def test_a_worker_that_raises_is_the_cause(forked: Forked) -> None:
         forked(3, act)
 
 
-def test_a_slow_reader_hears_each_gathering_as_it_was(
-    through: type[Distributed] | type[Shared], forked: Forked
-) -> None:
+def test_a_slow_reader_hears_each_gathering_as_it_was(through: type[Exchange], forked: Forked) -> None:
     """Others may already be at the next exchange when one worker still reads what they gave to this one."""
 
     def act(exchange: Exchange) -> list[list[float]]:

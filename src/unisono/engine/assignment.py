@@ -9,7 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
+from heapq import nsmallest
 from itertools import accumulate, pairwise
+from operator import itemgetter
+
+from unisono.nodes import nodes
 
 REMEMBERED = 5  # measurements of a worker; their median ignores two outliers
 SURE = 8  # medians, after which a pace is believed
@@ -17,6 +21,7 @@ SMOOTHING = 32  # medians, over which a pace is averaged
 JUMP_PERCENT = 25  # by which all remembered measurements lie off a pace that holds no more
 GAIN_PERCENT = 4  # of the step's predicted time, below which no work moves
 SLACK_PERCENT = 1  # of the step's predicted time, given for larger nodes
+FOLLOWED = 16  # possible bounds between two workers, while a cut is chosen
 WALK = 16  # a bound moves by at most a sixteenth of the microbatches a step (or by 1, if that is more)
 
 
@@ -181,15 +186,28 @@ class _Pace:
 
 
 def _cut(microbatches: int, most: list[int]) -> list[int]:
-    """Bounds that give every worker 1 … most[worker] microbatches; of those possible, each starts the largest node."""
-    bounds = [0]
+    """Bounds that give every worker 1 … most[worker] microbatches, so that few nodes travel.
+
+    Of all ways to a bound the one with fewest nodes is followed, and of all bounds between two workers only FOLLOWED;
+    where there are not more, the cut has fewest of all.
+    """
     most_right_of = [0, *accumulate(reversed(most[1:]))][::-1]
+    sent = {0: 0}  # where the ranges so far may end → nodes in them
+    ways: list[dict[int, int]] = []  # of every worker: where its range may end → where it begins then
     for worker, right in enumerate(most_right_of):
-        lowest = max(bounds[-1] + 1, microbatches - right)
-        highest = min(bounds[-1] + most[worker], microbatches - (len(most) - 1 - worker))
-        zeros = ((lowest - 1) ^ highest).bit_length() - 1  # of the number in lowest … highest that has most at its end
-        bounds.append(highest >> zeros << zeros)
-    return bounds
+        found: dict[int, tuple[int, int]] = {}
+        for start, before in sent.items():
+            lowest = max(start + 1, microbatches - right)
+            highest = min(start + most[worker], microbatches - (len(most) - 1 - worker))
+            for stop in range(lowest, highest + 1):
+                way = (before + len(nodes(range(start, stop))), start)
+                found[stop] = min(found.get(stop, way), way)
+        ways.append({stop: start for stop, (_, start) in found.items()})
+        sent = dict(nsmallest(FOLLOWED, ((stop, count) for stop, (count, _) in found.items()), key=itemgetter(1, 0)))
+    bounds = [microbatches]
+    for began in reversed(ways):
+        bounds.append(began[bounds[-1]])
+    return bounds[::-1]
 
 
 def _ranges(bounds: list[int]) -> list[range]:
