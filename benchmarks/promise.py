@@ -5,20 +5,27 @@
 *An ordinary sum*: the same engine, but each worker adds its contributions as they come, into one buffer, and owners add
 one partial sum a worker, as an all-reduce does; the result then depends on the number of workers. *One worker* does all
 the work of a step by itself, on one core. *Strangers* are as many single workers at once, each with all the work of a
-step, which have nothing in common but the machine: what they gain is what it has to give to two. Runs alternate.
+step, which have nothing in common but the machine: what they gain is what it has to give to two.
+
+All four are there at once and take turns of a step or a few, asleep in between: a machine whose speed changes from
+minute to minute is compared with itself, each turn with those a few seconds before and after it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
+from multiprocessing.connection import wait
 from statistics import mean, median
+from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 from record import Cell, Spread, record
-from step import train
+from step import training
 from torch import Tensor
 from workloads import WORKLOADS, Workload
 from world import WORKERS, in_unisono
@@ -27,7 +34,8 @@ from unisono.engine import reduction
 from unisono.exchange.protocol import Exchange
 from unisono.nodes import Node
 
-REPEATS = 5
+ROUNDS = 32  # a multiple of the sides, so that each goes first as often as the others
+TURNS_A_RUN = 4  # a turn is this part of a workload's steps
 ROWS = (("minilm", "float32", 8), ("transformer", "float32", 8))
 
 
@@ -61,39 +69,101 @@ def one_sum(share: range) -> list[Node]:
     return [Node(1, 2 * share.start) if len(share) > 1 else Node(0, share.start)] if share else []
 
 
-def ordinary(workload: Workload, exchange: Exchange, memory: int) -> float:
-    """`step.train` with an ordinary sum."""
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """The engine with an ordinary sum."""
     with patch.object(reduction, "Tree", RunningSum), patch.object(reduction, "nodes", one_sum):
-        return train(workload, exchange, memory)
+        yield
 
 
-def strangers(workload: Workload) -> float:
-    """The seconds of `step.train` on a single worker that has others like it beside it: the mean of them all."""
-    context = multiprocessing.get_context("fork")
-    barrier, found = context.Barrier(WORKERS, timeout=600), context.SimpleQueue()
+def steps_a_turn(workload: Workload) -> int:
+    """How many steps a turn takes."""
+    return max(1, workload.steps // TURNS_A_RUN)
 
-    def one() -> None:
-        found.put(in_unisono(lambda exchange, memory: train(workload, exchange, memory, barrier.wait), workers=1))
 
-    everybody = [context.Process(target=one) for _ in range(WORKERS)]
-    for process in everybody:
-        process.start()
-    for process in everybody:
-        process.join()
-        if process.exitcode:
-            raise SystemExit("one of the workers beside each other failed")
-    return mean(found.get() for _ in everybody)
+class Side:
+    """Workers of one kind, which train when it is their turn: `runs` separate runs of `workers` each."""
+
+    def __init__(self, workload: Workload, runs: int, workers: int, *, ordinary_sum: bool = False) -> None:
+        self._workload, self._workers, self._everybody = workload, workers, runs * workers
+        self._engine = ordinary if ordinary_sum else nullcontext
+        fork = multiprocessing.get_context("fork")
+        self._turn, self._together, self._over = fork.Semaphore(0), fork.Barrier(self._everybody), fork.Event()
+        self._found, self._seconds = fork.Pipe(duplex=False)
+        self._one_at_a_time = fork.Lock()
+        self._runs = [fork.Process(target=self._run) for _ in range(runs)]
+        for process in self._runs:
+            process.start()
+
+    def take(self) -> float:
+        """Have all workers train for a turn; return the mean of the seconds that each took."""
+        self._wake()
+        return mean(self._hear() for _ in range(self._everybody))
+
+    def end(self) -> None:
+        """Send the workers home."""
+        self._over.set()
+        self._together.abort()
+        self._wake()
+        for process in self._runs:
+            process.join()
+
+    def _wake(self) -> None:
+        for _ in range(self._everybody):
+            self._turn.release()
+
+    def _hear(self) -> float:
+        if self._found not in wait([self._found, *(process.sentinel for process in self._runs)]):
+            raise SystemExit("a worker failed")
+        return float(self._found.recv())
+
+    def _run(self) -> None:
+        with self._engine():
+            in_unisono(self._train, self._workers)
+
+    def _train(self, exchange: Exchange, memory: int) -> None:
+        """One worker, from its start until it is sent home."""
+        with training(self._workload, exchange, memory) as done:
+            while self._turn.acquire() and not self._over.is_set():
+                self._together.wait()
+                started = perf_counter()
+                for _ in islice(done, steps_a_turn(self._workload)):
+                    pass
+                exchange.wait_for_all()
+                with self._one_at_a_time:
+                    self._seconds.send(perf_counter() - started)
 
 
 def compare(workload: Workload) -> dict[str, Cell]:
-    """Alternate the four; one row of the table."""
-    seconds: dict[str, list[float]] = {"same bits": [], "ordinary sum": [], "one worker": [], "strangers": []}
-    for _ in range(REPEATS):
-        seconds["same bits"].append(in_unisono(lambda exchange, memory: train(workload, exchange, memory)))
-        seconds["ordinary sum"].append(in_unisono(lambda exchange, memory: ordinary(workload, exchange, memory)))
-        seconds["one worker"].append(in_unisono(lambda exchange, memory: train(workload, exchange, memory), workers=1))
-        seconds["strangers"].append(strangers(workload))
-    milliseconds = {name: Spread(values=tuple(v * 1e3 / workload.steps for v in s)) for name, s in seconds.items()}
+    """Let the four take turns; one row of the table."""
+    with ExitStack() as ends:
+
+        def side(*args: int, ordinary_sum: bool = False) -> Side:
+            made = Side(workload, *args, ordinary_sum=ordinary_sum)
+            ends.callback(made.end)
+            return made
+
+        sides = {
+            "same bits": side(1, WORKERS),
+            "ordinary sum": side(1, WORKERS, ordinary_sum=True),
+            "one worker": side(1, 1),
+            "strangers": side(WORKERS, 1),
+        }
+        for made in sides.values():
+            made.take()  # warm up
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        names = list(sides)
+        for number in range(ROUNDS):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(sides[name].take())
+    return in_a_row(workload, seconds)
+
+
+def in_a_row(workload: Workload, seconds: dict[str, list[float]]) -> dict[str, Cell]:
+    """The table's row, from each side's seconds a turn."""
+    steps = steps_a_turn(workload)
+    milliseconds = {name: Spread(values=tuple(v * 1e3 / steps for v in s)) for name, s in seconds.items()}
 
     def against(other: str, one: str = "same bits", times: int = 1) -> Spread:
         return Spread(values=tuple(times * b / a for a, b in zip(seconds[one], seconds[other], strict=True)))
@@ -111,7 +181,7 @@ def compare(workload: Workload) -> dict[str, Cell]:
 def main() -> None:
     """Measure all rows."""
     rows = [compare(WORKLOADS[name](precision, microbatches)) for name, precision, microbatches in ROWS]
-    title = f"The price of the same bits, {WORKERS} workers with 1 thread each, {REPEATS} rounds in turns"
+    title = f"The price of the same bits, {WORKERS} workers with 1 thread each, {ROUNDS} rounds of turns"
     record("promise", title, rows)
 
 

@@ -16,7 +16,9 @@ from unisono.board import UNWATCHED, Progress
 from unisono.data.order import Order, Step
 from unisono.data.source import Source
 
-AHEAD = 2  # microbatches
+TOGETHER, TOGETHER_BYTES = 2, 1 << 20
+"""Microbatches that the thread loads at once: two, or as many as are so large. To hand one over takes fifteen times as
+long as to load a few short texts."""
 
 
 class Feed:
@@ -29,21 +31,24 @@ class Feed:
         self._progress = progress
         self.waited_seconds = 0.0  # for data, since the start
         self._thread = ThreadPoolExecutor(1, "unisono-feed") if source.prefetchable else None
-        self._coming: dict[tuple[int, int], Future[dict[str, Tensor]]] = {}
+        self._together = TOGETHER
+        self._coming: dict[tuple[int, int], tuple[Future[list[dict[str, Tensor]]], int]] = {}  # and place in the list
 
     def load(self, step: Step, mine: range) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield (number, microbatch) for each of `mine`; begin to load what this worker will probably want next."""
         wanted = [(step, number) for number in mine]
+        together = self._together
         if step.number + 1 < self._order.total_steps and self._thread is not None:
             following = self._order.step(step.number + 1)
-            wanted += [(following, number) for number in mine[:AHEAD] if number < len(following.microbatches)]
-        self._coming = {key: future for key, future in self._coming.items() if key[0] == step.number}
+            wanted += [(following, number) for number in mine[:together] if number < len(following.microbatches)]
+        self._coming = {key: coming for key, coming in self._coming.items() if key[0] == step.number}
         for position, number in enumerate(mine):
-            for when, which in wanted[position : position + 1 + AHEAD]:
-                self._request(when, which)
+            if position % together == 0:
+                self._request(wanted[position : position + together])
+                self._request(wanted[position + together : position + 2 * together])
             self._progress.at("load", step.number, number)
             began = time.perf_counter()
-            microbatch = self._coming.pop((step.number, number)).result() if self._thread else self._take(step, number)
+            microbatch = self._loaded(step, number) if self._thread else self._take(step, number)
             self.waited_seconds += time.perf_counter() - began
             yield number, self._move(microbatch)
 
@@ -59,10 +64,21 @@ class Feed:
     def _move(self, microbatch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: column.to(self._device, non_blocking=True) for name, column in microbatch.items()}
 
-    def _request(self, step: Step, number: int) -> None:
-        key = (step.number, number)
-        if self._thread is not None and key not in self._coming:
-            self._coming[key] = self._thread.submit(self._take, step, number)
+    def _request(self, wanted: list[tuple[Step, int]]) -> None:
+        lacking = [(step, number) for step, number in wanted if (step.number, number) not in self._coming]
+        if self._thread is not None and lacking:
+            future = self._thread.submit(self._take_all, lacking)
+            self._coming |= {(step.number, number): (future, place) for place, (step, number) in enumerate(lacking)}
+
+    def _loaded(self, step: Step, number: int) -> dict[str, Tensor]:
+        future, place = self._coming.pop((step.number, number))
+        return future.result()[place]
+
+    def _take_all(self, wanted: list[tuple[Step, int]]) -> list[dict[str, Tensor]]:
+        found = [self._take(step, number) for step, number in wanted]
+        largest = max(sum(column.nbytes for column in microbatch.values()) for microbatch in found)
+        self._together = max(TOGETHER, TOGETHER_BYTES // max(largest, 1))
+        return found
 
     def _take(self, step: Step, number: int) -> dict[str, Tensor]:
         return self._source.take(step.microbatches[number], epoch=step.epoch)

@@ -6,8 +6,10 @@ Owns the shuffle and the cut of a step into microbatches. Knows nothing of worke
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -104,7 +106,7 @@ def outside_in(pieces: int) -> list[int]:
     return [rank for low in range((pieces + 1) // 2) for rank in dict.fromkeys((low, pieces - 1 - low))]
 
 
-_TRIED = np.arange(-2, 3)  # long samples more than make half a share
+_TRIED = range(-2, 3)  # long samples more than make half a share
 
 
 def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
@@ -113,21 +115,33 @@ def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
     Whole samples do not add up to an even share, so some numbers of long ones are tried, each with as many short ones
     as fit it. What is evened out is the cost of the first 1, 2, 3 … pieces: so contiguous shares of a step are, too.
     """
-    total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    everything = np.arange(len(total))
+    total = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
     first, last = 0, len(lengths)
     parts = []
     for piece in range(1, pieces):
-        wanted = float(total[-1]) * piece / pieces  # of the first `piece` pieces
+        wanted = total[-1] * piece / pieces  # of the first `piece` pieces
         later = pieces - piece  # that need a sample each
-        starts = (np.searchsorted(total, wanted / 2) + _TRIED).clip(first + 1, last - later)
-        ends = np.rint(np.interp(total[-1] + total[starts] - wanted, total, everything)).astype(np.int64)
-        ends = ends.clip(starts + later, last)
-        best = np.argmin(np.abs(total[starts] + total[-1] - total[ends] - wanted))
-        start, end = int(starts[best]), int(ends[best])
+        half = bisect_left(total, wanted / 2)
+        best = (math.inf, 0, 0)  # how far off, start, end
+        for tried in _TRIED:
+            start = min(max(half + tried, first + 1), last - later)
+            end = min(max(round(_place(total, total[-1] + total[start] - wanted)), start + later), last)
+            off = abs(total[start] + total[-1] - total[end] - wanted)
+            if off < best[0]:
+                best = (off, start, end)
+        _, start, end = best
         parts.append(np.r_[first:start, end:last])
         first, last = start, end
     return [*parts, np.arange(first, last)]
+
+
+def _place(rising: list[int], value: float) -> float:
+    """Where `value` lies among these numbers, in between as between them: np.interp, for single values."""
+    after = bisect_right(rising, value)
+    if after in (0, len(rising)):
+        return min(after, len(rising) - 1)
+    low, high = rising[after - 1], rising[after]
+    return 1 / (high - low) * (value - low) + (after - 1)
 
 
 def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:
@@ -156,8 +170,7 @@ def permute(positions: np.ndarray, *, size: int, key: tuple[int, int]) -> np.nda
     """
     half = np.uint64(max(1, math.ceil(math.log2(max(size, 2)) / 2)))
     mask = np.uint64((1 << int(half)) - 1)
-    seed, epoch = (np.uint64(number % 2**64) for number in key)
-    keys = [_mix(_mix(np.array([seed]) + np.uint64(turn))[0] ^ _mix(np.array([epoch]))) for turn in range(1, 7)]
+    keys = _keys_of_rounds(*key)
 
     def once(values: np.ndarray) -> np.ndarray:
         left, right = values >> half, values & mask
@@ -169,6 +182,12 @@ def permute(positions: np.ndarray, *, size: int, key: tuple[int, int]) -> np.nda
     while (outside := values >= size).any():
         values[outside] = once(values[outside])
     return values
+
+
+@lru_cache
+def _keys_of_rounds(seed: int, epoch: int) -> list[np.ndarray]:
+    numbers, epochs = (np.array([number % 2**64], np.uint64) for number in (seed, epoch))
+    return [_mix(_mix(numbers + np.uint64(turn)) ^ _mix(epochs)) for turn in range(1, 7)]
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

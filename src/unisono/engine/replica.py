@@ -105,6 +105,8 @@ class Replica:
                 )
             if now is not before:  # assigned anew in the forward pass
                 before.copy_(now.detach())
+        if not self.space.buffers:
+            return []
         # an untouched −inf, as masks have it, has changed by 0 and not by −inf − (−inf)
         change = (self.buffer_values - self._step_floats).masked_fill_(self.buffer_values == self._step_floats, 0.0)
         if ((change != 0.0) & ~self._step_floats.isfinite()).any():

@@ -38,18 +38,23 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, rate: float) -> Tensor:
         ctx.mask, ctx.dtype = Mask.draw(rate), input.dtype
         if residual is None:
-            return ctx.mask.drop(_wide(input)).to(input.dtype)
+            return _as(ctx.mask.drop(_wide(input)), input.dtype)
         ctx.residual = residual.dtype
         wide = torch.promote_types(input.dtype, residual.dtype)
-        return ctx.mask.drop(_wide(input.to(wide)), added=_wide(residual.to(wide))).to(wide)
+        return _as(ctx.mask.drop(_wide(_as(input, wide)), added=_wide(_as(residual, wide))), wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         wants_input, wants_residual, _ = ctx.needs_input_grad
-        dropped = ctx.mask.drop(_wide(gradient)).to(ctx.dtype) if wants_input else None
-        return dropped, gradient.to(ctx.residual) if wants_residual else None, None
+        dropped = _as(ctx.mask.drop(_wide(gradient)), ctx.dtype) if wants_input else None
+        return dropped, _as(gradient, ctx.residual) if wants_residual else None, None
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return _as(values, torch.promote_types(values.dtype, torch.float32))
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """As values.to(dtype), which takes ten times as long to find that there is nothing to do."""
+    return values if values.dtype == dtype else values.to(dtype)
