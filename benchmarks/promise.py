@@ -35,7 +35,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.nodes import Node
 
 ROUNDS = 32  # a multiple of the sides, so that each goes first as often as the others
-TURNS_A_RUN = 4  # a turn is this part of a workload's steps
+TURNS_A_RUN = 8  # a turn is this part of a workload's steps, or a single one
 ROWS = (("minilm", "float32", 8), ("transformer", "float32", 8))
 
 
