@@ -75,13 +75,12 @@ def training(
         feed.close()
 
 
-def train(workload: Workload, exchange: Exchange, memory: int, meet: Callable[[], object] | None = None) -> float:
-    """Train the workload's steps on one worker of unisono; return the seconds that they took. `meet`: waits for whom to
-    begin with, if not for the other workers."""
+def train(workload: Workload, exchange: Exchange, memory: int) -> float:
+    """Train the workload's steps on one worker of unisono; return the seconds that they took."""
     with training(workload, exchange, memory) as done:
         for _ in islice(done, workload.warm_up):
             pass
-        (meet or exchange.wait_for_all)()
+        exchange.wait_for_all()
         started = time.perf_counter()
         for _ in islice(done, workload.steps):
             pass

@@ -20,6 +20,9 @@ TOGETHER, TOGETHER_BYTES = 2, 1 << 20
 """Microbatches that the thread loads at once: two, or as many as are so large. To hand one over takes fifteen times as
 long as to load a few short texts."""
 
+Key = tuple[int, int]
+"""Numbers of a step and of a microbatch."""
+
 
 class Feed:
     """Loads this worker's microbatches of a step, in rising order."""
@@ -32,7 +35,7 @@ class Feed:
         self.waited_seconds = 0.0  # for data, since the start
         self._thread = ThreadPoolExecutor(1, "unisono-feed") if source.prefetchable else None
         self._together = TOGETHER
-        self._coming: dict[tuple[int, int], tuple[Future[list[dict[str, Tensor]]], int]] = {}  # and place in the list
+        self._coming: dict[Key, Future[dict[Key, dict[str, Tensor]]]] = {}
 
     def load(self, step: Step, mine: range) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield (number, microbatch) for each of `mine`; begin to load what this worker will probably want next."""
@@ -48,7 +51,7 @@ class Feed:
                 self._request(wanted[position + together : position + 2 * together])
             self._progress.at("load", step.number, number)
             began = time.perf_counter()
-            microbatch = self._loaded(step, number) if self._thread else self._take(step, number)
+            microbatch = self._loaded((step.number, number)) if self._thread else self._take(step, number)
             self.waited_seconds += time.perf_counter() - began
             yield number, self._move(microbatch)
 
@@ -65,18 +68,16 @@ class Feed:
         return {name: column.to(self._device, non_blocking=True) for name, column in microbatch.items()}
 
     def _request(self, wanted: list[tuple[Step, int]]) -> None:
-        lacking = [(step, number) for step, number in wanted if (step.number, number) not in self._coming]
+        lacking = {(step.number, number): step for step, number in wanted if (step.number, number) not in self._coming}
         if self._thread is not None and lacking:
-            future = self._thread.submit(self._take_all, lacking)
-            self._coming |= {(step.number, number): (future, place) for place, (step, number) in enumerate(lacking)}
+            self._coming |= dict.fromkeys(lacking, self._thread.submit(self._take_all, lacking))
 
-    def _loaded(self, step: Step, number: int) -> dict[str, Tensor]:
-        future, place = self._coming.pop((step.number, number))
-        return future.result()[place]
+    def _loaded(self, key: Key) -> dict[str, Tensor]:
+        return self._coming.pop(key).result().pop(key)
 
-    def _take_all(self, wanted: list[tuple[Step, int]]) -> list[dict[str, Tensor]]:
-        found = [self._take(step, number) for step, number in wanted]
-        largest = max(sum(column.nbytes for column in microbatch.values()) for microbatch in found)
+    def _take_all(self, wanted: dict[Key, Step]) -> dict[Key, dict[str, Tensor]]:
+        found = {key: self._take(step, key[1]) for key, step in wanted.items()}
+        largest = max(sum(column.nbytes for column in microbatch.values()) for microbatch in found.values())
         self._together = max(TOGETHER, TOGETHER_BYTES // max(largest, 1))
         return found
 

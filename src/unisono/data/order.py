@@ -122,24 +122,22 @@ def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
         wanted = total[-1] * piece / pieces  # of the first `piece` pieces
         later = pieces - piece  # that need a sample each
         half = bisect_left(total, wanted / 2)
-        best = (math.inf, 0, 0)  # how far off, start, end
-        for tried in _TRIED:
-            start = min(max(half + tried, first + 1), last - later)
+        tried = []  # how far off, start, end
+        for more in _TRIED:
+            start = min(max(half + more, first + 1), last - later)
             end = min(max(round(_place(total, total[-1] + total[start] - wanted)), start + later), last)
-            off = abs(total[start] + total[-1] - total[end] - wanted)
-            if off < best[0]:
-                best = (off, start, end)
-        _, start, end = best
+            tried.append((abs(total[start] + total[-1] - total[end] - wanted), start, end))
+        _, start, end = min(tried)
         parts.append(np.r_[first:start, end:last])
         first, last = start, end
     return [*parts, np.arange(first, last)]
 
 
 def _place(rising: list[int], value: float) -> float:
-    """Where `value` lies among these numbers, in between as between them: np.interp, for single values."""
+    """Where a value from the first of these numbers on lies among them: np.interp, quicker for a single one."""
     after = bisect_right(rising, value)
-    if after in (0, len(rising)):
-        return min(after, len(rising) - 1)
+    if after == len(rising):
+        return after - 1
     low, high = rising[after - 1], rising[after]
     return 1 / (high - low) * (value - low) + (after - 1)
 
