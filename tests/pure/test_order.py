@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.data.order import Order, count_steps, cut, outside_in, permute
+from unisono.data.order import Order, _place, count_steps, cut, outside_in, permute
 
 KEYS = st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 10_000))
 
@@ -156,3 +156,10 @@ def _least_padded_cost(falling: list[int], pieces: int) -> int:
 )
 def test_count_steps(samples: int, per_step: int, epochs: float, most: int, steps: int) -> None:
     assert count_steps(samples, per_step, epochs, most) == steps
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.floats(0, 1))
+def test_a_place_is_that_of_numpys_interpolation(lengths: list[int], part: float) -> None:
+    total = [0, *np.cumsum(lengths).tolist()]
+    for value in (part * total[-1], *map(float, total), total[-1] + 1.0):
+        assert _place(total, value) == np.interp(value, total, range(len(total)))
