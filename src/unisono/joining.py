@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +104,11 @@ class Run:
         return self.ready.profile or self.link.progress
 
     @property
+    def judge(self) -> Contributor:
+        """The contributor, without anybody's help."""
+        return replace(self.contributor, desk=None)
+
+    @property
     def fingerprint(self) -> Mapping[str, Any]:
         return self.ready.fingerprint
 
@@ -165,7 +170,9 @@ def join(job: Job, ready: Ready, exchange: Exchange, link: Link) -> Run:
         link=link,
         state=TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange),
         order=order,
-        contributor=Contributor(replica=replica, task=material.task, precision=train.precision, seed=train.seed),
+        contributor=Contributor(
+            replica=replica, task=material.task, precision=train.precision, seed=train.seed, desk=exchange.desk
+        ),
         pure=not job.allow_impure,
     )
     if arrays is not None and arrays.committed:
@@ -226,7 +233,7 @@ def _probe(run: Run) -> None:
     one, other = (
         {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (smaller, larger)
     )
-    probe(run.contributor, one, other)
+    probe(run.judge, one, other)
 
 
 def _resume(run: Run) -> list[str]:

@@ -177,7 +177,7 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
         return RUNNING
     audit = Audit(
         contributor,
-        run.contributor,
+        run.judge,
         run.exchange,
         run.order,
         take=feed.take,
@@ -305,7 +305,7 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
 
     def again(step: int, number: int) -> None:
         assert feed is not None
-        run.contributor.contribute(step, number, feed.take(run.order.step(step), number))
+        run.judge.contribute(step, number, feed.take(run.order.step(step), number))
 
     measured = footprint.describe(
         profile,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -55,9 +56,12 @@ class Audit:
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
         """Compute a contribution, and remember its digests if it is going to be looked at."""
-        found = self._inner.contribute(step, number, microbatch)
-        if self._is_due(step) and number == self._choose(step):
-            self._digests = self._digest(found)
+        if not self._is_due(step) or number != self._choose(step):
+            return self._inner.contribute(step, number, microbatch)
+        desk = self._exchange.desk
+        with desk.shut() if desk else nullcontext():  # who is judged answers for every bit
+            found = self._inner.contribute(step, number, microbatch)
+        self._digests = self._digest(found)
         return found
 
     def _is_due(self, step: int) -> bool:

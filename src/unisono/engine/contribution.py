@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from unisono import keys
 from unisono.engine.replica import Replica
 from unisono.errors import ContractError
+from unisono.exchange.protocol import Desk
 from unisono.models.task import Task
+from unisono.models.text.linear import assisted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,13 @@ class Contributes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contributor:
-    """Computes contributions of one task with one replica."""
+    """Computes contributions of one task with one replica. desk: where others find some of the work; None: nowhere."""
 
     replica: Replica
     task: Task
     precision: str
     seed: int
+    desk: Desk | None = None
 
     def contribute(self, step: int, number: int, microbatch: Mapping[str, Tensor]) -> Contribution:
         """Compute the contribution of microbatch `number` of `step`; leave the replica as it was.
@@ -70,7 +73,7 @@ class Contributor:
             )
         gradients: list[Tensor | None] = [None] * len(replica.parameters)
         if loss.requires_grad:
-            loss.backward()
+            self._go_back(loss)
             gradients = [_gradient(parameter, id(parameter) in replica.sparse) for parameter in replica.parameters]
         for parameter in replica.parameters:
             parameter.grad = None
@@ -80,6 +83,19 @@ class Contributor:
         return Contribution(
             loss=loss.detach().to(torch.float64), weight=weight, parts=gradients + changes, integers=integers
         )
+
+    def _go_back(self, loss: Tensor) -> None:
+        """Leave in each parameter its gradient."""
+        if self.desk is None:
+            loss.backward()
+            return
+        with assisted(self.desk.lay_down):
+            loss.backward()
+        for weights, gradient in self.desk.collect():
+            for weight, part in zip(weights, gradient.split([len(weight) for weight in weights]), strict=True):
+                if weight.requires_grad:
+                    assert weight.grad is None, "a layer is used once in a pass"
+                    weight.grad = part
 
 
 def _gradient(parameter: nn.Parameter, sparse: bool) -> Tensor | None:

@@ -9,6 +9,7 @@ two marks is a *span*, and belongs to one of the phases:
                 update does: on one host they are read where they lie, so that adding is most of the transport, too
     exchange    talking to other workers, and reading everybody's new weights
     wait        for the last worker to come to an exchange; told apart from it where workers are compared
+    assist      computing for workers that are late, while waiting in an exchange; booked where that began
     optimiser   the update of this worker's shard
     other       what remains: planning the step, an audit
 
@@ -24,8 +25,8 @@ import dataclasses
 import platform
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.exchange.protocol import Exchange
 from unisono.models.task import Microbatch, Task
 
-PHASES = ("data", "forward", "backward", "tree", "exchange", "wait", "optimiser", "other")
+PHASES = ("data", "forward", "backward", "tree", "exchange", "wait", "assist", "optimiser", "other")
 MOST_STEPS = 500
 """Steps that are kept, the newest: a long run's profile stays small."""
 VERBS = {
@@ -124,9 +125,12 @@ class Profile:
         if self._within:
             self.turn(call)
 
-    def leave(self) -> None:
-        """It is over, and what went on before goes on."""
+    def leave(self, assisted_seconds: float = 0.0) -> None:
+        """It is over, and what went on before goes on. assisted_seconds: how much of it was spent on others' work."""
         if self._within:
+            began, self._since = self._since, self._since + round(assisted_seconds * 1e9)
+            if self._recorded is not None and self._since > began:
+                self._recorded.spans.append(("assist", -1, began, self._since))
             self.turn(*self._outer)
 
     def turn(self, phase: str, microbatch: int = -1) -> None:
@@ -245,6 +249,7 @@ class Timed:
     def __init__(self, exchange: Exchange, profile: Profile) -> None:
         self.rank = exchange.rank
         self.workers = exchange.workers
+        self.desk = exchange.desk
         self._exchange = exchange
         self._profile = profile
 
@@ -257,34 +262,36 @@ class Timed:
         return self._exchange.name(buffer)
 
     def add_integers(self, values: Tensor) -> Tensor:
-        self._profile.enter("add_integers")
-        found = self._exchange.add_integers(values)
-        self._profile.leave()
-        return found
+        with self._marked("add_integers"):
+            return self._exchange.add_integers(values)
 
     def to_owners(
         self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
-        self._profile.enter("to_owners")
-        found = self._exchange.to_owners(nodes, names, shard_size=shard_size, dtype=dtype)
-        self._profile.leave()
-        return found
+        with self._marked("to_owners"):
+            return self._exchange.to_owners(nodes, names, shard_size=shard_size, dtype=dtype)
 
     def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
-        self._profile.enter("gather_shards")
-        self._exchange.gather_shards(shard, flat, names)
-        self._profile.leave()
+        with self._marked("gather_shards"):
+            self._exchange.gather_shards(shard, flat, names)
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        self._profile.enter("gather_bytes")
-        found = self._exchange.gather_bytes(content)
-        self._profile.leave()
-        return found
+        with self._marked("gather_bytes"):
+            return self._exchange.gather_bytes(content)
 
     def wait_for_all(self) -> None:
-        self._profile.enter("wait_for_all")
-        self._exchange.wait_for_all()
-        self._profile.leave()
+        with self._marked("wait_for_all"):
+            self._exchange.wait_for_all()
+
+    @contextmanager
+    def _marked(self, call: str) -> Iterator[None]:
+        self._profile.enter(call)
+        before = self._given()
+        yield
+        self._profile.leave(self._given() - before)
+
+    def _given(self) -> float:
+        return self.desk.given_seconds if self.desk else 0.0
 
     def close(self) -> None:
         self._exchange.close()

@@ -109,7 +109,7 @@ class Reduction:
     def begin(self, step: Step) -> range:
         """Forget the last step; return the microbatches of this one that are mine."""
         self._step = step
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() + self._taken()
         self.shares = self._assignment.shares(len(step.microbatches))
         self._tree.clear()
         mine = nodes(self.shares[self._exchange.rank])
@@ -196,7 +196,7 @@ class Reduction:
         if integers is None:
             integers = torch.zeros(self._integers, dtype=torch.int64)
         pace = torch.zeros(workers + 1, dtype=torch.int64)
-        pace[rank] = round((time.perf_counter() - self._began) * 1e6) if self._scalars else 0
+        pace[rank] = round((time.perf_counter() + self._taken() - self._began) * 1e6) if self._scalars else 0
         pace[-1] = self._assignment.number
         names = torch.zeros(workers, 1 + max(len(nodes(share)) for share in self.shares), dtype=torch.int64)
         for place in range(len(self._targets)):
@@ -222,6 +222,10 @@ class Reduction:
         told = {name: part.view(fact.shape) for (name, fact), part in zip(facts.items(), parts, strict=True)}
         self._learn(*told["pace"].tolist())
         return self._conclude(told), told
+
+    def _taken(self) -> float:
+        """Seconds that others have worked for me, in all: my microbatches took them, whoever computed."""
+        return self._exchange.desk.taken_seconds if self._exchange.desk else 0.0
 
     def _learn(self, *pace: int) -> None:
         """Let the next step's shares follow what this one took: every worker learns the same."""

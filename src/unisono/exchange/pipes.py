@@ -12,11 +12,24 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from typing import Protocol
 
 from unisono.errors import LostPeerError
 
 SPIN_SECONDS = 1e-4  # a process that sleeps takes as long to wake up: others are mostly quicker
+
+
+class Work(Protocol):
+    """What a worker can do while it waits."""
+
+    def offers(self, late: Container[int]) -> list[int]:
+        """Files that can be read from when these workers, by rank, have something to do."""
+        ...
+
+    def serve(self, file: int) -> None:
+        """Do what one of these files has."""
+        ...
 
 
 class Pipes:
@@ -27,6 +40,7 @@ class Pipes:
 
     Attributes:
         pids: of all workers, by rank.
+        work: what to do while waiting; None: nothing.
     """
 
     def __init__(
@@ -37,12 +51,16 @@ class Pipes:
         peers = [worker for worker in range(workers) if worker != rank]
         made = {worker: os.pipe() for worker in peers}
         self._inlets = {inlet: worker for worker, (inlet, _) in made.items()}
+        self._arrivals = select.poll()
+        for inlet in self._inlets:
+            self._arrivals.register(inlet, select.POLLIN)
+        self.work: Work | None = None
         self._outlets: dict[int, int] = {}
         try:
             told = gather([os.getpid(), *(made[worker][1] if worker in made else -1 for worker in range(workers))])
             self.pids = [pid for pid, *_ in told]
             for worker in peers:
-                self._outlets[_open(self.pids[worker], told[worker][1 + rank])] = worker
+                self._outlets[open_end(self.pids[worker], told[worker][1 + rank], os.O_WRONLY)] = worker
             for file in (*self._inlets, *self._outlets):
                 os.set_blocking(file, False)
             self.swap(b"0")  # who has written to me has opened its end
@@ -72,6 +90,10 @@ class Pipes:
             else:
                 self._wait(unsent, lacking)
         return found
+
+    def count_waiting(self) -> int:
+        """How many others have come to the next exchange."""
+        return sum(event & select.POLLIN > 0 for _, event in self._arrivals.poll(0))
 
     def close(self) -> None:
         """Leave; the others learn of it."""
@@ -114,20 +136,27 @@ class Pipes:
         return anything
 
     def _wait(self, unsent: dict[int, memoryview], lacking: dict[int, int]) -> None:
-        """Sleep until one of the pipes is ready."""
+        """Sleep until one of the pipes is ready, or do some work of those who are late."""
         waiting = select.poll()
         for file in unsent:
             waiting.register(file, select.POLLOUT)
         for file in lacking:
             waiting.register(file, select.POLLIN)
-        if not waiting.poll(self._timeout_seconds * 1e3):
+        offers = self.work.offers({self._inlets[file] for file in lacking}) if self.work else []
+        for file in offers:
+            waiting.register(file, select.POLLIN)
+        ready = waiting.poll(self._timeout_seconds * 1e3)
+        for file, _ in ready:
+            if self.work and file in offers:
+                self.work.serve(file)
+        if not ready:
             late = sorted({self._inlets[file] for file in lacking} | {self._outlets[file] for file in unsent})
             raise LostPeerError(f"another worker has gone: no word from {late} in {self._timeout_seconds:g} s")
 
 
-def _open(pid: int, file: int) -> int:
-    """Another process's end of a pipe, to write to."""
+def open_end(pid: int, file: int, flags: int) -> int:
+    """Another process's end of a pipe, for this one, too."""
     try:
-        return os.open(f"/proc/{pid}/fd/{file}", os.O_WRONLY)
+        return os.open(f"/proc/{pid}/fd/{file}", flags)
     except OSError as error:
         raise LostPeerError(f"another worker has gone: {error}") from error

@@ -52,6 +52,8 @@ class Stage:
 class Played:
     """One of the workers that a `Stage` plays."""
 
+    desk = None
+
     def __init__(self, stage: Stage, rank: int) -> None:
         self.rank = rank
         self.workers = stage.workers

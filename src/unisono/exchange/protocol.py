@@ -7,10 +7,34 @@ worker.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Desk(Protocol):
+    """Where a worker lays down matrix products that others compute while they wait for it. Who does changes no bit.
+
+    given_seconds: how long this worker has computed for others, in all. taken_seconds: others for this one.
+    """
+
+    given_seconds: float
+    taken_seconds: float
+
+    def lay_down(self, key: Any, left: Tensor, right: Tensor) -> bool:
+        """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
+        whether this was done. `collect` then has the product."""
+        ...
+
+    def collect(self) -> list[tuple[Any, Tensor]]:
+        """The products [i, o] of all that was laid down, with their keys, when they are there."""
+        ...
+
+    def shut(self) -> AbstractContextManager[None]:
+        """Within, nothing is laid down: what is computed is this worker's own."""
+        ...
 
 
 class Exchange(Protocol):
@@ -18,10 +42,15 @@ class Exchange(Protocol):
 
     Nothing here adds floating-point numbers: `add_integers` is exact in any order, and the engine adds the rest itself,
     in its tree. Every method raises LostPeerError where another worker has gone.
+
+    desk: None where workers share no memory, or have no processors to themselves.
     """
 
     rank: int
     workers: int
+
+    @property
+    def desk(self) -> Desk | None: ...
 
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Return zeros, in memory from which `to_owners` and `gather_shards` send best, on this worker's device."""

@@ -14,6 +14,7 @@ import mmap
 import os
 import resource
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
+from unisono.exchange.desk import Desk
 from unisono.exchange.padding import gather_padded
 from unisono.exchange.pipes import Pipes
 
@@ -42,6 +44,9 @@ class Shared:
         self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
         self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
+        self.desk: Desk[Any] | None = None
+        if len(os.sched_getaffinity(0)) >= workers * torch.get_num_threads():  # who waits leaves its core to itself
+            self.desk = Desk(self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers)
 
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Return zeros in shared memory."""
@@ -96,6 +101,8 @@ class Shared:
 
     def close(self) -> None:
         self._pipes.close()
+        if self.desk:
+            self.desk.close()
         for file in self._files.values():
             os.close(file)
 

@@ -4,10 +4,14 @@ Owns how products of bfloat16 numbers are computed on a CPU without instructions
 times as long for them as in float32, so numbers are rounded and multiplied in float32. A product of two bfloat16
 numbers is exact in float32, and sums are float32 as in the native kernels; results and gradients stay float32, so
 they are not less precise than those.
+
+And owns which weight gradients may be computed elsewhere: no other gradient needs them, so a pass can go on without.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -23,49 +27,80 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+Ask = Callable[[Sequence[Tensor], Tensor, Tensor], bool]
+"""Asks somebody else for a gradient: (weights, gradient [m, outputs], input [m, inputs]) → whether it will be had."""
+LARGE = 2**26
+"""Multiplications from which on a layer's weight gradient may be somebody else's work."""
+_ask: Ask | None = None
+
+
+@contextmanager
+def assisted(ask: Ask | None) -> Iterator[None]:
+    """Within, large layers ask for their weights' gradients first, and compute themselves what nobody will: a gradient
+    that is promised is not among those that autograd finds. A layer is used once in a pass."""
+    global _ask
+    before, _ask = _ask, ask
+    try:
+        yield
+    finally:
+        _ask = before
+
+
 class Linear(nn.Linear):
     """As nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return float [m, outputs] of float [m, inputs]; under autocast to bfloat16 that, or float32 where numbers are
         rounded."""
-        return _multiply(input, self.weight, self.bias)
+        return _multiply(input, self.weight, self.bias, (self.weight,))
 
 
 def project(input: Tensor, *layers: nn.Module) -> Tensor:
     """What several linear layers make of `input`, side by side, as one product."""
-    weights = torch.cat([layer.get_parameter("weight") for layer in layers])
-    return _multiply(input, weights, torch.cat([layer.get_parameter("bias") for layer in layers]))
+    weights = tuple(layer.get_parameter("weight") for layer in layers)
+    biases = torch.cat([layer.get_parameter("bias") for layer in layers])
+    return _multiply(input, torch.cat(weights), biases, weights)
 
 
-def _multiply(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if (
-        input.device.type != "cpu"
-        or not torch.is_autocast_enabled("cpu")
-        or torch.get_autocast_dtype("cpu") != torch.bfloat16
-        or multiplies_bf16()
-    ):
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """weights: of which `weight` is made, one below the other."""
+    rounds = False
+    if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        rounds = torch.get_autocast_dtype("cpu") == torch.bfloat16 and not multiplies_bf16()
+        large = False
+    else:  # whatever the number of workers: so the same operations give the same bits
+        large = input.dtype == torch.float32 and input.numel() * len(weight) >= LARGE and input.device.type == "cpu"
+    if not rounds and not large:
         return F.linear(input, weight, bias)
-    product: Tensor = _Rounded.apply(input, weight, bias)
+    product: Tensor = _Product.apply(input, weight, bias, weights, rounds)
     return product
 
 
-class _Rounded(torch.autograd.Function):
-    """The product of numbers rounded to bfloat16, which are what is kept for backward."""
+class _Product(torch.autograd.Function):
+    """The product of float32 numbers, or of numbers rounded to bfloat16, which then are what is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, weights: tuple[Tensor, ...], rounds: bool
+    ) -> Tensor:
+        ctx.dtype, ctx.weights = input.dtype, weights
+        if not rounds:
+            ctx.save_for_backward(input, weight)
+            return F.linear(input, weight, bias)
         rounded = [value.bfloat16() for value in (input, weight, bias)]
         ctx.save_for_backward(*rounded[:2])
-        ctx.dtype = input.dtype
         with torch.autocast("cpu", enabled=False):
             return F.linear(*(value.float() for value in rounded))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rounded, weight = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias = ctx.needs_input_grad
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        outer = None
+        if wants_weight:
+            input = input.detach().float()
+            if _ask is None or not _ask(ctx.weights, gradient, input):
+                outer = gradient.t() @ input
         back = (gradient @ weight.float()).to(ctx.dtype) if wants_input else None
-        outer = gradient.t() @ rounded.float() if wants_weight else None
-        return back, outer, gradient.sum(0) if wants_bias else None
+        return back, outer, gradient.sum(0) if wants_bias else None, None, None

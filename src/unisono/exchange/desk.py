@@ -1,0 +1,197 @@
+"""Who waits for others computes for them: products that a late worker lays down, instead of computing them itself.
+
+A *job* is one product, left transposed times right, of float32 numbers. Its owner copies both into a *slot*, memory
+that all workers of a host map, and writes the slot's number into its pipe of jobs. Whoever waits in an exchange
+(`pipes.py`) wakes up and reads the number; so does the owner itself in the end, for what nobody has begun. A number is
+read once, so nothing is computed twice. Nothing is lost with a worker, either: the owner keeps the operands until it
+has the product.
+
+It is the same call on the same numbers, laid out in the same way, so no bit tells who computed it.
+
+Owns the slots, the pipes of jobs and of answers, and who computes what. What the products are is their owner's matter.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from array import array
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from unisono.errors import LostPeerError
+from unisono.exchange.pipes import Pipes, open_end
+
+Key = TypeVar("Key")
+
+MOST_SLOTS = 8
+SLOT_BYTES = 2**27  # of address space; what is never written takes no memory
+JOBS_EACH = 2  # that lie ready for each worker who waits: one that it computes, and the next
+ALIGNED = 64  # bytes; as torch aligns its own tensors, on which a product's bits may depend
+PATIENCE_SECONDS, SLOWEST_FLOPS = 0.2, 1e9  # how long a product is waited for, once its owner has nothing else to do
+_NANOSECONDS = 3  # in a slot's sizes, after m, i and o
+
+
+class Desk(Generic[Key]):
+    """One worker's place for products that others may compute, and its way to those of others.
+
+    Args:
+        new_buffer, read: memory that all map, as `Shared` has it. pipes: of the exchange in which workers wait.
+
+    Attributes:
+        given_seconds: how long this worker has computed for others, in all. taken_seconds: others for this one.
+    """
+
+    def __init__(
+        self,
+        new_buffer: Callable[[int, torch.dtype], Tensor],
+        name: Callable[[Tensor], int],
+        read: Callable[[int, int, torch.dtype], Tensor],
+        pipes: Pipes,
+        *,
+        rank: int,
+        workers: int,
+    ) -> None:
+        self.given_seconds = self.taken_seconds = 0.0
+        self._waiting, self._read = pipes.count_waiting, read
+        self._usable = True  # until somebody leaves a job undone
+        slots = min(JOBS_EACH * (workers - 1), MOST_SLOTS)
+        self._memory = new_buffer(slots * SLOT_BYTES // 4, torch.float32)
+        self._sizes = new_buffer(slots * 4, torch.int64)
+        self._free = list(range(slots))
+        self._laid: dict[int, tuple[Key, Tensor, Tensor]] = {}  # slot → what lies there
+        self._found: list[tuple[Key, Tensor]] = []
+        self._jobs, self._put = os.pipe()
+        self._answers, answered = os.pipe()
+        for file in (self._jobs, self._answers):
+            os.set_blocking(file, False)
+        mine = array("q", [self._jobs, answered, name(self._memory), name(self._sizes)])
+        self._others: dict[int, int] = {}  # their pipes of jobs → rank
+        self._places: dict[int, tuple[int, int, int]] = {}  # rank → its pipe of answers, its memory, its sizes
+        for worker, told in enumerate(pipes.swap(mine.tobytes())):
+            jobs, answers, *files = array("q", bytes(told))
+            if worker != rank:
+                self._others[open_end(pipes.pids[worker], jobs, os.O_RDONLY | os.O_NONBLOCK)] = worker
+                self._places[worker] = (open_end(pipes.pids[worker], answers, os.O_WRONLY), files[0], files[1])
+        pipes.swap(b"0")  # all have opened what is mine
+        os.close(answered)
+        pipes.work = self
+
+    # ---- for the owner of a product
+
+    def lay_down(self, key: Key, left: Tensor, right: Tensor) -> bool:
+        """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
+        whether this was done. `collect` then has the product."""
+        self._hear()
+        if not self._usable or not self._free or len(self._laid) >= JOBS_EACH * self._waiting():
+            return False
+        (rows, width), other = left.shape, right.shape[1]
+        fits = (rows + width) * other + rows * width + 2 * ALIGNED <= SLOT_BYTES // 4
+        if not fits or not all(one.is_contiguous() and one.data_ptr() % ALIGNED == 0 for one in (left, right)):
+            return False
+        slot = self._free.pop()
+        self._sizes[4 * slot : 4 * slot + 4] = torch.tensor([rows, width, other, 0])
+        for mine, its in zip((left, right), _cut(self._memory, self._sizes, slot), strict=False):
+            its.copy_(mine)
+        self._laid[slot] = (key, left, right)
+        os.write(self._put, bytes([slot]))
+        return True
+
+    def collect(self) -> list[tuple[Key, Tensor]]:
+        """The products of all that was laid down, with their keys; what nobody has begun is computed here."""
+        while self._laid and (slot := _take(self._jobs)) is not None:
+            self._compute(slot)
+            self._free.append(slot)
+            self._hear()
+        while self._laid and self._usable:
+            self._await()
+            self._hear()
+        for slot in list(self._laid):
+            self._compute(slot)
+        found, self._found = self._found, []
+        return found
+
+    def _compute(self, slot: int) -> None:
+        """Here, what was laid down."""
+        key, left, right = self._laid.pop(slot)
+        self._found.append((key, left.t() @ right))
+
+    def _hear(self) -> None:
+        """Take over what others have computed."""
+        while self._laid and (slot := _take(self._answers)) is not None:
+            key, _, _ = self._laid.pop(slot)
+            self._found.append((key, _cut(self._memory, self._sizes, slot)[2].clone()))
+            self.taken_seconds += int(self._sizes[4 * slot + _NANOSECONDS]) / 1e9
+            self._free.append(slot)
+
+    def _await(self) -> None:
+        """Wait for the next answer; without one in time, who computes it is gone, or hangs."""
+        flop = max(2 * left.numel() * right.shape[1] for _, left, right in self._laid.values())
+        answers = select.poll()
+        answers.register(self._answers, select.POLLIN)
+        ready = answers.poll((PATIENCE_SECONDS + flop / SLOWEST_FLOPS) * 1e3)
+        self._usable = any(event & select.POLLIN for _, event in ready)
+
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """Within, nothing is laid down: what is computed is this worker's own."""
+        usable, self._usable = self._usable, False
+        try:
+            yield
+        finally:
+            self._usable = usable
+
+    # ---- for who waits
+
+    def offers(self, late: Container[int]) -> list[int]:
+        """The pipes from which jobs of these workers can be had."""
+        return [file for file, worker in self._others.items() if worker in late]
+
+    def serve(self, file: int) -> None:
+        """Do a job from this pipe, if there still is one."""
+        slot = _take(file)
+        if slot is None:
+            return
+        answers, memory, sizes = self._places[self._others[file]]
+        started = time.perf_counter_ns()
+        told = self._read(self._others[file], sizes, torch.int64)
+        left, right, product = _cut(self._read(self._others[file], memory, torch.float32), told, slot)
+        torch.mm(left.t(), right, out=product)
+        took = time.perf_counter_ns() - started
+        told[4 * slot + _NANOSECONDS] = took
+        self.given_seconds += took / 1e9
+        try:
+            os.write(answers, bytes([slot]))
+        except BrokenPipeError as error:
+            raise LostPeerError(f"another worker has gone: {error}") from error
+
+    def close(self) -> None:
+        """Leave."""
+        answers = [place[0] for place in self._places.values()]
+        for file in (self._jobs, self._put, self._answers, *self._others, *answers):
+            os.close(file)
+
+
+def _cut(memory: Tensor, sizes: Tensor, slot: int) -> list[Tensor]:
+    """What a slot holds: left [m, i], right [m, o], and their product [i, o]."""
+    rows, width, other, _ = sizes[4 * slot : 4 * slot + 4].tolist()
+    start, parts = slot * SLOT_BYTES // 4, []
+    for shape in ((rows, width), (rows, other), (width, other)):
+        size = shape[0] * shape[1]
+        parts.append(memory[start : start + size].view(shape))
+        start += -(-size * 4 // ALIGNED) * ALIGNED // 4
+    return parts
+
+
+def _take(file: int) -> int | None:
+    """The number of a slot from a pipe; None: there is none now, or nobody to write any more."""
+    try:
+        content = os.read(file, 1)
+    except BlockingIOError:
+        return None
+    return content[0] if content else None

@@ -1,0 +1,92 @@
+"""Who computes a weight's gradient changes no bit: late workers, helped by those who wait, against a single one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_invariance import CASES, bert_folder, perform  # noqa: F401 - a fixture
+from worlds import Forked
+
+from unisono.engine.audit import Audit
+from unisono.engine.contribution import Contribution, Contributor
+from unisono.exchange.desk import Desk
+from unisono.exchange.played import play
+from unisono.exchange.protocol import Exchange
+from unisono.models.text import linear
+
+NAMES = ("preset transformer", "preset BERT, clipped", "preset BERT, bf16", "preset bag")
+
+
+@pytest.fixture
+def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every linear layer counts as a large one, all workers have processors, and each in turn is late. Returns a list
+    whose length tells how often this process has computed for another one."""
+    monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    served: list[int] = []
+    serve, honest, turns = Desk.serve, Contributor._go_back, itertools.count()
+
+    def count(self: Desk[Any], file: int) -> None:
+        before = self.given_seconds
+        serve(self, file)
+        if self.given_seconds > before:
+            served.append(1)
+
+    def go_back(self: Contributor, loss: Any) -> None:
+        if (next(turns) + os.getpid()) % 3 == 0:
+            time.sleep(0.02)
+        honest(self, loss)
+
+    monkeypatch.setattr(Desk, "serve", count)
+    monkeypatch.setattr(Contributor, "_go_back", go_back)
+    return served
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_bit_tells_who_computed(name: str, tmp_path: Path, forked: Forked, laid: list[int]) -> None:
+    case = CASES[name]
+    expected = play(1, lambda exchange: perform(case, exchange, tmp_path / "alone"))[0]
+    for workers in (2, 3, 5, 8):
+
+        def act(exchange: Exchange, folder: Path = tmp_path / str(workers)) -> list[Any]:
+            found = perform(case, exchange, folder)
+            return [found, len(laid)]
+
+        told = forked(workers, act)
+        assert told[0][0] == expected, f"{workers} workers"
+        assert sum(count for _, count in told) > 3, f"{workers} workers: nobody computed for another one"
+
+
+def test_an_audited_microbatch_is_its_workers_own(
+    tmp_path: Path, forked: Forked, laid: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is judged answers for every bit; the other microbatches have help as always."""
+    helped: list[bool] = []
+    contribute = Audit.contribute
+
+    def watch(self: Audit, step: int, number: int, microbatch: Any) -> Contribution:
+        desk = self._exchange.desk
+        assert desk is not None
+        before = desk.taken_seconds
+        found = contribute(self, step, number, microbatch)
+        if number == self._choose(step):
+            helped.append(desk.taken_seconds > before)
+        return found
+
+    monkeypatch.setattr(Audit, "contribute", watch)
+    case = CASES["preset BERT, clipped"]
+    audited = type(case)(case.task, case.data, {**case.train, "audit_every": 1})
+
+    def act(exchange: Exchange) -> list[Any]:
+        perform(audited, exchange, tmp_path / "audited")
+        return [helped, len(laid)]
+
+    told = forked(2, act)
+    assert sum(len(one) for one, _ in told) >= 6  # one a step
+    assert not any(any(one) for one, _ in told)
+    assert sum(count for _, count in told) > 0
