@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +166,31 @@ def test_marks_make_spans_that_touch(clock: list[int]) -> None:
     assert [after[2] - before[3] for before, after in pairwise(spans)] == [0] * (len(spans) - 1)
     assert [span[1] for span in spans[:4]] == [2, 2, 2, 2]
     assert list(profile.steps) == [0]
+
+
+class Lent(Solo):
+    """An exchange in which each call computes two ticks for others."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.desk: Any = SimpleNamespace(given_seconds=0.0)
+
+    def add_integers(self, values: Tensor) -> Tensor:
+        self.desk.given_seconds += 2e-9
+        return values
+
+
+def test_what_was_computed_for_others_is_no_part_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 1000, 5))
+    monkeypatch.setattr(unisono.engine.profile.time, "monotonic_ns", lambda: next(ticks))
+    profile = Profile()
+    exchange = profile.join(Lent(), UNWATCHED, CPU)
+    profile.at("begin", 0)
+    exchange.add_integers(torch.zeros(1, dtype=torch.int64))
+    profile.at("report", 0)
+    assert profile.steps[0].spans == [
+        ("other", -1, 0, 5), ("assist", -1, 5, 7), ("add_integers", -1, 7, 10), ("other", -1, 10, 15)
+    ]  # fmt: skip
 
 
 def test_dissolved_steps_are_forgotten_and_the_newest_kept(clock: list[int]) -> None:

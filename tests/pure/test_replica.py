@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import zoo
 from unisono.data.order import Step
+from unisono.engine.assignment import Assignment
 from unisono.engine.contribution import Contributor
 from unisono.engine.reduction import Reduction
 from unisono.engine.replica import Replica, tensors_sha256
@@ -53,6 +55,21 @@ def one_step(make: Callable[[], nn.Module], pieces: list[Tensor]) -> tuple[Repli
     gradient, totals = reduction.finish()
     flat = gradient.mean(slice(0, replica.shard.size), totals.weight)
     return replica, {segment.name: segment.view(flat).clone() for segment in replica.space.segments}, totals.integers
+
+
+def test_a_step_took_also_what_others_computed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a slow worker would seem quick, since it has help, and keep its share."""
+    task, learnt, exchange = Summed(lambda: nn.Linear(3, 2)), [], Solo()
+    monkeypatch.setattr(Assignment, "learn", lambda self, microseconds: learnt.append(microseconds))
+    exchange.desk = desk = SimpleNamespace(taken_seconds=100.0)  # type: ignore[assignment]
+    contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
+    reduction = Reduction(contributor.replica, exchange)
+    reduction.begin(Step(number=0, epoch=0, microbatches=(np.arange(2),)))
+    reduction.add(0, contributor.contribute(0, 0, {"x": torch.ones(2, 3)}))
+    desk.taken_seconds += 50.0
+    reduction.finish()
+    ((microseconds,),) = learnt
+    assert 50e6 <= microseconds < 60e6
 
 
 def normed() -> nn.Module:
