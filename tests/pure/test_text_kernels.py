@@ -4,10 +4,11 @@ their twins."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -276,6 +277,39 @@ def test_layers_side_by_side_are_one_product() -> None:
     gradients = [torch.autograd.grad(each.square().sum(), wanted) for each in (found, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("wants", [(True, True, True), (False, True, True), (True, False, False)])
+def test_a_large_layers_gradients_are_those_of_autograd(
+    wants: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what somebody else will compute is left to them."""
+    monkeypatch.setattr(linear, "LARGE", 40 * 24 * 30)
+    layer, x = linear.Linear(40, 24), torch.randn(30, 40)
+    given = (x, layer.weight, layer.bias)
+    for value, wanted in zip(given, wants, strict=True):
+        value.requires_grad_(wanted)
+    due, asked = torch.randn(30, 24), []
+    F.linear(*given).backward(due)
+    expected = [None if value.grad is None else value.grad.clone() for value in given]
+    assert layer(x).grad_fn.name() == "_ProductBackward"
+    for answer in (False, True):
+
+        def ask(weights: Sequence[Tensor], gradient: Tensor, values: Tensor, answer: bool = answer) -> bool:
+            asked.append(weights[0] is layer.weight and torch.equal(gradient, due) and torch.equal(values, x))
+            return answer
+
+        for value in given:
+            value.grad = None
+        with linear.assisted(ask):
+            layer(x).backward(due)
+        for value, right in zip(given, expected, strict=True):
+            if answer and value is layer.weight:
+                assert value.grad is None
+            else:
+                torch.testing.assert_close(value.grad, right)
+    assert asked == [True] * (2 * wants[1])
+    assert layer(x[:29]).grad_fn.name() != "_ProductBackward", "that is a small one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

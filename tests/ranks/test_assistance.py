@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_invariance import CASES, bert_folder, perform  # noqa: F401 - a fixture
+from test_invariance import CASES, Case, bert, bert_folder, encoded, perform  # noqa: F401 - a fixture
+from torch import nn
 from worlds import Forked
 
 from unisono.engine.audit import Audit
@@ -17,9 +18,26 @@ from unisono.engine.contribution import Contribution, Contributor
 from unisono.exchange.desk import Desk
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
+from unisono.models.task import Task
 from unisono.models.text import linear
 
-NAMES = ("preset transformer", "preset BERT, clipped", "preset BERT, bf16", "preset bag")
+
+def frozen_in_part() -> Task:
+    """A pretrained encoder of whose first layer's queries, keys and values, one product, the keys stay as they are."""
+    task = bert()
+    build = task.build
+
+    def freeze() -> nn.Module:
+        module = build()
+        module.get_parameter("bert.encoder.layer.0.attention.self.key.weight").requires_grad_(False)
+        return module
+
+    task.build = freeze  # type: ignore[method-assign]
+    return task
+
+
+FROZEN = {"frozen in part": Case(frozen_in_part, encoded, {"learning_rate": 1e-3})}
+NAMES = ("frozen in part", "preset transformer", "preset BERT, clipped", "preset BERT, bf16", "preset bag")
 
 
 @pytest.fixture
@@ -27,6 +45,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every linear layer counts as a large one, all workers have processors, and each in turn is late. Returns a list
     whose length tells how often this process has computed for another one."""
     monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr(linear, "multiplies_bf16", lambda: False)  # else torch's own layers are used
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     served: list[int] = []
     serve, honest, turns = Desk.serve, Contributor._go_back, itertools.count()
@@ -49,7 +68,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bit_tells_who_computed(name: str, tmp_path: Path, forked: Forked, laid: list[int]) -> None:
-    case = CASES[name]
+    case = (CASES | FROZEN)[name]
     expected = play(1, lambda exchange: perform(case, exchange, tmp_path / "alone"))[0]
     for workers in (2, 3, 5, 8):
 
@@ -72,6 +91,8 @@ def test_an_audited_microbatch_is_its_workers_own(
     def watch(self: Audit, step: int, number: int, microbatch: Any) -> Contribution:
         desk = self._exchange.desk
         assert desk is not None
+        if number == self._choose(step):
+            time.sleep(0.1)  # so the other one waits
         before = desk.taken_seconds
         found = contribute(self, step, number, microbatch)
         if number == self._choose(step):

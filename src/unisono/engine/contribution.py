@@ -94,8 +94,7 @@ class Contributor:
         for weights, gradient in self.desk.collect():
             for weight, part in zip(weights, gradient.split([len(weight) for weight in weights]), strict=True):
                 if weight.requires_grad:
-                    assert weight.grad is None, "a layer is used once in a pass"
-                    weight.grad = part
+                    weight.grad = part if weight.grad is None else weight.grad + part
 
 
 def _gradient(parameter: nn.Parameter, sparse: bool) -> Tensor | None:

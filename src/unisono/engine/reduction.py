@@ -224,7 +224,7 @@ class Reduction:
         return self._conclude(told), told
 
     def _taken(self) -> float:
-        """Seconds that others have worked for me, in all: my microbatches took them, whoever computed."""
+        """Seconds that others have saved me, in all: my microbatches are worth them, whoever computed."""
         return self._exchange.desk.taken_seconds if self._exchange.desk else 0.0
 
     def _learn(self, *pace: int) -> None:

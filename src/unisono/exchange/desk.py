@@ -41,10 +41,11 @@ class Desk(Generic[Key]):
     """One worker's place for products that others may compute, and its way to those of others.
 
     Args:
-        new_buffer, read: memory that all map, as `Shared` has it. pipes: of the exchange in which workers wait.
+        new_buffer, name, read: memory that all map, as `Shared` has it. pipes: of the exchange in which workers wait.
 
     Attributes:
-        given_seconds: how long this worker has computed for others, in all. taken_seconds: others for this one.
+        given_seconds: how long this worker has computed for others, in all. taken_seconds: how much longer this one
+            would have computed without them.
     """
 
     def __init__(
@@ -59,27 +60,32 @@ class Desk(Generic[Key]):
     ) -> None:
         self.given_seconds = self.taken_seconds = 0.0
         self._waiting, self._read = pipes.count_waiting, read
-        self._usable = True  # until somebody leaves a job undone
-        slots = min(JOBS_EACH * (workers - 1), MOST_SLOTS)
-        self._memory = new_buffer(slots * SLOT_BYTES // 4, torch.float32)
-        self._sizes = new_buffer(slots * 4, torch.int64)
-        self._free = list(range(slots))
+        self._shut = False
+        self._slots = min(JOBS_EACH * (workers - 1), MOST_SLOTS)
+        self._memory = new_buffer(self._slots * SLOT_BYTES // 4, torch.float32)
+        self._sizes = new_buffer(self._slots * 4, torch.int64)
+        self._free = list(range(self._slots))  # a slot is not, too, while a job is done that nobody waits for any more
         self._laid: dict[int, tuple[Key, Tensor, Tensor]] = {}  # slot → what lies there
         self._found: list[tuple[Key, Tensor]] = []
-        self._jobs, self._put = os.pipe()
-        self._answers, answered = os.pipe()
-        for file in (self._jobs, self._answers):
-            os.set_blocking(file, False)
-        mine = array("q", [self._jobs, answered, name(self._memory), name(self._sizes)])
         self._others: dict[int, int] = {}  # their pipes of jobs → rank
         self._places: dict[int, tuple[int, int, int]] = {}  # rank → its pipe of answers, its memory, its sizes
-        for worker, told in enumerate(pipes.swap(mine.tobytes())):
-            jobs, answers, *files = array("q", bytes(told))
-            if worker != rank:
-                self._others[open_end(pipes.pids[worker], jobs, os.O_RDONLY | os.O_NONBLOCK)] = worker
-                self._places[worker] = (open_end(pipes.pids[worker], answers, os.O_WRONLY), files[0], files[1])
-        pipes.swap(b"0")  # all have opened what is mine
-        os.close(answered)
+        self._jobs, self._put = os.pipe()
+        self._answers, answered = os.pipe()
+        try:
+            for file in (self._jobs, self._answers):
+                os.set_blocking(file, False)
+            mine = array("q", [self._jobs, answered, name(self._memory), name(self._sizes)])
+            for worker, told in enumerate(pipes.swap(mine.tobytes())):
+                jobs, answers, *files = array("q", bytes(told))
+                if worker != rank:
+                    self._others[open_end(pipes.pids[worker], jobs, os.O_RDONLY | os.O_NONBLOCK)] = worker
+                    self._places[worker] = (open_end(pipes.pids[worker], answers, os.O_WRONLY), files[0], files[1])
+            pipes.swap(b"0")  # all have opened what is mine
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(answered)
         pipes.work = self
 
     # ---- for the owner of a product
@@ -88,7 +94,7 @@ class Desk(Generic[Key]):
         """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
         whether this was done. `collect` then has the product."""
         self._hear()
-        if not self._usable or not self._free or len(self._laid) >= JOBS_EACH * self._waiting():
+        if self._shut or not self._free or len(self._laid) >= JOBS_EACH * self._waiting():
             return False
         (rows, width), other = left.shape, right.shape[1]
         fits = (rows + width) * other + rows * width + 2 * ALIGNED <= SLOT_BYTES // 4
@@ -108,10 +114,9 @@ class Desk(Generic[Key]):
             self._compute(slot)
             self._free.append(slot)
             self._hear()
-        while self._laid and self._usable:
-            self._await()
+        while self._laid and self._await():
             self._hear()
-        for slot in list(self._laid):
+        for slot in list(self._laid):  # who has begun it is gone, or hangs
             self._compute(slot)
         found, self._found = self._found, []
         return found
@@ -123,28 +128,30 @@ class Desk(Generic[Key]):
 
     def _hear(self) -> None:
         """Take over what others have computed."""
-        while self._laid and (slot := _take(self._answers)) is not None:
-            key, _, _ = self._laid.pop(slot)
-            self._found.append((key, _cut(self._memory, self._sizes, slot)[2].clone()))
-            self.taken_seconds += int(self._sizes[4 * slot + _NANOSECONDS]) / 1e9
+        while len(self._free) < self._slots and (slot := _take(self._answers)) is not None:
+            if slot in self._laid:
+                key, _, _ = self._laid.pop(slot)
+                self._found.append((key, _cut(self._memory, self._sizes, slot)[2].clone()))
+                self.taken_seconds += int(self._sizes[4 * slot + _NANOSECONDS]) / 1e9
             self._free.append(slot)
 
-    def _await(self) -> None:
-        """Wait for the next answer; without one in time, who computes it is gone, or hangs."""
+    def _await(self) -> bool:
+        """Wait for the next answer; return whether there is one, in time."""
         flop = max(2 * left.numel() * right.shape[1] for _, left, right in self._laid.values())
-        answers = select.poll()
+        answers, started = select.poll(), time.perf_counter()
         answers.register(self._answers, select.POLLIN)
         ready = answers.poll((PATIENCE_SECONDS + flop / SLOWEST_FLOPS) * 1e3)
-        self._usable = any(event & select.POLLIN for _, event in ready)
+        self.taken_seconds -= time.perf_counter() - started
+        return any(event & select.POLLIN for _, event in ready)
 
     @contextmanager
     def shut(self) -> Iterator[None]:
         """Within, nothing is laid down: what is computed is this worker's own."""
-        usable, self._usable = self._usable, False
+        self._shut = True
         try:
             yield
         finally:
-            self._usable = usable
+            self._shut = False
 
     # ---- for who waits
 

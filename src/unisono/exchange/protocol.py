@@ -17,7 +17,8 @@ from torch import Tensor
 class Desk(Protocol):
     """Where a worker lays down matrix products that others compute while they wait for it. Who does changes no bit.
 
-    given_seconds: how long this worker has computed for others, in all. taken_seconds: others for this one.
+    given_seconds: how long this worker has computed for others, in all. taken_seconds: how much longer this one would
+    have computed without them.
     """
 
     given_seconds: float

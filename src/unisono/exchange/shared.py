@@ -45,8 +45,12 @@ class Shared:
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
         self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
         self.desk: Desk[Any] | None = None
-        if len(os.sched_getaffinity(0)) >= workers * torch.get_num_threads():  # who waits leaves its core to itself
-            self.desk = Desk(self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers)
+        try:
+            if all(answer for (answer,) in self._pipes.swap(bytes([_can_assist(workers)]))):
+                self.desk = Desk(self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers)
+        except BaseException:
+            self.close()
+            raise
 
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Return zeros in shared memory."""
@@ -142,6 +146,12 @@ def can_share(store: dist.Store, rank: int, workers: int) -> bool:
     if file >= 0:
         os.close(file)
     return all(answer for (answer,) in answers)
+
+
+def _can_assist(workers: int) -> bool:
+    """Whether who waits leaves processors to nobody, and may map as much memory as it likes."""
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    return unlimited and len(os.sched_getaffinity(0)) >= workers * torch.get_num_threads()
 
 
 def _meet(store: dist.Store, what: str, rank: int, workers: int, numbers: list[int]) -> list[list[int]]:

@@ -180,7 +180,7 @@ def _rate(reports: Sequence[Told], steps: Steps, spent: Mapping[int, list[dict[s
     peak = {dtype: _mean(one[dtype] for one in peaks) for dtype in peaks[0]}
     taken = max(peak, key=lambda dtype: peak[dtype])
     per_second = flop / sum(sum(one.values()) for _, one in rows) * 1e9
-    computing = sum(one["forward"] + one["backward"] for _, one in rows)
+    computing = sum(one["forward"] + one["backward"] + one["assist"] for _, one in rows)
     return {
         "flop_per_step": flop / len(steps),
         "flop_per_second": per_second,

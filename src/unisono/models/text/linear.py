@@ -37,7 +37,8 @@ _ask: Ask | None = None
 @contextmanager
 def assisted(ask: Ask | None) -> Iterator[None]:
     """Within, large layers ask for their weights' gradients first, and compute themselves what nobody will: a gradient
-    that is promised is not among those that autograd finds. A layer is used once in a pass."""
+    that is promised is not among those that autograd finds. A layer is used once in a pass, or twice: more gradients
+    than two would not add up in autograd's order."""
     global _ask
     before, _ask = _ask, ask
     try:
@@ -100,7 +101,8 @@ class _Product(torch.autograd.Function):
         outer = None
         if wants_weight:
             input = input.detach().float()
-            if _ask is None or not _ask(ctx.weights, gradient, input):
+            large = gradient.numel() * input.shape[1] >= LARGE
+            if not large or _ask is None or not _ask(ctx.weights, gradient, input):
                 outer = gradient.t() @ input
         back = (gradient @ weight.float()).to(ctx.dtype) if wants_input else None
         return back, outer, gradient.sum(0) if wants_bias else None, None, None
