@@ -5,9 +5,10 @@
 *An ordinary sum*: the same engine, but each worker adds its contributions as they come, into one buffer, and owners add
 one partial sum a worker, as an all-reduce does; the result then depends on the number of workers. *One worker* does all
 the work of a step by itself, on one core. *Strangers* are as many single workers at once, each with all the work of a
-step, which have nothing in common but the machine: what they gain is what it has to give to two.
+step, which have nothing in common but the machine: what they gain is what it has to give to two. And *nobody assists*:
+who waits for a late worker computes nothing for it.
 
-All four are there at once and take turns of a step or a few, asleep in between: a machine whose speed changes from
+All are there at once and take turns of a step or a few, asleep in between: a machine whose speed changes from
 minute to minute is compared with itself, each turn with those a few seconds before and after it.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from multiprocessing.connection import wait
 from statistics import mean, median
@@ -31,15 +32,18 @@ from workloads import WORKLOADS, Workload
 from world import WORKERS, in_unisono
 
 from unisono.engine import reduction
+from unisono.exchange import shared
 from unisono.exchange.protocol import Exchange
 from unisono.nodes import Node
 
-ROUNDS = 32  # a multiple of the sides, so that each goes first as often as the others
+ROUNDS = 30  # a multiple of the sides, so that each goes first as often as the others
 TURNS_A_RUN = 8  # a turn is this part of a workload's steps, or a single one
 ROWS = (("minilm", "float32", 8), ("transformer", "float32", 8))
 
 
 Parts = list[Tensor | None]
+Engine = Callable[[], AbstractContextManager[None]]
+"""Within which the engine is another one."""
 
 
 class RunningSum:
@@ -76,6 +80,13 @@ def ordinary() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unassisted() -> Iterator[None]:
+    """The engine without desks."""
+    with patch.object(shared, "_can_assist", lambda workers: False):
+        yield
+
+
 def steps_a_turn(workload: Workload) -> int:
     """How many steps a turn takes."""
     return max(1, workload.steps // TURNS_A_RUN)
@@ -84,9 +95,9 @@ def steps_a_turn(workload: Workload) -> int:
 class Side:
     """Workers of one kind, which train when it is their turn: `runs` separate runs of `workers` each."""
 
-    def __init__(self, workload: Workload, runs: int, workers: int, *, ordinary_sum: bool = False) -> None:
+    def __init__(self, workload: Workload, runs: int, workers: int, engine: Engine = nullcontext) -> None:
         self._workload, self._workers, self._everybody = workload, workers, runs * workers
-        self._engine = ordinary if ordinary_sum else nullcontext
+        self._engine = engine
         fork = multiprocessing.get_context("fork")
         self._turn, self._together, self._over = fork.Semaphore(0), fork.Barrier(self._everybody), fork.Event()
         self._found, self._seconds = fork.Pipe(duplex=False)
@@ -135,17 +146,18 @@ class Side:
 
 
 def compare(workload: Workload) -> dict[str, Cell]:
-    """Let the four take turns; one row of the table."""
+    """Let all take turns; one row of the table."""
     with ExitStack() as ends:
 
-        def side(*args: int, ordinary_sum: bool = False) -> Side:
-            made = Side(workload, *args, ordinary_sum=ordinary_sum)
+        def side(runs: int, workers: int, engine: Engine = nullcontext) -> Side:
+            made = Side(workload, runs, workers, engine)
             ends.callback(made.end)
             return made
 
         sides = {
             "same bits": side(1, WORKERS),
-            "ordinary sum": side(1, WORKERS, ordinary_sum=True),
+            "ordinary sum": side(1, WORKERS, ordinary),
+            "nobody assists": side(1, WORKERS, unassisted),
             "one worker": side(1, 1),
             "strangers": side(WORKERS, 1),
         }
@@ -173,6 +185,7 @@ def in_a_row(workload: Workload, seconds: dict[str, list[float]]) -> dict[str, C
         "workload": workload.name,
         **{f"{name}, ms a step": value for name, value in milliseconds.items()},
         "ordinary sum / same bits": against("ordinary sum"),
+        "nobody assists / same bits": against("nobody assists"),
         f"one worker / {WORKERS}": against("one worker"),
         f"{WORKERS} × one worker / {WORKERS} strangers": against("one worker", "strangers", WORKERS),
     }
