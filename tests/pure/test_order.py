@@ -100,6 +100,13 @@ def test_neighbouring_pieces_make_up_for_each_other(pieces: int) -> None:
     assert {a + b for a, b in zip(ranks[::2], ranks[1::2], strict=False)} <= {pieces - 1}
 
 
+def test_a_long_sample_does_not_go_with_many_short_ones() -> None:
+    """The last bound jumps over the second 132 as the cost rises: seven samples padded to it would cost 924."""
+    falling = np.array([461, 396, 239, 223, 180, 180, 180, 132, 132, 1, 1, 1, 1, 1, 1], np.int32)
+    costs = [int(falling[part[0]]) * len(part) for part in cut(falling, 9, padded=True)]
+    assert max(costs) == _least_padded_cost(falling.tolist(), 9) == 461
+
+
 @pytest.mark.parametrize("padded", [True, False])
 @given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=60), data=st.data())
 def test_the_costliest_piece_costs_little_more_than_an_even_share(

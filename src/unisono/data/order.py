@@ -144,20 +144,23 @@ def _place(rising: list[int], value: float) -> float:
 
 def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:
     """Real-valued inner bounds at which every piece, padded to its first length, costs the same (bisection on the
-    cost)."""
-    low, high = 0.0, float(len(lengths) * lengths[0])
-    bounds: list[float] = []
-    for _ in range(40):
-        cost = (low + high) / 2
+    cost). Where a bound jumps over the next length as the cost rises, the last piece costs less."""
+
+    def walk(cost: float) -> list[float]:
         bounds, position = [], 0.0
         for _ in range(pieces):
             position += cost / lengths[min(int(position), len(lengths) - 1)]
             bounds.append(position)
-        if position < len(lengths):
+        return bounds
+
+    low, high = 0.0, float(len(lengths) * lengths[0])
+    for _ in range(40):
+        cost = (low + high) / 2
+        if walk(cost)[-1] < len(lengths):
             low = cost
         else:
             high = cost
-    return bounds[:-1]
+    return walk(high)[:-1]
 
 
 def permute(positions: np.ndarray, *, size: int, key: tuple[int, int]) -> np.ndarray:
