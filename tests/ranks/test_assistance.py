@@ -50,7 +50,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     served: list[int] = []
     serve, honest, turns = Desk.serve, Contributor._go_back, itertools.count()
 
-    def count(self: Desk[Any], file: int) -> None:
+    def count(self: Desk, file: int) -> None:
         before = self.given_seconds
         serve(self, file)
         if self.given_seconds > before:
@@ -101,7 +101,7 @@ def test_an_audited_microbatch_is_its_workers_own(
 
     monkeypatch.setattr(Audit, "contribute", watch)
     case = CASES["preset BERT, clipped"]
-    audited = type(case)(case.task, case.data, {**case.train, "audit_every": 1})
+    audited = Case(case.task, case.data, {**case.train, "audit_every": 1})
 
     def act(exchange: Exchange) -> list[Any]:
         perform(audited, exchange, tmp_path / "audited")

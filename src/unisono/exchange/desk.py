@@ -19,7 +19,7 @@ import time
 from array import array
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +27,15 @@ from torch import Tensor
 from unisono.errors import LostPeerError
 from unisono.exchange.pipes import Pipes, open_end
 
-Key = TypeVar("Key")
-
 MOST_SLOTS = 8
 SLOT_BYTES = 2**27  # of address space; what is never written takes no memory
 JOBS_EACH = 2  # that lie ready for each worker who waits: one that it computes, and the next
 ALIGNED = 64  # bytes; as torch aligns its own tensors, on which a product's bits may depend
 PATIENCE_SECONDS, SLOWEST_FLOPS = 0.2, 1e9  # how long a product is waited for, once its owner has nothing else to do
-_NANOSECONDS = 3  # in a slot's sizes, after m, i and o
+_COLUMNS = ("m", "i", "o", "nanoseconds")  # of the table of sizes, which has a row for each slot
 
 
-class Desk(Generic[Key]):
+class Desk:
     """One worker's place for products that others may compute, and its way to those of others.
 
     Args:
@@ -63,10 +61,10 @@ class Desk(Generic[Key]):
         self._shut = False
         self._slots = min(JOBS_EACH * (workers - 1), MOST_SLOTS)
         self._memory = new_buffer(self._slots * SLOT_BYTES // 4, torch.float32)
-        self._sizes = new_buffer(self._slots * 4, torch.int64)
+        self._sizes = new_buffer(self._slots * len(_COLUMNS), torch.int64)
         self._free = list(range(self._slots))  # a slot is not, too, while a job is done that nobody waits for any more
-        self._laid: dict[int, tuple[Key, Tensor, Tensor]] = {}  # slot → what lies there
-        self._found: list[tuple[Key, Tensor]] = []
+        self._laid: dict[int, tuple[Any, Tensor, Tensor]] = {}  # slot → what lies there
+        self._found: list[tuple[Any, Tensor]] = []
         self._others: dict[int, int] = {}  # their pipes of jobs → rank
         self._places: dict[int, tuple[int, int, int]] = {}  # rank → its pipe of answers, its memory, its sizes
         self._jobs, self._put = os.pipe()
@@ -90,7 +88,7 @@ class Desk(Generic[Key]):
 
     # ---- for the owner of a product
 
-    def lay_down(self, key: Key, left: Tensor, right: Tensor) -> bool:
+    def lay_down(self, key: Any, left: Tensor, right: Tensor) -> bool:
         """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
         whether this was done. `collect` then has the product."""
         self._hear()
@@ -101,14 +99,15 @@ class Desk(Generic[Key]):
         if not fits or not all(one.is_contiguous() and one.data_ptr() % ALIGNED == 0 for one in (left, right)):
             return False
         slot = self._free.pop()
-        self._sizes[4 * slot : 4 * slot + 4] = torch.tensor([rows, width, other, 0])
-        for mine, its in zip((left, right), _cut(self._memory, self._sizes, slot), strict=False):
-            its.copy_(mine)
+        _row(self._sizes, slot)[:3] = torch.tensor([rows, width, other])
+        its_left, its_right, _ = _cut(self._memory, self._sizes, slot)
+        its_left.copy_(left)
+        its_right.copy_(right)
         self._laid[slot] = (key, left, right)
         os.write(self._put, bytes([slot]))
         return True
 
-    def collect(self) -> list[tuple[Key, Tensor]]:
+    def collect(self) -> list[tuple[Any, Tensor]]:
         """The products of all that was laid down, with their keys; what nobody has begun is computed here."""
         while self._laid and (slot := _take(self._jobs)) is not None:
             self._compute(slot)
@@ -132,7 +131,7 @@ class Desk(Generic[Key]):
             if slot in self._laid:
                 key, _, _ = self._laid.pop(slot)
                 self._found.append((key, _cut(self._memory, self._sizes, slot)[2].clone()))
-                self.taken_seconds += int(self._sizes[4 * slot + _NANOSECONDS]) / 1e9
+                self.taken_seconds += int(_row(self._sizes, slot)[3]) / 1e9
             self._free.append(slot)
 
     def _await(self) -> bool:
@@ -170,7 +169,7 @@ class Desk(Generic[Key]):
         left, right, product = _cut(self._read(self._others[file], memory, torch.float32), told, slot)
         torch.mm(left.t(), right, out=product)
         took = time.perf_counter_ns() - started
-        told[4 * slot + _NANOSECONDS] = took
+        _row(told, slot)[3] = took
         self.given_seconds += took / 1e9
         try:
             os.write(answers, bytes([slot]))
@@ -184,9 +183,13 @@ class Desk(Generic[Key]):
             os.close(file)
 
 
+def _row(sizes: Tensor, slot: int) -> Tensor:
+    return sizes.view(-1, len(_COLUMNS))[slot]
+
+
 def _cut(memory: Tensor, sizes: Tensor, slot: int) -> list[Tensor]:
     """What a slot holds: left [m, i], right [m, o], and their product [i, o]."""
-    rows, width, other, _ = sizes[4 * slot : 4 * slot + 4].tolist()
+    rows, width, other, _ = _row(sizes, slot).tolist()
     start, parts = slot * SLOT_BYTES // 4, []
     for shape in ((rows, width), (rows, other), (width, other)):
         size = shape[0] * shape[1]

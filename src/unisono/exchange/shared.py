@@ -14,7 +14,6 @@ import mmap
 import os
 import resource
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ class Shared:
         self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
         self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
-        self.desk: Desk[Any] | None = None
+        self.desk: Desk | None = None
         try:
             if all(answer for (answer,) in self._pipes.swap(bytes([_can_assist(workers)]))):
                 self.desk = Desk(self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers)
@@ -149,7 +148,7 @@ def can_share(store: dist.Store, rank: int, workers: int) -> bool:
 
 
 def _can_assist(workers: int) -> bool:
-    """Whether who waits leaves processors to nobody, and may map as much memory as it likes."""
+    """Whether this worker may map memory without limit, and each has processors to itself, idle while it waits."""
     unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
     return unlimited and len(os.sched_getaffinity(0)) >= workers * torch.get_num_threads()
 

@@ -35,16 +35,16 @@ _ask: Ask | None = None
 
 
 @contextmanager
-def assisted(ask: Ask | None) -> Iterator[None]:
+def assisted(ask: Ask) -> Iterator[None]:
     """Within, large layers ask for their weights' gradients first, and compute themselves what nobody will: a gradient
     that is promised is not among those that autograd finds. A layer is used once in a pass, or twice: more gradients
     than two would not add up in autograd's order."""
     global _ask
-    before, _ask = _ask, ask
+    _ask = ask
     try:
         yield
     finally:
-        _ask = before
+        _ask = None
 
 
 class Linear(nn.Linear):
@@ -65,12 +65,10 @@ def project(input: Tensor, *layers: nn.Module) -> Tensor:
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     """weights: of which `weight` is made, one below the other."""
-    rounds = False
-    if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        rounds = torch.get_autocast_dtype("cpu") == torch.bfloat16 and not multiplies_bf16()
-        large = False
-    else:  # whatever the number of workers: so the same operations give the same bits
-        large = input.dtype == torch.float32 and input.numel() * len(weight) >= LARGE and input.device.type == "cpu"
+    on_cpu, autocast = input.device.type == "cpu", torch.is_autocast_enabled("cpu")
+    rounds = on_cpu and autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16 and not multiplies_bf16()
+    # for one worker, too: so it is the same operation whose bits are compared
+    large = on_cpu and not autocast and input.dtype == torch.float32 and input.numel() * len(weight) >= LARGE
     if not rounds and not large:
         return F.linear(input, weight, bias)
     product: Tensor = _Product.apply(input, weight, bias, weights, rounds)
@@ -100,7 +98,7 @@ class _Product(torch.autograd.Function):
         wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         outer = None
         if wants_weight:
-            input = input.detach().float()
+            input = input.detach().float()  # it may be multiplied after the pass
             large = gradient.numel() * input.shape[1] >= LARGE
             if not large or _ask is None or not _ask(ctx.weights, gradient, input):
                 outer = gradient.t() @ input
