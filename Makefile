@@ -30,7 +30,7 @@ bench: .venv/ready-dev data  ## measurements against peers, side by side
 soak: .venv/ready-dev  ## all kinds of faults mixed, on one run after another: make soak MINUTES=60
 	$(BIN)/python benchmarks/faults/soak.py --minutes $(MINUTES)
 
-.venv/ready: pyproject.toml constraints.txt $(wildcard src/unisono/*/_*.[ch] src/unisono/*/*/_*.[ch])  ## what users have
+.venv/ready: pyproject.toml constraints.txt $(wildcard src/unisono/kernels/_*.[ch])  ## what users have
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
@@ -42,4 +42,4 @@ soak: .venv/ready-dev  ## all kinds of faults mixed, on one run after another: m
 	touch $@
 
 clean:  ## remove what these targets made, but no runs and no data
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build $(wildcard src/unisono/*/_*.so src/unisono/*/*/_*.so)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build $(wildcard src/unisono/kernels/_*.so)

@@ -21,6 +21,7 @@ from record import Cell, Spread, record
 from torch import Tensor, nn
 from world import WORKERS, in_plain, in_unisono
 
+from unisono.config.sections import Train
 from unisono.data.order import Step
 from unisono.engine.contribution import Contribution
 from unisono.engine.optimizer import Optimizer, array_names
@@ -29,7 +30,6 @@ from unisono.engine.replica import Replica
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
 from unisono.exchange.protocol import Exchange
-from unisono.sections import Train
 
 MATRICES, WIDTH = 84, 512  # 84 × 512 × 512 = 22.0 million
 BUCKET = 25 * 2**20 // 4

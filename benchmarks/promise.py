@@ -31,10 +31,10 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload
 from world import WORKERS, in_unisono
 
+from unisono.determinism.nodes import Node
 from unisono.engine import reduction
-from unisono.exchange import shared
+from unisono.exchange import shared_memory as shared
 from unisono.exchange.protocol import Exchange
-from unisono.nodes import Node
 
 ROUNDS = 30  # a multiple of the sides, so that each goes first as often as the others
 TURNS_A_RUN = 8  # a turn is this part of a workload's steps, or a single one

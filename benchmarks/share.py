@@ -28,7 +28,7 @@ from world import WORKERS, in_unisono
 from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.engine.footprint import count_flop
 from unisono.exchange.protocol import Exchange
-from unisono.models.text.linear import multiplies_bf16
+from unisono.kernels.linear import multiplies_bf16
 
 ROWS = (
     ("minilm-news", "float32", 2),

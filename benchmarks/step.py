@@ -24,14 +24,14 @@ from record import Cell, Spread, record
 from workloads import WORKLOADS, Workload
 from world import WORKERS, in_plain, in_unisono
 
-from unisono.board import RUNNING
 from unisono.data.feed import Feed
 from unisono.engine.contribution import Contributes, Contributor
+from unisono.engine.loop import steps
 from unisono.exchange.protocol import Exchange
-from unisono.joining import Job, join, make_ready
-from unisono.link import Alone
-from unisono.loop import steps
-from unisono.material import open_own
+from unisono.processes.progress_table import RUNNING
+from unisono.runtime.run_inputs import open_own
+from unisono.runtime.setup import Job, join, make_ready
+from unisono.runtime.supervisor_client import Alone
 
 REPEATS = 3
 ROWS = (

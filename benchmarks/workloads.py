@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from unisono import recipe as recipes
-from unisono.data.encode import choose_encoder
+from unisono.config import recipe as recipes
+from unisono.config.recipe import Recipe
+from unisono.data.encoding.encode import choose_encoder
 from unisono.data.samples import EncodedSamples, encode_samples
-from unisono.models.text.classification import TextClassification
-from unisono.recipe import Recipe
+from unisono.tasks.text.classification import TextClassification
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CLASSES = 20

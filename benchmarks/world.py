@@ -20,9 +20,9 @@ import torch.multiprocessing as processes
 
 from unisono.engine.snapshot import new_file
 from unisono.exchange.protocol import Exchange
-from unisono.launch.local import launch
-from unisono.launch.seat import Seat
-from unisono.launch.worker import Stop
+from unisono.runtime.launchers.fork import launch
+from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.worker import Stop
 
 WORKERS = 2
 TIMEOUT = timedelta(seconds=600)

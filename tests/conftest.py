@@ -14,7 +14,7 @@ import torch
 from toy import Command, make_toy
 from unisono.engine import numerics
 from unisono.exchange.protocol import Exchange
-from unisono.launch.seat import Seat
+from unisono.runtime.launchers.rank_assignment import Seat
 
 hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fail by being slow
 hypothesis.settings.load_profile("unisono")
@@ -54,10 +54,10 @@ def warm() -> None:
     import matplotlib.pyplot
     import torch._inductor.config
 
-    import unisono.application
+    import unisono.api.application
+    import unisono.api.verification
     import unisono.data.prepare
-    import unisono.models.text.classification
-    import unisono.verification
+    import unisono.tasks.text.classification
 
     numerics.battery(torch.device("cpu"))
     assert matplotlib and unisono

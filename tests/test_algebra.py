@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisono import parallel
-from unisono.nodes import fold
+from unisono.determinism.nodes import fold
 from unisono.parallel import ParallelError, algebra
 
 WORKERS = (1, 2, 3, 5, 8)

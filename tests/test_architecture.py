@@ -34,7 +34,7 @@ PICKLES = {
     # between a process and the children that it has forked, over a socket without a name: see the test below
     "unisono.parallel.wire": {"pickle"},
     # Ray's own serialisation, through Ray's own store: whoever uses a Ray cluster has it run what they send
-    "unisono.parallel.cluster": {"cloudpickle"},
+    "unisono.parallel.ray_actors": {"cloudpickle"},
 }
 PICKLING_CALLS = re.compile(
     r"torch\.(load|save)\b|_object(_list|s)?\(|\bsend_object|\ballow_pickle\s*=\s*True|multiprocessing\.Queue|\bSimpleQueue\b"
@@ -46,7 +46,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 
 def name_module(path: Path) -> str:
-    """`src/unisono/engine/tree.py` → `unisono.engine.tree`."""
+    """`src/unisono/engine/tree.py` → `unisono.determinism.tree`."""
     parts = path.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 

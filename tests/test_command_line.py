@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from toy import Command, make_toy, run_command
-from unisono import recipe as recipes
+from unisono.config import recipe as recipes
 
 FILES = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "curves.svg", "summary.json", "checkpoints", "model"}
 WORKERS = (1, 2, 3)
@@ -160,7 +160,7 @@ def test_verify_ends_with_1_where_bits_differ(
     """A model whose gradient depends on who computes it: the table names the first step, microbatch and parameter."""
     import torch
 
-    from unisono.models.text.classification import TextClassification
+    from unisono.tasks.text.classification import TextClassification
 
     honest = TextClassification.loss
 

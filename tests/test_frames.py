@@ -25,15 +25,15 @@ from torch import Tensor, nn
 import unisono
 from test_parallel_guide import read_blocks
 from toy import RECIPE, make_records, make_toy, run_python
+from unisono.config.sections import Data
 from unisono.data.columns import Columns, hold, open_source
-from unisono.data.frames import add_columns, is_frame, take_columns
-from unisono.data.inputs import find_inputs
-from unisono.data.read import read_texts
+from unisono.data.ingest.column_batch import SHEET_BYTES, Sheet, cut_by_size, list_values
+from unisono.data.ingest.frames import add_columns, is_frame, take_columns
+from unisono.data.ingest.inputs import find_inputs
+from unisono.data.ingest.parquet import read_frame
+from unisono.data.ingest.read import read_texts
 from unisono.data.share import Share
-from unisono.data.sheets import SHEET_BYTES, Sheet, cut_by_size, list_values
-from unisono.data.tables import read_frame
 from unisono.errors import DataError, UserError
-from unisono.sections import Data
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -307,11 +307,11 @@ BIG = """
 import sys
 from pathlib import Path
 import numpy as np, polars as pl, pyarrow as pa
-from unisono.data.inputs import find_inputs
+from unisono.data.ingest.inputs import find_inputs
 from unisono.data.share import Share
-from unisono.data.spool import spool
-from unisono.data.rules import Examiner
-from unisono.sections import Data, Screen
+from unisono.data.ingest.staging import spool
+from unisono.data.screening.rules import Examiner
+from unisono.config.sections import Data, Screen
 
 rows, size = 10_000, 10_000  # 100 MB
 letters = np.random.default_rng(0).integers(97, 123, rows * size, dtype=np.uint8)

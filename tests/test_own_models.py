@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import unisono
 from toy import Command, make_toy, run_python
-from unisono.models.text.classification import TextClassification
+from unisono.tasks.text.classification import TextClassification
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples" / "own").glob("*.py"))

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisono import parallel
+from unisono.determinism.nodes import fold
 from unisono.errors import ParallelError, TaskError, WorkerError
-from unisono.nodes import fold
-from unisono.parallel import local, sharing
+from unisono.parallel import local_processes as local
+from unisono.parallel import sharing
 
 WORKERS = (1, 2, 3, 5, 8)
 

@@ -231,7 +231,7 @@ def test_functions_that_cannot_be_sent_say_so(cluster: str) -> None:
 
 def test_actors_that_cannot_live_end_the_call(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that cannot be put together at the other end: its module is not there, say."""
-    from unisono.parallel import cluster as cluster_module
+    from unisono.parallel import ray_actors as cluster_module
 
     class Absent:
         def __call__(self, item: int) -> int:

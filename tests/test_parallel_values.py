@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from unisono import parallel
-from unisono.parallel import local
+from unisono.parallel import local_processes as local
 from unisono.parallel.wire import BUFFER_BYTES
 
 LARGE = 3 * BUFFER_BYTES  # elements: beside the pickle; small ones travel within

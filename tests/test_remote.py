@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unisono.data.locations import hide_secrets
-from unisono.data.pieces import Piece, find_pieces, hash_piece, read_piece
-from unisono.data.read import read_records
+from unisono.config.sections import Data
+from unisono.data.ingest.locations import hide_secrets
+from unisono.data.ingest.read import read_records
+from unisono.data.ingest.splits import Piece, find_pieces, hash_piece, read_piece
 from unisono.errors import DataError
-from unisono.sections import Data
 
 DATA = Data()
 LINES = [

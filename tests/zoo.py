@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from unisono.models.task import Microbatch, Task
+from unisono.tasks.task import Microbatch, Task
 
 WORDS = 60
 CLASSES = 5

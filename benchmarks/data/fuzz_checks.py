@@ -26,17 +26,20 @@ from unittest.mock import patch
 
 from fuzz_tables import build_parquet
 
-from unisono.data import compressed, lines, pieces, rows, tables
-from unisono.data.decided import Decided, load_records
-from unisono.data.pieces import find_pieces, hash_piece, read_piece
-from unisono.data.read import Record, read_texts, take_records
-from unisono.data.rules import Examiner, mask_cards, mask_mail, mask_phones
-from unisono.data.screen import SPLITS, screen
-from unisono.data.sheets import Sheet
-from unisono.data.spool import Spooled, spool
+from unisono.config.sections import Data, Screen
+from unisono.data.ingest import compressed, lines
+from unisono.data.ingest import delimited as rows
+from unisono.data.ingest import parquet as tables
+from unisono.data.ingest import splits as pieces
+from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.read import Record, read_texts, take_records
+from unisono.data.ingest.splits import find_pieces, hash_piece, read_piece
+from unisono.data.ingest.staging import Spooled, spool
+from unisono.data.screening.decisions import Decided, load_records
+from unisono.data.screening.rules import Examiner, mask_cards, mask_mail, mask_phones
+from unisono.data.screening.screen import SPLITS, screen
 from unisono.data.write import FORMATS, write_table
 from unisono.errors import DataError, UserError
-from unisono.sections import Data, Screen
 
 Result = TypeVar("Result")
 

@@ -16,17 +16,18 @@ import numpy as np
 import pyarrow as pa
 from fuzz_checks import Choice, check_masked, check_screening, read_all
 
-from unisono.data import near, review
-from unisono.data.decided import Batch, Decided
-from unisono.data.page import render
-from unisono.data.parts import add_reviews, write_part
-from unisono.data.read import Record, read_texts, take_records
-from unisono.data.review import Review
-from unisono.data.rules import PERSONAL, UNSEEN, Examiner, describe_treatments, mask_all
-from unisono.data.screen import SPLITS
-from unisono.data.sheets import Sheet
+from unisono.config.sections import Data
+from unisono.data.encoding.parts import add_reviews, write_part
+from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.read import Record, read_texts, take_records
+from unisono.data.screening import near_duplicates as near
+from unisono.data.screening import review
+from unisono.data.screening.decisions import Batch, Decided
+from unisono.data.screening.report_page import render
+from unisono.data.screening.review import Review
+from unisono.data.screening.rules import PERSONAL, UNSEEN, Examiner, describe_treatments, mask_all
+from unisono.data.screening.screen import SPLITS
 from unisono.data.write import write_table
-from unisono.sections import Data
 
 LABELS = ("", "a", "b", "<b>", "\u00e4\u202e", "a\0", "=c", "\ud800")
 MOST, LONG = 2**12, 2**15  # characters: few texts are long, for those take long

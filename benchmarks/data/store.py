@@ -26,7 +26,7 @@ from corpus import make_corpus
 from prepare import RECIPE, make_environment
 from record import Cell, Spread, record
 
-from unisono import recipe as recipes
+from unisono.config import recipe as recipes
 from unisono.data.prepare import prepare
 
 HERE = Path(__file__).resolve().parent

@@ -28,10 +28,10 @@ from peer_work import workload
 from record import Cell, Spread, record
 from workloads import Workload, transformer
 
-from unisono.events import CheckpointWritten
-from unisono.material import open_own
-from unisono.recipe import Recipe
-from unisono.sections import Checkpoint
+from unisono.config.recipe import Recipe
+from unisono.config.sections import Checkpoint
+from unisono.runtime.run_inputs import open_own
+from unisono.tracking.events import CheckpointWritten
 
 WORKERS = 2
 WARM_UP = 2

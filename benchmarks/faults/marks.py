@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from unisono import events
+from unisono.config.recipe import Recipe
 from unisono.exchange.protocol import Exchange
-from unisono.joining import Job
-from unisono.launch.local import launch
-from unisono.launch.seat import Seat
-from unisono.launch.supervisor import Supervisor
-from unisono.launch.worker import Stop
-from unisono.link import Alone, Link
-from unisono.recipe import Recipe
-from unisono.report.reporter import Reporter
-from unisono.run import OpenMaterial, Trainee
+from unisono.runtime.launchers.fork import launch
+from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.run import OpenMaterial, Trainee
+from unisono.runtime.setup import Job
+from unisono.runtime.supervisor import Supervisor
+from unisono.runtime.supervisor_client import Alone, Link
+from unisono.runtime.worker import Stop
+from unisono.tracking import events
+from unisono.tracking.reporter import Reporter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from peers import PEERS, Plan, Start, measure, prepare, recover, table
 from record import record
 
 from unisono.errors import UnisonoError
-from unisono.launch.claim import ask_for_workers
+from unisono.storage.run_lock import ask_for_workers
 
 HERE = Path(__file__).resolve().parent
 WORKERS = 2

@@ -24,7 +24,7 @@ from subject import Begun, Subject, choose, find_faults, fork, read_ledger, warm
 from workloads import Workload, transformer
 
 from unisono.errors import UnisonoError
-from unisono.launch.claim import ask_for_workers
+from unisono.storage.run_lock import ask_for_workers
 
 FIRST, SIZES = 1, (4, 2, 3)
 PAUSE_STEPS = 4  # that each group does before the next request

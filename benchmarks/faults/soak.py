@@ -43,8 +43,8 @@ from subject import (
     warm,
 )
 
-from unisono.board import PHASES
-from unisono.faults import KINDS, parse
+from unisono.processes.fault_injection import KINDS, parse
+from unisono.processes.progress_table import PHASES
 
 EVERY_STEPS = 5
 MOST_WORKERS = 4

@@ -30,10 +30,10 @@ from record import Cell, Spread, record
 from torch import Tensor, nn
 from workloads import transformer
 
-from unisono import recipe as recipes
-from unisono.material import open_own
-from unisono.models.task import Task
-from unisono.recipe import Recipe
+from unisono.config import recipe as recipes
+from unisono.config.recipe import Recipe
+from unisono.runtime.run_inputs import open_own
+from unisono.tasks.task import Task
 
 SLOW = 1  # the rank that is slow
 FACTOR = 2

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for record.py and workloads.py
 from record import RESULTS
 
-from unisono.board import Board
+from unisono.processes.progress_table import Board
 
 MICROBATCHES = 4
 MOST_SECONDS = 90.0
@@ -173,13 +173,13 @@ def warm() -> None:
     import torch
     import torch._inductor.config
 
-    import unisono.application
+    import unisono.api.application
+    import unisono.api.inventory
+    import unisono.api.verification
     import unisono.cli
     import unisono.data.prepare
-    import unisono.inventory
-    import unisono.launch.claim
-    import unisono.models.text.classification
-    import unisono.verification
+    import unisono.storage.run_lock
+    import unisono.tasks.text.classification
     from unisono.engine import numerics
 
     torch.set_num_threads(1)  # forking stays safe
@@ -206,7 +206,7 @@ def fork(main: Callable[[], None], folder: Path, microbatches: int) -> Begun:
     board = Board(microbatches)
 
     def live() -> None:
-        from unisono.launch import supervisor
+        from unisono.runtime import supervisor
 
         supervisor.Board = lambda rows: board  # the same memory, which this process can read along
         os.setsid()

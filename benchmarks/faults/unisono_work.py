@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from marks import Mark, train_supervised
 from peer_work import Journal, Work, workload
 
-from unisono.material import open_own
-from unisono.sections import Recovery
+from unisono.config.sections import Recovery
+from unisono.runtime.run_inputs import open_own
 
 WORKERS = 2
 

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification
 
-from unisono.preparation import prepare as prepare_dataset
+from unisono.api.preparation import prepare as prepare_dataset
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 LEARNING_RATE, WEIGHT_DECAY, SEED = 5e-5, 0.01, 0

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unisono import parallel
-    from unisono.api import Trained, train
-    from unisono.application import Classifier, evaluate, load, predict
+    from unisono.api.application import Classifier, evaluate, load, predict
+    from unisono.api.preparation import prepare
+    from unisono.api.training import Trained, train
+    from unisono.api.verification import verify
+    from unisono.config.recipe import Recipe
     from unisono.errors import (
         ContractError,
         DataError,
@@ -23,22 +26,19 @@ if TYPE_CHECKING:
         UserError,
         WorkerError,
     )
-    from unisono.models.task import Task
-    from unisono.preparation import prepare
-    from unisono.recipe import Recipe
-    from unisono.verification import verify
+    from unisono.tasks.task import Task
 
 _HOMES = {
-    "train": "api",
-    "Trained": "api",
-    "evaluate": "application",
-    "predict": "application",
-    "load": "application",
-    "Classifier": "application",
-    "prepare": "preparation",
-    "verify": "verification",
-    "Task": "models.task",
-    "Recipe": "recipe",
+    "train": "api.training",
+    "Trained": "api.training",
+    "evaluate": "api.application",
+    "predict": "api.application",
+    "load": "api.application",
+    "Classifier": "api.application",
+    "prepare": "api.preparation",
+    "verify": "api.verification",
+    "Task": "tasks.task",
+    "Recipe": "config.recipe",
     **dict.fromkeys(
         (
             "ContractError",

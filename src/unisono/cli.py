@@ -103,7 +103,7 @@ def train(
 ) -> None:
     """Train, test and export a model. Under torchrun, join its workers."""
     count = check_count(workers)
-    from unisono import api
+    from unisono.api import training as api
 
     api.train(
         recipe,
@@ -124,7 +124,7 @@ def train(
 def prepare(recipe: RecipePath, workers: Workers = "auto", set_: Set = None, strict: Strict = False) -> None:
     """Read, screen and encode a recipe's data; training opens what this wrote."""
     count = check_count(workers)
-    from unisono import preparation
+    from unisono.api import preparation
 
     preparation.prepare(recipe, workers=count, overrides=_with_strict(set_, strict))
 
@@ -141,7 +141,7 @@ def evaluate(
 ) -> None:
     """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
     count = check_count(workers)
-    from unisono import application
+    from unisono.api import application
 
     application.evaluate(run, data, workers=count, as_json=as_json)
 
@@ -160,7 +160,7 @@ def predict(
 ) -> None:
     """Predict the class of each row, with probabilities."""
     count = check_count(workers)
-    from unisono import application
+    from unisono.api import application
 
     application.predict(run, source, target, workers=count)
 
@@ -176,7 +176,7 @@ def verify(
 ) -> None:
     """Train under each number of workers and compare every bit; exit code 1 names the first that differs."""
     counts = [int(check_count(count, auto=False)) for count in workers.split(",")]
-    from unisono import verification
+    from unisono.api import verification
 
     if not verification.verify(recipe, workers=counts, steps=steps, overrides=tuple(set_ or ())):
         raise typer.Exit(1)
@@ -189,7 +189,7 @@ def resize(
 ) -> None:
     """Change the number of workers of a run at work, at its next step. The bits stay the same."""
     count = int(check_count(workers, auto=False))
-    from unisono.launch import claim
+    from unisono.storage import run_lock as claim
 
     typer.echo(f"{run}: {claim.ask_for_workers(run, count)}")
 
@@ -201,7 +201,7 @@ def checkpoints(
     as_json: Json = False,
 ) -> None:
     """List a run's checkpoints; exit code 1 if --verify finds a damaged one."""
-    from unisono import inventory
+    from unisono.api import inventory
 
     if not inventory.list_checkpoints(run, verify=verify, as_json=as_json):
         raise typer.Exit(1)
@@ -216,7 +216,7 @@ def recipe(
     set_: Set = None,
 ) -> None:
     """Check a recipe, or document all keys."""
-    from unisono import recipe as recipes
+    from unisono.config import recipe as recipes
 
     if path is None and not show_defaults:
         raise typer.BadParameter("give a RECIPE to check, or --show-defaults.")

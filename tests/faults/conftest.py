@@ -10,7 +10,7 @@ import pytest
 from histories import OFTEN, Quiet
 
 from toy import make_toy
-from unisono.report import metrics
+from unisono.tracking import ledger as metrics
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import unisono
 from toy import RECIPE, Command, launch_command, make_records, make_toy, run_python
 from unisono.errors import DivergedError
-from unisono.files import seal
+from unisono.storage.files import seal
 
 
 def bad_only() -> list[str]:

@@ -18,9 +18,9 @@ from mounts import FORBIDDEN, mount_small
 
 import unisono
 from toy import launch_command
-from unisono import cli, files
-from unisono.checkpoint import checkpoints
+from unisono import cli
 from unisono.errors import DamagedError, WorkerError
+from unisono.storage import checkpoints, files
 
 Disturbed = Callable[..., Path]
 

@@ -17,9 +17,9 @@ from torch import nn
 
 import unisono
 from toy import Launched, is_alive, launch_command, make_toy, wait_until_gone
-from unisono.checkpoint import checkpoints
 from unisono.errors import RunFolderError
-from unisono.models.text.classification import TextClassification
+from unisono.storage import checkpoints
+from unisono.tasks.text.classification import TextClassification
 
 LONG = ("--set", "train.epochs=40", "--set", "checkpoint.every_steps=20")
 HASHES = ("weights_sha256", "optimizer_sha256")

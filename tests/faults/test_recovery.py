@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import unisono
 import zoo
 from toy import Command
-from unisono.board import PHASES
 from unisono.engine.state import TrainState
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
-from unisono.exchange.shared import Shared
-from unisono.launch import member, supervisor
-from unisono.launch.losses import Budget
+from unisono.exchange.shared_memory import Shared
+from unisono.processes.progress_table import PHASES
+from unisono.runtime import supervised_worker as member
+from unisono.runtime import supervisor
+from unisono.runtime.restart_budget import Budget
 
 Disturbed = Callable[..., Path]
 

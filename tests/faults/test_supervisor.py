@@ -21,11 +21,11 @@ from torch import nn
 
 from toy import Command, Launched, is_alive, launch_command, wait_until_gone
 from unisono import cli
-from unisono.checkpoint import checkpoints
-from unisono.faults import KINDS
-from unisono.launch import claim
-from unisono.launch.claim import RUNNING, Claim
-from unisono.models.text.classification import TextClassification
+from unisono.processes.fault_injection import KINDS
+from unisono.storage import checkpoints
+from unisono.storage import run_lock as claim
+from unisono.storage.run_lock import RUNNING, Claim
+from unisono.tasks.text.classification import TextClassification
 
 SETTINGS = [part for setting in OFTEN for part in ("--set", setting)]
 

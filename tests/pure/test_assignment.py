@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from unisono.determinism.nodes import nodes
 from unisono.engine.assignment import Assignment, shares
-from unisono.nodes import nodes
 
 
 @given(microbatches=st.integers(0, 300), workers=st.integers(1, 320))

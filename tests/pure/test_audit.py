@@ -13,7 +13,7 @@ from torch import nn
 import unisono
 from toy import make_toy
 from unisono.engine.audit import find_wrong
-from unisono.models.text.classification import TextClassification
+from unisono.tasks.text.classification import TextClassification
 
 RIGHT, WRONG, OTHER = {"loss": "1", "weight": "a"}, {"loss": "1", "weight": "b"}, {"loss": "1", "weight": "c"}
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from unisono.board import CALLS, PHASES, REGROUP, RUNNING, STOP, UNWATCHED, Board, Row, Unwatched
 from unisono.errors import LostPeerError
-from unisono.faults import KINDS, Fault
+from unisono.processes.fault_injection import KINDS, Fault
+from unisono.processes.progress_table import CALLS, PHASES, REGROUP, RUNNING, STOP, UNWATCHED, Board, Row, Unwatched
 
 
 def test_rows_of_another_process_are_read_after_its_end() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from unisono.errors import LostPeerError
-from unisono.launch.channel import CHUNK_BYTES, Channel, pair
+from unisono.runtime.channel import CHUNK_BYTES, Channel, pair
 
 Ends = tuple[Channel, Channel]
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from unisono.errors import RecipeError, RunFolderError
-from unisono.launch import claim as claims
-from unisono.launch.claim import ANSWER, RUNNING, WANTED, Claim, ask_for_workers
+from unisono.storage import run_lock as claims
+from unisono.storage.run_lock import ANSWER, RUNNING, WANTED, Claim, ask_for_workers
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
-from unisono.exchange import desk as desks
-from unisono.exchange.desk import Desk
-from unisono.exchange.shared import Shared
+from unisono.exchange import offload as desks
+from unisono.exchange.offload import Desk
+from unisono.exchange.shared_memory import Shared
 
 Act = Callable[[Shared, Desk], Any]
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.data.encode import choose_encoder, find_settings, load_encoder
-from unisono.data.encoder import Encoder
-from unisono.data.tokens import Pieces, train_bpe, train_wordpiece
+from unisono.config.recipe import Recipe, check
+from unisono.data.encoding.encode import choose_encoder, find_settings, load_encoder
+from unisono.data.encoding.encoder import Encoder
+from unisono.data.encoding.tokens import Pieces, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
-from unisono.recipe import Recipe, check
 
 PLAIN = ["the", "train", "trains", "training", "bits", "same", "bit", "weights", "worker", "work"]
 WORDS = [*PLAIN, "Ünïcode", "don't", "今天", "天气", "[SEP]", "\x1c", "x\u00a0y", *[""] * 9]
@@ -79,7 +79,7 @@ def test_a_vocabulary_depends_on_the_texts_alone(train: object, lowercase: bool)
 @pytest.mark.parametrize("train", ["train_wordpiece", "train_bpe"])
 def test_a_vocabulary_does_not_depend_on_the_process(train: str) -> None:
     script = (
-        f"import json, sys; from unisono.data.tokens import {train} as train;"
+        f"import json, sys; from unisono.data.encoding.tokens import {train} as train;"
         "sys.stdout.write(train([json.load(sys.stdin)], 400, True).to_str())"
     )
     run = [sys.executable, "-c", script]

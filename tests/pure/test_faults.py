@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toy import is_alive
-from unisono.board import PHASES
 from unisono.errors import RecipeError
-from unisono.faults import KINDS, Fault, parse, strike
+from unisono.processes.fault_injection import KINDS, Fault, parse, strike
+from unisono.processes.progress_table import PHASES
 
 ANY_FAULT = st.builds(
     Fault,

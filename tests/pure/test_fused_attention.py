@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisono.engine.footprint import count_flop
-from unisono.models.text import fused
-from unisono.models.text.attention import attend
-from unisono.models.text.masks import Mask
-from unisono.models.text.packing import LANES, Packing, pack
+from unisono.kernels import packed_attention as fused
+from unisono.kernels.attention import attend
+from unisono.kernels.masks import Mask
+from unisono.kernels.packing import LANES, Packing, pack
 
 SAMPLES = st.lists(st.integers(1, 30), min_size=1, max_size=6) | st.lists(st.integers(50, 140), min_size=1, max_size=3)
 

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "data"))
 import fuzz_inputs
 import fuzz_run
 
-from unisono.data.pieces import find_pieces, read_piece
-from unisono.data.read import read_records, read_texts
+from unisono.config.sections import Data
+from unisono.data.ingest.read import read_records, read_texts
+from unisono.data.ingest.splits import find_pieces, read_piece
 from unisono.data.write import write_table
 from unisono.errors import DataError
-from unisono.sections import Data
 
 DATA = Data()
 few = settings(max_examples=25, derandomize=True, database=None, deadline=None)

@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.nodes import Node, fold, nodes
+from unisono.determinism.nodes import Node, fold, nodes
 from unisono.parallel.gathering import Combined, Ordered
 
 

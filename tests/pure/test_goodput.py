@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.report.goodput import KINDS, goodput
+from unisono.tracking.goodput import KINDS, goodput
 
 Line = dict[str, Any]
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisono.engine import kernels
-from unisono.engine.kernels import AdamWalk, Gradient, block_squares, find_adam, mean
-from unisono.engine.rules import Pieces, update_adam
-from unisono.engine.space import BLOCK, GRID
-from unisono.engine.tree import additions, fold_nodes
-from unisono.nodes import nodes
-from unisono.sections import Train
+from unisono.config.sections import Train
+from unisono.determinism.nodes import nodes
+from unisono.determinism.space import BLOCK, GRID
+from unisono.determinism.tree import additions, fold_nodes
+from unisono.kernels import update as kernels
+from unisono.kernels.update import AdamWalk, Gradient, block_squares, find_adam, mean
+from unisono.kernels.update_rules import Pieces, update_adam
 
 pytestmark = pytest.mark.usefixtures("settled")
 

@@ -21,10 +21,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from unisono import events
 from unisono.errors import RunFolderError
-from unisono.report import metrics
-from unisono.report.metrics import Ledger, read_ledger
+from unisono.tracking import events
+from unisono.tracking import ledger as metrics
+from unisono.tracking.ledger import Ledger, read_ledger
 
 SUMMARY = {"name": "toy", "steps": 3}
 

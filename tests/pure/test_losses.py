@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono import events
+from unisono.config.sections import Recovery
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
-from unisono.launch.losses import MOST_BACKOFF_SECONDS, Budget, Change, End, Loss, find_verdict, name_loss
-from unisono.sections import Recovery
+from unisono.runtime.restart_budget import MOST_BACKOFF_SECONDS, Budget, Change, End, Loss, find_verdict, name_loss
+from unisono.tracking import events
 
 
 def rules(**given: Any) -> Recovery:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bert import CONFIG, weights, write_bert
-from unisono.data import ngrams
+from unisono.config.sections import Bag, Model, Pretrained, Transformer
+from unisono.data.encoding import ngrams
 from unisono.engine.replica import same_bits
 from unisono.errors import ModelError, RecipeError
-from unisono.models.text import bag
-from unisono.models.text.classification import TextClassification
-from unisono.models.text.packing import pack
-from unisono.models.text.pretrained import read_classifier, write_config
-from unisono.sections import Bag, Model, Pretrained, Transformer
+from unisono.kernels.packing import pack
+from unisono.tasks.text import bag
+from unisono.tasks.text.classification import TextClassification
+from unisono.tasks.text.pretrained import read_classifier, write_config
 
 
 @pytest.fixture

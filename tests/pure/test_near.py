@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.data import near
-from unisono.data.near import BANDS, IN_SPLIT, IN_TRAIN, ROWS, STAYS, find_contradicted, find_near_duplicates, sketch
+from unisono.data.screening import near_duplicates as near
+from unisono.data.screening.near_duplicates import (
+    BANDS,
+    IN_SPLIT,
+    IN_TRAIN,
+    ROWS,
+    STAYS,
+    find_contradicted,
+    find_near_duplicates,
+    sketch,
+)
 
 texts = st.lists(st.text(st.characters(), max_size=30) | st.text("ab c!", max_size=30), max_size=8)
 

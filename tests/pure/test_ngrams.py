@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.data import ngrams as module
-from unisono.data.ngrams import LEVELS, NGrams
+from unisono.data.encoding import ngrams as module
+from unisono.data.encoding.ngrams import LEVELS, NGrams
 from unisono.errors import ModelError, UserError
 
 
@@ -97,7 +97,7 @@ def test_the_rarest_are_forgotten_where_there_are_too_many(monkeypatch: pytest.M
 
 def test_another_process_with_another_hash_seed_agrees() -> None:
     code = (
-        "from unisono.data.ngrams import NGrams\n"
+        "from unisono.data.encoding.ngrams import NGrams\n"
         "texts = ['a b c d', 'ü 中文 b']\n"
         "print(NGrams.learn([texts], 99, words=9, order=3, lowercase=True).encode(texts))"
     )

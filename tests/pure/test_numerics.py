@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from unisono.config.sections import Train
 from unisono.engine import numerics
 from unisono.errors import NumericsError
-from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -97,7 +97,7 @@ def test_an_instruction_set_limit_is_refused() -> None:
     program = (
         "import json, torch\n"
         "from unisono.engine import numerics\n"
-        "from unisono.sections import Train\n"
+        "from unisono.config.sections import Train\n"
         "numerics.settle(threads=1, device=torch.device('cpu'))\n"
         "print(json.dumps(numerics.fingerprint(Train(), device=torch.device('cpu'), data={'dataset': 'd'}, "
         "layout='m')))\n"

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unisono.board import RUNNING
-from unisono.engine import kernels
-from unisono.engine.kernels import block_squares
+from unisono.config.sections import Train
+from unisono.determinism.nodes import Node
+from unisono.determinism.space import BLOCK
 from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.snapshot import SnapshotArrays, new_file
-from unisono.engine.space import BLOCK
 from unisono.errors import DivergedError
-from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
+from unisono.exchange.simulated import play
 from unisono.exchange.solo import Solo
-from unisono.nodes import Node
-from unisono.sections import Train
+from unisono.kernels import update as kernels
+from unisono.kernels.update import block_squares
+from unisono.processes.progress_table import RUNNING
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -169,14 +169,14 @@ def test_no_cut_and_no_way_of_computing_changes_a_bit(
     """Shards and chunks; arrays that are updated in place, or copy by copy; compiled walks and torch's operations."""
     settings = train(**rule, clip_norm=clip_norm, ema_decay=0.9, pretrained_rate=0.5)
     found = set()
-    compiled = kernels._kernels
+    compiled = kernels._compiled
     for workers, chunk, copies, walks in (
         (1, 2**20, False, False), (1, BLOCK, False, True), (1, BLOCK, True, True), (2, 2 * BLOCK, True, True),
         (3, BLOCK, True, False), (3, BLOCK, True, True), (5, 2**20, False, True), (7, BLOCK, True, True),
         (16, 2**20, False, False),
     ):  # fmt: skip
         monkeypatch.setattr("unisono.engine.optimizer.CHUNK", chunk)
-        monkeypatch.setattr(kernels, "_kernels", compiled if walks else None)
+        monkeypatch.setattr(kernels, "_compiled", compiled if walks else None)
         memory = new_file() if copies else -1
 
         def act(exchange: Exchange, memory: int = memory) -> str:

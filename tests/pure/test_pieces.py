@@ -25,13 +25,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from unisono.data import compressed, lines, rows, sheets, tables
-from unisono.data.pieces import Piece, find_pieces, hash_piece, read_file, read_piece
-from unisono.data.read import read_records, read_texts
-from unisono.data.sheets import Sheet, cut_sheet, list_values
-from unisono.data.tables import read_frame
+from unisono.config.sections import Data
+from unisono.data.ingest import column_batch as sheets
+from unisono.data.ingest import compressed, lines
+from unisono.data.ingest import delimited as rows
+from unisono.data.ingest import parquet as tables
+from unisono.data.ingest.column_batch import Sheet, cut_sheet, list_values
+from unisono.data.ingest.parquet import read_frame
+from unisono.data.ingest.read import read_records, read_texts
+from unisono.data.ingest.splits import Piece, find_pieces, hash_piece, read_file, read_piece
 from unisono.errors import DataError
-from unisono.sections import Data
 
 DATA = Data()
 TWO = Data(columns=("text", "label"), header_lines=0)

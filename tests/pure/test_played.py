@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from unisono.config.sections import Train
 from unisono.data.columns import Columns
 from unisono.data.feed import Feed
 from unisono.data.order import Order
+from unisono.determinism.nodes import fold, nodes
+from unisono.determinism.tree import fold_nodes
 from unisono.engine.assignment import shares
 from unisono.engine.contribution import Contributor
+from unisono.engine.loop import steps
 from unisono.engine.optimizer import Optimizer
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.state import TrainState
-from unisono.engine.tree import fold_nodes
-from unisono.exchange.played import Played, play
 from unisono.exchange.protocol import Exchange
+from unisono.exchange.simulated import Played, play
 from unisono.exchange.solo import Solo
-from unisono.loop import steps
-from unisono.nodes import fold, nodes
-from unisono.sections import Train
 
 pytestmark = pytest.mark.usefixtures("settled")
 

@@ -10,14 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unisono.data import encode, inputs, rows
+from unisono.config.recipe import Recipe, check
+from unisono.config.sections import Data
 from unisono.data import prepare as stages
-from unisono.data.pieces import find_pieces
+from unisono.data.encoding import encode
+from unisono.data.ingest import delimited as rows
+from unisono.data.ingest import inputs
+from unisono.data.ingest.splits import find_pieces
 from unisono.data.prepare import prepare
 from unisono.data.store import read_quarantine
 from unisono.errors import DamagedError, DataError, RecipeError
-from unisono.recipe import Recipe, check
-from unisono.sections import Data
 
 
 def lines(count: int = 40, start: int = 0) -> list[str]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unisono.engine.profile
-from unisono.board import UNWATCHED
 from unisono.engine.footprint import count_flop, estimate_flop, measure_activations
 from unisono.engine.profile import MOST_STEPS, PHASES, Profile, Recorded, storage_bytes
 from unisono.exchange.solo import Solo
-from unisono.report.profile import merge, summarise, tell, trace, whole_steps
+from unisono.processes.progress_table import UNWATCHED
+from unisono.tracking.profile_report import merge, summarise, tell, trace, whole_steps
 
 CPU = torch.device("cpu")
 FACTS = {"name": "toy", "device": "cpu", "threads": 1}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono import keys
+from unisono.determinism import keys
 
 NUMBERS = st.lists(st.integers(0, 2**40), max_size=4)
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unisono.data.read import Record, read_records, read_texts
+from unisono.config.sections import Data
+from unisono.data.ingest.read import Record, read_records, read_texts
 from unisono.errors import DataError
-from unisono.sections import Data
 
 TEXTS = ["plain", 'a "quoted", word', "two\nlines", "今天天气很好", "  spaces  "]
 LABELS = ["x", "y", "x", "好", "y"]

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from unisono import recipe as recipes
+from unisono.config import recipe as recipes
+from unisono.config.recipe import MODELS, Recipe, check, document, load, to_toml
+from unisono.config.sections import Bag, Section
 from unisono.errors import RecipeError
-from unisono.recipe import MODELS, Recipe, check, document, load, to_toml
-from unisono.sections import Bag, Section
 
 
 def write(folder: Path, text: str) -> Path:

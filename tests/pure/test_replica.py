@@ -18,7 +18,7 @@ from unisono.engine.reduction import Reduction
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.errors import ContractError
 from unisono.exchange.solo import Solo
-from unisono.models.task import Microbatch, Task
+from unisono.tasks.task import Microbatch, Task
 
 pytestmark = pytest.mark.usefixtures("settled")
 

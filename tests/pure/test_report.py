@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from unisono import events
-from unisono.report import screen
-from unisono.report.screen import JsonLines, Lines, Live, Pace, Quiet, tell
+from unisono.tracking import events
+from unisono.tracking import terminal as screen
+from unisono.tracking.terminal import JsonLines, Lines, Live, Pace, Quiet, tell
 
 STARTED = events.RunStarted(
     name="toy", folder="run", workers=3, device="cpu", threads=1, microbatches_each=[2, 1, 1], samples_per_step=16,

@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.data import review
-from unisono.data.page import render
-from unisono.data.review import EDGES, EXAMPLE_CHARACTERS, EXAMPLES, Review
+from unisono.data.screening import review
+from unisono.data.screening.report_page import render
+from unisono.data.screening.review import EDGES, EXAMPLE_CHARACTERS, EXAMPLES, Review
 
 SPLITS = ("train", "validation", "test")
 REASONS = ("", "duplicate", "mail address")

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unisono.board import RUNNING
+from unisono.config.recipe import check
+from unisono.config.sections import Train
+from unisono.determinism.nodes import Node, fold
+from unisono.determinism.space import BLOCK
 from unisono.engine.optimizer import Optimizer
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Replica, tensors_sha256
-from unisono.engine.rows import Rows, add_up, pack, rows_of, squares_of_rows, unpack
-from unisono.engine.space import BLOCK
+from unisono.engine.sparse_rows import Rows, add_up, pack, rows_of, squares_of_rows, unpack
 from unisono.errors import RecipeError
-from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
+from unisono.exchange.simulated import play
 from unisono.exchange.solo import Solo
-from unisono.nodes import Node, fold
-from unisono.recipe import check
-from unisono.sections import Train
+from unisono.processes.progress_table import RUNNING
 
 pytestmark = pytest.mark.usefixtures("settled")
 

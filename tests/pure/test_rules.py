@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.data import rules
-from unisono.data.read import Record
-from unisono.data.rules import Examiner, find_versions, is_card, mask_all, mask_cards, mask_mail, mask_phones
+from unisono.config.recipe import check
+from unisono.config.sections import Screen, Script
+from unisono.data.ingest.read import Record
+from unisono.data.screening import rules
+from unisono.data.screening.rules import Examiner, find_versions, is_card, mask_all, mask_cards, mask_mail, mask_phones
 from unisono.errors import DataError, RecipeError
-from unisono.recipe import check
-from unisono.sections import Screen, Script
 
 
 def record(text: str, label: str | None = "x", fault: str = "") -> Record:
@@ -343,8 +343,8 @@ def test_time_grows_with_the_text_and_not_with_its_square(piece: str) -> None:
 
 def test_new_texts_are_treated_like_those_learned_from() -> None:
     """Fails if prediction or evaluation on new data encoded texts that are not masked."""
-    from unisono.application import Classifier
-    from unisono.recipe import Recipe
+    from unisono.api.application import Classifier
+    from unisono.config.recipe import Recipe
 
     class Spy:
         def encode(self, texts: list[str]) -> list[np.ndarray]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unisono.config.sections import Train
 from unisono.engine.schedule import rate
-from unisono.sections import Train
 
 
 def rates(steps: int = 10, **settings: object) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.scores import confusion, mean, per_class, summarise
+from unisono.tasks.metrics import confusion, mean, per_class, summarise
 
 PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=80)
 

@@ -9,11 +9,21 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.data import near
-from unisono.data import screen as module
-from unisono.data.near import sketch
-from unisono.data.screen import CONTRADICTORY, DUPLICATE, LEAKED, SPLITS, TEST, TRAIN, VALIDATION, Records, screen
-from unisono.sections import Screen
+from unisono.config.sections import Screen
+from unisono.data.screening import near_duplicates as near
+from unisono.data.screening import screen as module
+from unisono.data.screening.near_duplicates import sketch
+from unisono.data.screening.screen import (
+    CONTRADICTORY,
+    DUPLICATE,
+    LEAKED,
+    SPLITS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Records,
+    screen,
+)
 
 Row = tuple[str, str, str]  # split, text, label
 

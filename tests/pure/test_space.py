@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisono.engine.space import BLOCK, GRID, Space, lay_out
+from unisono.determinism.space import BLOCK, GRID, Space, lay_out
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=12)
 

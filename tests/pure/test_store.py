@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unisono.data import store
-from unisono.data.ngrams import NGrams
+from unisono.data.encoding.ngrams import NGrams
 from unisono.data.samples import Chunk, EncodedSamples, encode_samples, hash_content
 from unisono.data.store import Dataset, open_dataset, read_quarantine, write_dataset
 from unisono.errors import DamagedError, DataError

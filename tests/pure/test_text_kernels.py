@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisono.models.text import attention, linear, masks
-from unisono.models.text import gelu as gelu_module
-from unisono.models.text.attention import attend, attend_once, mean_over_tokens
-from unisono.models.text.dropout import Dropout
-from unisono.models.text.gelu import Gelu, gelu
-from unisono.models.text.masks import Mask
-from unisono.models.text.packing import LANES, pack
+from unisono.kernels import attention, linear, masks
+from unisono.kernels import gelu as gelu_module
+from unisono.kernels.attention import attend, attend_once, mean_over_tokens
+from unisono.kernels.dropout import Dropout
+from unisono.kernels.gelu import Gelu, gelu
+from unisono.kernels.masks import Mask
+from unisono.kernels.packing import LANES, pack
 
 lengths_of_samples = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -235,8 +235,8 @@ def test_without_a_compiler_dropout_and_gelu_give_the_same_bits(monkeypatch: pyt
     mask = Mask(0.3, 17)
     compiled = [mask.drop(values), mask.drop(values.t()), mask.drop(values, added=values), *gelu(values)]
     for module in (masks, gelu_module):
-        assert module._kernels is not None, "the tests need a C compiler"
-        monkeypatch.setattr(module, "_kernels", None)
+        assert module._compiled is not None, "the tests need a C compiler"
+        monkeypatch.setattr(module, "_compiled", None)
     twins = [mask.drop(values), mask.drop(values.t()), mask.drop(values, added=values), *gelu(values)]
     for one, other in zip(compiled, twins, strict=True):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
@@ -256,8 +256,8 @@ def test_what_is_no_number_stays_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is no number is found by looking at it."""
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr(gelu_module, "_kernels", None)
-            monkeypatch.setattr(masks, "_kernels", None)
+            monkeypatch.setattr(gelu_module, "_compiled", None)
+            monkeypatch.setattr(masks, "_compiled", None)
         assert all(found.isnan().all() for found in gelu(torch.full((9,), math.nan)))
         assert Mask(0.5, 1).drop(torch.full((9,), math.nan)).isnan().all()
 

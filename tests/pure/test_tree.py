@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unisono.determinism.nodes import Node, fold, nodes
+from unisono.determinism.tree import Tree, fold_nodes
 from unisono.engine.reduction import add_parts, add_parts_into, lay_down
-from unisono.engine.tree import Tree, fold_nodes
-from unisono.nodes import Node, fold, nodes
 
 SPECIAL = np.array([0.0, -0.0, 1e-42, -1e-42, 1.17e-38, 3.4e38, -3.4e38, 1e30, -1e30, 1.0, -1.0, 1e-8], np.float32)
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.board import PHASES, Board, Row
-from unisono.launch.crew import Crew
-from unisono.launch.watch import FIRST_STEP_PATIENCE, PATIENCE, Stuck, Watch, find_stuck
+from unisono.processes.progress_table import PHASES, Board, Row
+from unisono.runtime.hang_detection import FIRST_STEP_PATIENCE, PATIENCE, Stuck, Watch, find_stuck
+from unisono.runtime.worker_pool import Crew
 
 NOW, LIMIT = 1000.0, 10.0
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from unisono.data import wordtable
-from unisono.data.tokens import Pieces, train_bpe, train_wordpiece
-from unisono.data.words import Words
-from unisono.data.wordtable import LONGEST_WORD, WordTable
+from unisono.data.encoding import word_table as wordtable
+from unisono.data.encoding.tokens import Pieces, train_bpe, train_wordpiece
+from unisono.data.encoding.word_table import LONGEST_WORD, WordTable
+from unisono.data.encoding.words import Words
 
 TEXTS = ["the Cat sat on the mat, and Ünïcode çhars 中文 too! don't", "a b c 1 22 333 _ ` ~ Straße ΣΑΣ"] * 3
 SPICE = [

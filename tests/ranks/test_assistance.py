@@ -15,11 +15,11 @@ from worlds import Forked
 
 from unisono.engine.audit import Audit
 from unisono.engine.contribution import Contribution, Contributor
-from unisono.exchange.desk import Desk
-from unisono.exchange.played import play
+from unisono.exchange.offload import Desk
 from unisono.exchange.protocol import Exchange
-from unisono.models.task import Task
-from unisono.models.text import linear
+from unisono.exchange.simulated import play
+from unisono.kernels import linear
+from unisono.tasks.task import Task
 
 
 def frozen_in_part() -> Task:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from worlds import CPU, Forked, Heard, train_alone
 
 import zoo
-from unisono import recipe as recipes
-from unisono.board import RUNNING, STOP
-from unisono.checkpoint import checkpoints
+from unisono.config import recipe as recipes
+from unisono.config.recipe import Recipe
 from unisono.errors import DamagedError, Interrupted, RunFolderError, WorkerError
-from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
-from unisono.joining import Job
-from unisono.material import open_own
-from unisono.models.task import Microbatch
-from unisono.recipe import Recipe
+from unisono.exchange.simulated import play
+from unisono.processes.progress_table import RUNNING, STOP
+from unisono.runtime.run_inputs import open_own
+from unisono.runtime.setup import Job
+from unisono.storage import checkpoints
+from unisono.tasks.task import Microbatch
 
 SETTINGS: dict[str, Any] = {
     "train": {"samples_per_step": 20, "microbatches": 8, "epochs": 3.0, "learning_rate": 0.05, "ema_decay": 0.8},

@@ -14,11 +14,11 @@ import torch
 from worlds import Forked
 
 from unisono.errors import LostPeerError, WorkerError
-from unisono.exchange import shared
+from unisono.exchange import shared_memory as shared
 from unisono.exchange.distributed import Distributed
-from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
-from unisono.exchange.shared import Shared
+from unisono.exchange.shared_memory import Shared
+from unisono.exchange.simulated import play
 from unisono.exchange.solo import Solo
 
 SHARD = 5  # elements
@@ -31,7 +31,7 @@ def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """How real workers exchange: as they do on one host, or as they must between hosts."""
     if request.param == "memory":
         return Shared
-    monkeypatch.setattr("unisono.exchange.shared.can_share", lambda *_: False)
+    monkeypatch.setattr("unisono.exchange.shared_memory.can_share", lambda *_: False)
     return Distributed
 
 

@@ -20,18 +20,18 @@ from worlds import Forked, Heard, train_alone
 
 import zoo
 from bert import write_bert
-from unisono import keys
-from unisono import recipe as recipes
+from unisono.config import recipe as recipes
+from unisono.config.recipe import Recipe
+from unisono.config.sections import Bag, Pretrained, Transformer
 from unisono.data.samples import EncodedSamples
-from unisono.exchange.played import play
+from unisono.determinism import keys
 from unisono.exchange.protocol import Exchange
-from unisono.files import load_tensors
-from unisono.joining import Job
-from unisono.material import Material, open_own
-from unisono.models.task import Task
-from unisono.models.text.classification import TextClassification
-from unisono.recipe import Recipe
-from unisono.sections import Bag, Pretrained, Transformer
+from unisono.exchange.simulated import play
+from unisono.runtime.run_inputs import Material, open_own
+from unisono.runtime.setup import Job
+from unisono.storage.files import load_tensors
+from unisono.tasks.task import Task
+from unisono.tasks.text.classification import TextClassification
 
 MATRIX = (1, 2, 3, 5, 8)
 SHORT_LAST_STEP = {"samples_per_step": 20, "microbatches": 8, "epochs": 2.0}  # 45 samples: steps of 20, 20 and 5

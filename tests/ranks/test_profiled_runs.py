@@ -15,12 +15,12 @@ from worlds import Forked, Heard, train_alone
 
 import zoo
 from toy import Command, make_toy
-from unisono import recipe as recipes
+from unisono.config import recipe as recipes
 from unisono.engine.profile import PHASES
-from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
-from unisono.joining import Job
-from unisono.material import open_own
+from unisono.exchange.simulated import play
+from unisono.runtime.run_inputs import open_own
+from unisono.runtime.setup import Job
 
 FILES = {"profile.md", "profile.json", "trace.json"}
 HASHES = ("weights_sha256", "optimizer_sha256", "test")
@@ -148,7 +148,7 @@ def test_torchrun_leaves_a_profile(tmp_path: Path, trained: dict[int, Path]) -> 
 
 def test_what_cannot_be_written_ends_no_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import unisono.engine.footprint
-    import unisono.report.profile
+    import unisono.tracking.profile_report
 
     def fail(*arguments: object) -> None:
         raise RuntimeError("no such thing")
@@ -158,6 +158,6 @@ def test_what_cannot_be_written_ends_no_run(command: Command, tmp_path: Path, mo
     options = ("-w", 2, "--profile", "--set", "train.max_steps=2")
     code, out, _ = command("train", "toy.toml", "--run-folder", "counted", *options)
     assert (code, "Not measured: floating-point operations: RuntimeError: no such thing" in out) == (0, True)
-    monkeypatch.setattr(unisono.report.profile, "trace", fail)
+    monkeypatch.setattr(unisono.tracking.profile_report, "trace", fail)
     code, out, _ = command("train", "toy.toml", "--run-folder", "written", *options)
     assert (code, "warning: the profile was not written: no such thing" in out) == (0, True)

@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from worlds import CPU, Forked
 
 import zoo
-from unisono import joining
-from unisono import recipe as recipes
-from unisono.board import RUNNING, UNWATCHED, Progress
+from unisono.config import recipe as recipes
+from unisono.config.recipe import Recipe
 from unisono.data.feed import Feed
+from unisono.determinism.nodes import Node
+from unisono.determinism.space import BLOCK
+from unisono.engine.loop import steps
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.snapshot import COPIES, FACTS_BYTES, Description, Snapshot, SnapshotArrays, new_file
-from unisono.engine.space import BLOCK
-from unisono.engine.state import Content
 from unisono.errors import DivergedError, WorkerError
-from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
+from unisono.exchange.simulated import play
 from unisono.exchange.solo import Solo
-from unisono.joining import Job, Run, join, make_ready, run_facts
-from unisono.loop import steps
-from unisono.material import open_own
-from unisono.nodes import Node
-from unisono.recipe import Recipe
+from unisono.processes.progress_table import RUNNING, UNWATCHED, Progress
+from unisono.runtime import setup as joining
+from unisono.runtime.run_inputs import open_own
+from unisono.runtime.setup import Job, Run, join, make_ready, run_facts
+from unisono.storage.checkpoints import Content
 
 
 class Mixed(nn.Module):

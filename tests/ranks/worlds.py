@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from unisono.board import RUNNING
-from unisono.events import Event, Notice, Observer, RunEnded, StepDone
 from unisono.exchange.protocol import Exchange
-from unisono.joining import Job, make_ready
-from unisono.launch.local import launch
-from unisono.launch.seat import Seat
-from unisono.launch.worker import Stop
-from unisono.link import Alone
-from unisono.material import Material
-from unisono.run import execute
+from unisono.processes.progress_table import RUNNING
+from unisono.runtime.launchers.fork import launch
+from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.run import execute
+from unisono.runtime.run_inputs import Material
+from unisono.runtime.setup import Job, make_ready
+from unisono.runtime.supervisor_client import Alone
+from unisono.runtime.worker import Stop
+from unisono.tracking.events import Event, Notice, Observer, RunEnded, StepDone
 
 CPU = torch.device("cpu")
 Forked = Callable[[int, Callable[[Exchange], Any]], list[Any]]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from unisono import keys
-from unisono.data.frames import is_frame, take_column, take_columns
-from unisono.data.numbers import as_array, list_categories
+from unisono.data.ingest.frames import is_frame, take_column, take_columns
+from unisono.data.ingest.numbers import as_array, list_categories
 from unisono.data.source import Source
+from unisono.determinism import keys
 from unisono.errors import DataError
 
 HASHED_ITEMS = 64  # of a torch dataset; hashing all would load all

@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from unisono.board import UNWATCHED, Progress
 from unisono.data.order import Order, Step
 from unisono.data.source import Source
+from unisono.processes.progress_table import UNWATCHED, Progress
 
 TOGETHER, TOGETHER_BYTES = 2, 1 << 20
 """Microbatches that the thread loads at once: two, or as many as are so large. To hand one over takes fifteen times as

@@ -21,23 +21,24 @@ from pathlib import Path
 
 import numpy as np
 
-from unisono.data import encode, store
-from unisono.data.decided import Decided, load_records, refuse, refuse_absent_labels, show, tell_counts
-from unisono.data.encoder import Encoder
-from unisono.data.inputs import Input, find_inputs, make_key
-from unisono.data.page import render
-from unisono.data.parts import Parts, add_reviews, read_quarantine_lines, write_part
-from unisono.data.pieces import read_piece
-from unisono.data.read import find_column
-from unisono.data.rules import Examiner, describe_treatments
-from unisono.data.screen import SPLITS, screen
+from unisono.config.recipe import Recipe
+from unisono.config.sections import Screen
+from unisono.data import store
+from unisono.data.encoding import encode
+from unisono.data.encoding.encoder import Encoder
+from unisono.data.encoding.parts import Parts, add_reviews, read_quarantine_lines, write_part
+from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.inputs import Input, find_inputs, make_key
+from unisono.data.ingest.read import find_column
+from unisono.data.ingest.splits import read_piece
+from unisono.data.ingest.staging import Spooled, spool
+from unisono.data.screening.decisions import Decided, load_records, refuse, refuse_absent_labels, show, tell_counts
+from unisono.data.screening.report_page import render
+from unisono.data.screening.rules import Examiner, describe_treatments
+from unisono.data.screening.screen import SPLITS, screen
 from unisono.data.share import Share
-from unisono.data.sheets import Sheet
-from unisono.data.spool import Spooled, spool
 from unisono.errors import DataError, RunFolderError, UnisonoError
-from unisono.files import boot_id, facts_sha256, remove_leftovers, whole_folder, write_text
-from unisono.recipe import Recipe
-from unisono.sections import Screen
+from unisono.storage.files import boot_id, facts_sha256, remove_leftovers, whole_folder, write_text
 
 REPORT = "report.html"
 LARGE_BYTES = 2**25  # of samples, from which on it pays to start processes for storing them

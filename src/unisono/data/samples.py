@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unisono.data.encoder import Encoder
+from unisono.data.encoding.encoder import Encoder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,11 +28,11 @@ import numpy as np
 import pyarrow as pa
 
 from unisono.data.arrow import as_array, as_numbers
-from unisono.data.encode import load_encoder
-from unisono.data.encoder import Encoder
+from unisono.data.encoding.encode import load_encoder
+from unisono.data.encoding.encoder import Encoder
 from unisono.data.samples import Chunk, ContentHash, EncodedSamples
 from unisono.errors import DamagedError, DataError
-from unisono.files import check_file, facts_sha256, file_sha256, sync
+from unisono.storage.files import check_file, facts_sha256, file_sha256, sync
 
 FORMAT = 1
 """Raised whenever a reader of the old layout could not read the new one."""

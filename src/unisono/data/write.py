@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from unisono.data.read import as_text
-from unisono.data.sheets import list_values
+from unisono.data.ingest.column_batch import list_values
+from unisono.data.ingest.read import as_text
 from unisono.errors import DataError
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")

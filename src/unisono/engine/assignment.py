@@ -13,7 +13,7 @@ from heapq import nsmallest
 from itertools import accumulate, pairwise
 from operator import itemgetter
 
-from unisono.nodes import nodes
+from unisono.determinism.nodes import nodes
 
 REMEMBERED = 5  # measurements of a worker; their median ignores two outliers
 SURE = 8  # medians, after which a pace is believed

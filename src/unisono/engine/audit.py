@@ -13,19 +13,32 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from unisono import keys
 from unisono.data.order import Order, Step
+from unisono.determinism import keys
 from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.engine.trace import digest
 from unisono.errors import CorruptionError, LostPeerError
-from unisono.events import Corrupted
 from unisono.exchange.protocol import Exchange
 
 Digests = Mapping[str, str]
 """Parameter (or "loss") → digest of its bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """Two workers computed different bits for microbatch `microbatch` of step `step`, which is not committed.
+
+    workers: those that are suspected. parameters: names of what differs.
+    """
+
+    step: int
+    microbatch: int
+    workers: list[int]
+    parameters: list[str]
 
 
 class Audit:
@@ -42,7 +55,7 @@ class Audit:
         order: Order,
         *,
         take: Callable[[Step, int], dict[str, Tensor]],
-        tell: Callable[[Corrupted], None],
+        tell: Callable[[Disagreement], None],
         every: int,
     ) -> None:
         self._inner = inner
@@ -92,7 +105,7 @@ class Audit:
             first=said[owner][0], owner=owner, again=said[auditor][1], auditor=auditor, votes=votes
         )
         if rank == 0:
-            self._tell(Corrupted(step=step.number + 1, microbatch=number, workers=suspects, parameters=names))
+            self._tell(Disagreement(step=step.number + 1, microbatch=number, workers=suspects, parameters=names))
         told = f"step {step.number + 1}, microbatch {number}: {', '.join(names[:5])}"
         if rank in suspects:
             raise CorruptionError(f"an audit found wrong bits ({told})")

@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from unisono import keys
+from unisono.determinism import keys
 from unisono.engine.replica import Replica
 from unisono.errors import ContractError
 from unisono.exchange.protocol import Desk
-from unisono.models.task import Task
-from unisono.models.text.linear import assisted
+from unisono.kernels.linear import assisted
+from unisono.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import (
 
 from unisono.engine.profile import Profile, Shape, storage_bytes
 from unisono.engine.state import TrainState
-from unisono.models.text import fused
+from unisono.kernels import packed_attention as fused
 
 MOST_SHAPES = 8
 COUNTING_SECONDS = 10.0

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
+from unisono.config.sections import Train
 from unisono.errors import NumericsError
-from unisono.models.text import fused
-from unisono.models.text.linear import multiplies_bf16
-from unisono.sections import Train
+from unisono.kernels import packed_attention as fused
+from unisono.kernels.linear import multiplies_bf16
 
 LIMITING_VARIABLES = (
     "ATEN_CPU_CAPABILITY",

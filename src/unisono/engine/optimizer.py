@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unisono.config.sections import Train
+from unisono.determinism.space import BLOCK, Shard, Space
 from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
-from unisono.engine.kernels import LARGE, AdamWalk, Gradient, find_adam
 from unisono.engine.reduction import Sum, Totals
 from unisono.engine.replica import Group, Replica
-from unisono.engine.rows import Rows
-from unisono.engine.rules import RULES, SLOTS, Pieces
-from unisono.engine.space import BLOCK, Shard, Space
-from unisono.engine.tables import Behind, Named, Table, tables_of
+from unisono.engine.sparse_rows import Rows
+from unisono.engine.sparse_tables import Behind, Named, Table, tables_of
 from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
-from unisono.sections import Train
+from unisono.kernels.update import LARGE, AdamWalk, Gradient, find_adam
+from unisono.kernels.update_rules import RULES, SLOTS, Pieces
 
 CHUNK = 256 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
 

@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.board import Progress
 from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.exchange.protocol import Exchange
-from unisono.models.task import Microbatch, Task
+from unisono.processes.progress_table import Progress
+from unisono.tasks.task import Microbatch, Task
 
 PHASES = ("data", "forward", "backward", "tree", "exchange", "wait", "assist", "optimiser", "other")
 MOST_STEPS = 500

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisono.board import REGROUP, RUNNING, STOP
 from unisono.data.order import Step
+from unisono.determinism.nodes import Node, fold, nodes
+from unisono.determinism.tree import Tree, additions
 from unisono.engine.assignment import Assignment
 from unisono.engine.contribution import Contribution
-from unisono.engine.kernels import mean
 from unisono.engine.replica import Replica
-from unisono.engine.rows import Rows, add_up, pack, rows_of, unpack
-from unisono.engine.tree import Tree, additions
+from unisono.engine.sparse_rows import Rows, add_up, pack, rows_of, unpack
 from unisono.errors import ContractError, DivergedError, LostPeerError
 from unisono.exchange.protocol import Exchange
-from unisono.nodes import Node, fold, nodes
+from unisono.kernels.update import mean
+from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

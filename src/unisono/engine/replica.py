@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from unisono.engine.space import BLOCK, Segment, Shard, Space, lay_out
+from unisono.determinism.space import BLOCK, Segment, Shard, Space, lay_out
 from unisono.errors import ContractError
 
 SPARED = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from unisono.sections import Train
+from unisono.config.sections import Train
 
 
 def rate(train: Train, step: int, total_steps: int) -> float:

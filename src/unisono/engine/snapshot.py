@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unisono.determinism.space import BLOCK
 from unisono.engine.arrays import AVERAGE, BEST, WEIGHTS
 from unisono.engine.replica import Replica
-from unisono.engine.space import BLOCK
-from unisono.engine.state import Content
 from unisono.exchange.protocol import Exchange
+from unisono.storage.checkpoints import Content
 
 COPIES = 3
 PAGE = 4096

@@ -14,26 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unisono.determinism.space import Segment
 from unisono.engine.arrays import AVERAGE, BEST, WEIGHTS
 from unisono.engine.optimizer import Optimizer
 from unisono.engine.reduction import Totals
 from unisono.engine.replica import Replica
-from unisono.engine.space import Segment
 from unisono.exchange.protocol import Exchange
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
-    """A whole state in the form of a checkpoint: whatever the number of workers, the same names and bytes.
-
-    parameters: the tensors of the module's state_dict. buffers: those that it leaves out. optimizer: "slot.parameter".
-    facts: plain values: step, early stopping, and what is told of the run.
-    """
-
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    facts: Mapping[str, Any]
+from unisono.storage.checkpoints import Content
 
 
 @dataclass(slots=True, kw_only=True)

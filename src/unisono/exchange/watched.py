@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unisono.board import Progress
 from unisono.exchange.protocol import Exchange
+from unisono.processes.progress_table import Progress
 
 
 class Watched:

@@ -8,15 +8,15 @@ from typing import Any
 from unisono.errors import ParallelError, TaskError
 from unisono.parallel.algebra import add, matmul
 from unisono.parallel.calls import map, map_reduce
+from unisono.parallel.item_batches import key
 from unisono.parallel.sharing import Failure
-from unisono.parallel.tasks import key
 
 __all__ = ["Failure", "ParallelError", "Ray", "TaskError", "add", "key", "map", "map_reduce", "matmul"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Ray":
-        from unisono.parallel.cluster import Ray
+        from unisono.parallel.ray_actors import Ray
 
         return Ray
     raise AttributeError(f"module 'unisono.parallel' has no attribute {name!r}")

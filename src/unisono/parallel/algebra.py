@@ -4,8 +4,8 @@ Owns the blocks. Both cut the result into blocks that the shape alone decides; a
 one thread. Products are made of copies in aligned, contiguous memory, so that neither the number of workers nor where
 or how the operands lie in memory can move a bit.
 
-- `add`: the parts of a block are added in the fixed binary tree of `unisono.nodes`, over the parts' numbers. Pairwise
-  summation: the error grows with log2 of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms,
+- `add`: the parts of a block are added in the fixed binary tree of `unisono.determinism.nodes`, over the parts' numbers.
+  Pairwise summation: the error grows with log2 of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms,
   2nd ed., section 4.2).
 - `matmul`: the blocked algorithm (Golub and Van Loan, Matrix Computations, 4th ed., section 1.5.4). A block of the
   result is the sum of products of panels, up to `PANEL` columns of the left operand by as many rows of the right one,
@@ -28,7 +28,7 @@ import numpy as np
 
 from unisono.errors import ParallelError
 from unisono.parallel.calls import Progress, find_engine, map
-from unisono.parallel.engine import Engine
+from unisono.parallel.executor import Engine
 from unisono.parallel.gathering import Combined
 
 BLOCK = 1024

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from unisono.errors import ParallelError
-from unisono.parallel.engine import Engine
+from unisono.parallel.executor import Engine
 from unisono.parallel.gathering import Combined, Ordered
+from unisono.parallel.item_batches import Job, describe
 from unisono.parallel.sharing import Failure, Sharing, fail_to_combine
-from unisono.parallel.tasks import Job, describe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -89,8 +89,8 @@ def map_reduce(
 ) -> Result:
     """Apply a function to each item and combine the results two by two, in a fixed tree.
 
-    The tree is that of `unisono.nodes`, over the items' numbers: `combine` need not be associative (floating-point
-    addition is not) to give the same bits on any number of workers. Workers combine what they have, so that only
+    The tree is that of `unisono.determinism.nodes`, over the items' numbers: `combine` need not be associative
+    (floating-point addition is not) to give the same bits on any number of workers. Workers combine what they have, so that only
     complete nodes of the tree travel. `combine(left, right)` may reuse `left`. An item in quarantine is a missing leaf:
     its sibling goes up as it is. An error of `combine` itself ends the call.
 
@@ -222,11 +222,11 @@ def _whole(value: object) -> bool:
 def find_engine(engine: str | Engine) -> Engine:
     """The engine of a name, or the one given."""
     if engine == "processes":
-        from unisono.parallel.local import Processes
+        from unisono.parallel.local_processes import Processes
 
         return Processes()
     if engine == "ray":
-        from unisono.parallel.cluster import Ray
+        from unisono.parallel.ray_actors import Ray
 
         return Ray()
     if isinstance(engine, str) or not hasattr(engine, "start"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from unisono.nodes import Node
+from unisono.determinism.nodes import Node
 
 _MISSING = object()
 

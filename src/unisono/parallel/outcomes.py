@@ -9,7 +9,7 @@ from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
 from typing import Any
 
-from unisono.parallel.tasks import Batch, Fault, Job, Outcome, describe, run
+from unisono.parallel.item_batches import Batch, Fault, Job, Outcome, describe, run
 from unisono.parallel.wire import Unreadable, travels
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from unisono.determinism.nodes import Node
 from unisono.errors import TaskError, WorkerError
-from unisono.nodes import Node
-from unisono.parallel.engine import Crew
-from unisono.parallel.tasks import Batch, Fault, Outcome
+from unisono.parallel.executor import Crew
+from unisono.parallel.item_batches import Batch, Fault, Outcome
 
 AIM_SECONDS = 0.005
 """How long a batch should take: long beside the cost of sending it, short beside the wait for an idle worker."""

@@ -1,0 +1,212 @@
+"""What to train: a frozen, validated description, read from TOML and `--set section.key=value`.
+
+Owns reading, overrides, checks and their messages; the keys are in `sections.py`. Does not read data or build models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from unisono.config.sections import (
+    Bag,
+    Checkpoint,
+    Data,
+    Encode,
+    Evaluate,
+    Model,
+    Pretrained,
+    Recovery,
+    Screen,
+    Section,
+    Train,
+    Transformer,
+)
+from unisono.errors import RecipeError
+
+
+class Recipe(Section):
+    """Everything that decides a run's result, but the data's bytes and the numerics."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder")
+    data: Data = Data()
+    screen: Screen = Screen()
+    encode: Encode = Encode()
+    model: Model = Bag()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
+
+    @model_validator(mode="after")
+    def _encoding_fits_model(self) -> Recipe:
+        kind, model = self.encode.kind, self.model.kind
+        if kind != "auto" and (kind == "ngrams") != (model == "bag"):
+            allowed = "ngrams" if model == "bag" else "wordpiece, bpe or tokenizer"
+            raise ValueError(
+                f"encode.kind = {kind!r} does not fit model.kind = {model!r}, which reads {allowed}; or leave it "
+                "on auto"
+            )
+        return self
+
+
+PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("encode", "tokenizer"), ("model", "folder"))
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
+MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a TOML recipe; apply `section.key=value` overrides; check everything.
+
+    Paths in the file are relative to its folder, paths in overrides to the current one; the result has absolute ones.
+
+    Raises:
+        RecipeError: the file is missing or no TOML, a key is unknown, a value is not allowed.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"recipe {str(path)!r}: no such file. Give the path of a TOML recipe; examples/text has some."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r}: not readable as TOML: {error}") from None
+    _anchor(table, path.resolve().parent)
+    table.setdefault("name", path.stem)
+    for override in overrides:
+        _override(table, override)
+    return check(table)
+
+
+def check(table: dict[str, Any]) -> Recipe:
+    """Turn plain tables into a Recipe, or raise a RecipeError that names every fault."""
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The full recipe, defaults filled in, as TOML that `load` reads back to an equal recipe."""
+    return tomli_w.dumps(recipe.model_dump(mode="json"))
+
+
+def document(section: type[BaseModel] = Recipe, prefix: str = "") -> str:
+    """Every key with its default, allowed values and meaning, as a commented TOML file."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for name, field in section.model_fields.items():
+        if name == "model":
+            for kind in MODELS.values():
+                tables.append(f"# One of the [model] tables. {kind.__doc__}\n[model]\n" + document(kind, "model."))
+        elif isinstance(field.default, Section):
+            section_type: type[BaseModel] = type(field.default)
+            tables.append(f"# {section_type.__doc__}\n[{name}]\n" + document(section_type, name + "."))
+        else:
+            value = tomli_w.dumps({name: field.default}).strip()
+            lines.append(f"{value}  # {_allowed(section, name)}{field.description or 'which model'}")
+    return "\n".join(lines) + "\n" + ("\n" + "\n".join(tables) if tables else "")
+
+
+def _allowed(section: type[BaseModel], name: str) -> str:
+    schema = section.model_json_schema()["properties"][name]
+    if "enum" in schema:
+        return "|".join(schema["enum"]) + ": "
+    words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [
+        f"{sign} {schema[key]:g}" if schema[key] < 1e6 else f"{sign} {schema[key]}"
+        for key, sign in words.items()
+        if key in schema
+    ]
+    return ", ".join(limits) + ": " if limits else ""
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL (s3://…, https://…, hf://…), and so relative to no folder."""
+    return URL.match(location) is not None
+
+
+def _anchor(table: dict[str, Any], folder: Path) -> None:
+    for section, key in PATHS:
+        value = table.get(section)
+        if isinstance(value, dict) and isinstance(value.get(key), str) and value[key] and not is_url(value[key]):
+            value[key] = str((folder / Path(value[key]).expanduser()).resolve())
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise RecipeError(
+            f"--set {override!r}: allowed is section.key=value, for instance --set train.learning_rate=3e-4."
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    one: dict[str, Any] = {names[-1]: value}
+    for name in reversed(names[:-1]):
+        one = {name: one}
+    _anchor(one, Path.cwd())
+    _merge(table, one)
+
+
+def _merge(table: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in other.items():
+        if isinstance(value, dict) and isinstance(table.get(name), dict):
+            _merge(table[name], value)
+        else:
+            table[name] = value
+
+
+def _explain(fault: Any) -> str:
+    """One line on one fault: the key, what was given, what is allowed, what to do."""
+    location = [str(part) for part in fault["loc"] if not (part in MODELS and fault["loc"][0] == "model")]
+    key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        elsewhere = [full for full in _all_keys() if full.split(".")[-1] == location[-1] and full != key]
+        where = f"Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
+        if elsewhere and not near:
+            where = f"Did you mean {elsewhere[0]!r}?"
+        return f"{key!r}: no such key. {where or 'Allowed: ' + ', '.join(known) + '.'}"
+    given = fault.get("input")
+    if fault["type"].startswith("union_tag"):
+        allowed = ", ".join(MODELS)
+        kind = given.get("kind") if isinstance(given, dict) else given
+        near = difflib.get_close_matches(str(kind), list(MODELS), n=1, cutoff=0.3)
+        return f"'model.kind' = {kind!r}: allowed are {allowed}." + (f" Did you mean {near[0]!r}?" if near else "")
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be ", "allowed is ")
+    if not key:  # a fault of the whole recipe names its keys itself
+        return f"{message}."
+    told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {given!r}"  # a whole table would drown the fault
+    return f"{told}: {message}. `unisono recipe --show-defaults` describes every key."
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        if part in MODELS:
+            section = MODELS[str(part)]
+        elif part != "model":
+            section = type(Recipe.model_fields[str(part)].default)
+    return list(section.model_fields)
+
+
+def _all_keys() -> list[str]:
+    keys = [
+        f"{name}.{key}"
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.default, Section) and name != "model"
+        for key in type(field.default).model_fields
+    ]
+    return keys + [f"model.{key}" for kind in MODELS.values() for key in kind.model_fields]

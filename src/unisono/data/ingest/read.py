@@ -1,0 +1,205 @@
+"""Records: the text and the class of each row of the user's input.
+
+Owns what counts as a text, a class and their absence. Does not know places and formats (`data/pieces.py`) and
+does not judge the records (`data/screen.py`): each row becomes one record, in order, and what cannot be used
+says why.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from unisono.config.sections import Data
+from unisono.data.ingest.column_batch import Column, Foreign, Sheet, check_names, list_values
+from unisono.data.ingest.lines import escape
+from unisono.data.ingest.parquet import read_frame
+from unisono.data.ingest.splits import find_pieces, read_file, read_piece
+from unisono.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A row of the user's input. Bytes that are not UTF-8 stand in it as backslash escapes."""
+
+    file: str
+    row: int
+    """Number in its file, from 1; header and blank lines do not count."""
+    text: str
+    label: str | None
+    fault: str = ""
+    """Why it could not be read; empty if it could."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """The rows of a new file, all of them and in order, for prediction and evaluation."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str | None, ...] | None
+    """None where there is no such column."""
+    faults: tuple[str, ...]
+    """Why a row cannot be used; empty if it can."""
+    columns: Mapping[str, Column]
+    """The input's columns, one row per text."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The input's columns as Arrow's; lists are copied for it."""
+        return pa.table({key: _as_arrow(column) for key, column in self.columns.items()})
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Numbers of the rows without a fault: int64 [usable]."""
+        return np.flatnonzero([not fault for fault in self.faults])
+
+    @property
+    def good_texts(self) -> list[str]:
+        """The texts of the rows without a fault."""
+        return [text for text, fault in zip(self.texts, self.faults, strict=True) if not fault]
+
+
+def read_records(source: object, data: Data, name: str = "frame") -> list[Record]:
+    """Return every row of a location (str or Path) or of a frame, whose `name` stands in messages, in order.
+
+    Raises:
+        DataError: the source cannot be read, is empty, or lacks the column of the texts or of the classes.
+    """
+    if not isinstance(source, (str, Path)):
+        return list(take_records(read_frame(source, data, name), data))
+    sheets = (sheet for piece in find_pieces(source, data) for sheet in read_piece(piece, data))
+    records = list(_number(sheets, data))
+    if not records:
+        read_file(source, data)  # says so
+    return records
+
+
+def _number(sheets: Iterable[Sheet], data: Data) -> Iterator[Record]:
+    """Records of sheets, their rows numbered within each source."""
+    name, row = "", 1
+    lacking: Sheet | None = None
+    found = {data.text: False, data.label: False}
+    for sheet in sheets:
+        name, row = sheet.name, row if sheet.name == name else 1
+        for column in found:
+            found[column] |= column in sheet.columns
+        if not found.keys() <= sheet.columns.keys():
+            lacking = lacking or sheet
+        yield from take_records(sheet, data, first_row=row, lenient=True)
+        row += sheet.rows
+    if lacking and not all(found.values()):
+        list(take_records(lacking, data))  # says which
+
+
+def take_records(sheet: Sheet, data: Data, *, first_row: int = 1, lenient: bool = False) -> Iterator[Record]:
+    """Every row of a sheet as a record, in order.
+
+    Args:
+        first_row: number of the sheet's first row in its source, from 1.
+        lenient: a column that the sheet lacks is empty. In JSONL each row names its own, so that only all sheets
+            of a source together tell whether a column is missing.
+
+    Raises:
+        DataError: the column of the texts or of the classes is missing, and not lenient.
+    """
+    if lenient:
+        texts, labels = (
+            list_values(sheet.columns.get(column, [None] * sheet.rows)) for column in (data.text, data.label)
+        )
+    else:
+        texts, labels = find_column(sheet, data.text, "text"), find_column(sheet, data.label, "label")
+    for row, (given_text, given_label) in enumerate(zip(texts, labels, strict=True)):
+        file = sheet.files[row] if sheet.files else sheet.name
+        number = first_row + row
+        if row in sheet.faults:
+            fault = sheet.faults[row]
+            yield Record(file=file, row=number, text=as_text(fault.raw)[0], label=None, fault=fault.reason)
+            continue
+        text, text_fault = as_text(given_text)
+        label, label_fault = as_text(given_label)
+        yield Record(file=file, row=number, text=text, label=label.strip() or None, fault=text_fault or label_fault)
+
+
+def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
+    """Return every row of a location or frame to predict on; the column of classes may be missing.
+
+    Raises:
+        DataError: the source cannot be read, is empty, or lacks the column of the texts.
+    """
+    sheet = read_file(source, data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
+    texts, faults = [], []
+    for row, value in enumerate(find_column(sheet, data.text, "text")):
+        text, fault = as_text(value)
+        if row in sheet.faults:
+            text, fault = as_text(sheet.faults[row].raw)[0], sheet.faults[row].reason
+        texts.append(text)
+        faults.append(fault or ("" if text.strip() else "empty"))
+    labels = None
+    if data.label in sheet.columns:
+        labels = tuple(as_text(value)[0].strip() or None for value in find_column(sheet, data.label, "label"))
+    names = [escape(name) for name in sheet.columns]
+    check_names(sheet.name, names)
+    columns = dict(zip(names, sheet.columns.values(), strict=True))
+    return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), columns=columns)
+
+
+def find_column(sheet: Sheet, name: str, key: str) -> list[object]:
+    """Return the values of a column, named by data.`key`. Raises DataError if there is none."""
+    if name not in sheet.columns:
+        names = list(sheet.columns)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        folded = [other for other in names if other.casefold() == name.casefold()]
+        guess = f" Did you mean {(folded or near)[0]!r}?" if folded or near else ""
+        there = ", ".join(map(repr, names))
+        message = f"{sheet.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
+        raise DataError(message)
+    return list_values(sheet.columns[name])
+
+
+def as_text(value: object) -> tuple[str, str]:
+    """Return a value as text, and what is wrong with it.
+
+    None and NaN are empty. 3.0 is '3': a frame turns integers into floats when one of them is missing.
+    """
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, bytes):
+        text = value.decode("utf-8", "surrogateescape")
+    elif value is None or (isinstance(value, float) and math.isnan(value)):
+        return "", ""
+    elif isinstance(value, float) and value.is_integer():
+        return str(int(value)), ""
+    elif isinstance(value, (list, tuple, dict, Foreign)):
+        return json.dumps(value, default=str), "not a text"
+    else:
+        text = str(value)
+    if text.isascii():
+        return text, ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return escape(text), "not UTF-8"
+    return text, ""
+
+
+def _as_arrow(column: Column) -> pa.Array | pa.ChunkedArray:
+    """A column as Arrow, whatever its values: mixed ones, and those that are not valid in Arrow, become text."""
+    if not isinstance(column, list):
+        try:
+            column.validate(full=True)
+            return column
+        except pa.ArrowInvalid:
+            column = list_values(column)
+            return pa.array([None if value is None else as_text(value)[0] for value in column], pa.string())
+    clean: Sequence[object] = [as_text(value)[0] if isinstance(value, str) else value for value in column]
+    try:
+        return pa.array(clean)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return pa.array([None if value is None else as_text(value)[0] for value in clean], type=pa.string())

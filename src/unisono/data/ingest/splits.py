@@ -1,0 +1,336 @@
+"""Sources cut into pieces that are fixed by their bytes, never by workers.
+
+Owns what a recipe's location means, how it is cut, and how a piece is read and hashed. Each place has a module of
+its own (`data/locations.py`, `data/hub.py`), and so has each format (`data/rows.py`, `data/tables.py`).
+
+Lines (JSONL, TSV) are cut by bytes: a line belongs to the piece in which its first byte lies. Parquet is cut by row
+groups, folders by files, datasets by rows. CSV, where a quoted newline ends no row, and compressed files are one
+piece each, read as a stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from unisono.config.sections import Data
+from unisono.data.ingest import delimited as rows
+from unisono.data.ingest import hub, locations
+from unisono.data.ingest import parquet as tables
+from unisono.data.ingest.column_batch import SHEET_BYTES, Column, Fault, Sheet, join_sheets
+from unisono.data.ingest.compressed import Unpacked, find_compression
+from unisono.data.ingest.formats import Format, find_suffix_format
+from unisono.data.ingest.lines import (
+    MARK,
+    Long,
+    Stream,
+    cut_lines,
+    decode_file,
+    decode_head,
+    escape,
+    own_blocks,
+    read_blocks,
+    refuse_utf16,
+    strip_mark,
+)
+from unisono.data.ingest.locations import File, explain, hide_secrets, open_file, tell
+from unisono.errors import DataError
+
+PIECE_BYTES = 8 * 2**20
+PIECE_FILES = 4_096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one task reads: a part of a source that is fixed by its bytes, never by workers. Small and picklable."""
+
+    source: str
+    """The file's name as messages and quarantine.jsonl tell it; pieces of one source follow each other."""
+    kind: Format
+    location: str
+    """Absolute path or URL of the file, folder or dataset."""
+    start: int = 0
+    stop: int = 0
+    """Bytes [start, stop) of the file, or rows of a dataset. A stream is read from its beginning to its end."""
+    first: bool = True
+    """Lines: whether one begins at `start`."""
+    stream: bool = False
+    compression: str = ""
+    columns: tuple[str, ...] = ()
+    """Their names, where they are known before reading: TSV, Parquet, datasets."""
+    groups: tuple[int, int] = (0, 0)
+    """Parquet: row groups [first, last)."""
+    files: tuple[tuple[str, int], ...] = ()
+    """Folder: names of files within `location`, and their sizes."""
+    version: str = ""
+    """The file's when it was found (local: size and time of change); a dataset's fingerprint."""
+    digest: str = ""
+    """Parquet: SHA-256 of the footer."""
+    ranged: bool = True
+
+    @property
+    def remote(self) -> bool:
+        """Whether its bytes lie behind a URL."""
+        return locations.is_url(self.location) and not hub.is_dataset(self.location)
+
+
+def find_pieces(location: str | Path, data: Data, *, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """Cut what a location names (a path, folder, pattern, URL or dataset) into pieces, in order.
+
+    Reads lists and sizes, the header of TSV and the footer of Parquet. An empty list, or pieces without a row, mean
+    a source without records.
+
+    Raises:
+        DataError: there is nothing, its format is unknown, or its header is not what the recipe says.
+    """
+    location = str(location)
+    location = location.removeprefix("file://") if location.startswith("file:///") else location
+    if hub.is_dataset(location):
+        return _cut_dataset(location, piece_bytes)
+    if locations.is_folder(location):
+        return _cut_folder(location, piece_bytes)
+    return [piece for file in locations.find_files(location) for piece in _cut_file(file, data, piece_bytes)]
+
+
+def read_piece(piece: Piece, data: Data, columns: Sequence[str] | None = None) -> Iterator[Sheet]:
+    """Sheets of bounded size of a piece's rows, each row once, in order.
+
+    Args:
+        columns: read these only, of those that there are; None: all.
+
+    Raises:
+        DataError: the file has gone, is damaged or unreadable, or has changed since it was cut.
+    """
+    if piece.kind == "dataset":
+        numbers = range(piece.start, piece.stop)
+        yield from hub.read_dataset(piece.location, piece.source, numbers, piece.version, data, columns)
+    elif piece.kind == "folder":
+        yield from _read_folder(piece, data)
+    else:
+        _refuse_change(piece)
+        with open_file(piece.location, ranged=piece.ranged) as file:
+            told = tell(piece.location)
+            if piece.kind == "parquet":
+                yield from tables.read_parquet(file, piece.source, told, data, range(*piece.groups), columns)
+            elif piece.stream:
+                packed = piece.compression
+                stream = Unpacked(file, packed, told, data.max_expansion) if packed else file
+                yield from _read_stream(piece, stream, told, data)
+            else:
+                blocks = own_blocks(file, piece.start, piece.stop, first=piece.first)
+                lines = cut_lines(blocks, data.max_record_bytes)
+                if piece.kind == "jsonl":
+                    yield from rows.read_jsonl(lines, piece.source, data)
+                else:
+                    yield from rows.read_tsv(lines, piece.source, piece.columns)
+
+
+def hash_piece(piece: Piece) -> str:
+    """SHA-256 that identifies a piece's content: kind, columns, and bytes.
+
+    Instead of the bytes of a remote file it takes the store's own version of it (ETag …), where the store has one, and
+    of a dataset its fingerprint. Names other than those of files in a folder are no part of it.
+
+    Raises:
+        DataError: a file has gone, is unreadable, or has changed since it was cut.
+    """
+    facts = [piece.kind, piece.columns, piece.compression, piece.groups, piece.files, piece.digest]
+    result = hashlib.sha256(json.dumps(facts).encode())
+    if piece.kind == "dataset" or (piece.remote and piece.version):
+        result.update(json.dumps([piece.version, piece.start, piece.stop]).encode())
+    elif piece.kind == "folder":
+        for name, size in piece.files:
+            with open_file(f"{piece.location.rstrip('/')}/{name}") as file:
+                result.update(hash_stream(file, size).encode())
+    else:
+        _refuse_change(piece)
+        with open_file(piece.location, ranged=piece.ranged) as file:
+            if not piece.stream:
+                file.seek(piece.start)
+            result.update(hash_stream(file, None if piece.stream else piece.stop - piece.start).encode())
+    return result.hexdigest()
+
+
+def hash_stream(file: Stream, size: int | None) -> str:
+    """SHA-256 of the next `size` bytes, or of all that follow."""
+    result = hashlib.sha256()
+    while (left := 2**20 if size is None else min(2**20, size)) and (block := file.read(left)):
+        result.update(block)
+        size = None if size is None else size - len(block)
+    return result.hexdigest()
+
+
+def read_file(location: str | Path, data: Data) -> Sheet:
+    """Read all of a location, as one sheet.
+
+    Raises:
+        DataError: it is missing, unreadable, empty or damaged, or its header is not what the recipe says.
+    """
+    sheets = [sheet for piece in find_pieces(location, data) for sheet in read_piece(piece, data)]
+    if not sheets:
+        raise DataError(f"{tell(str(location))}: there is no record in it. Give a file with at least one.")
+    return join_sheets(sheets, sheets[0].name)
+
+
+def _refuse_change(piece: Piece) -> None:
+    if piece.version:
+        with explain(piece.location):
+            if locations.find_version(piece.location) != piece.version:
+                raise DataError(f"{tell(piece.location)}: changed while it was read. Start again when it is complete.")
+
+
+def _cut_file(file: File, data: Data, piece_bytes: int) -> list[Piece]:
+    name, told = escape(file.name), tell(file.location)
+    inner, compression = find_compression(hide_secrets(file.location).rpartition("/")[2])
+    kind = find_suffix_format(inner, told, data)
+    if compression and kind == "parquet":
+        raise DataError(
+            f"{told}: Parquet is compressed in itself, and cannot be read through {compression}. Unpack it."
+        )
+    whole = Piece(
+        source=name,
+        kind=kind,
+        location=file.location,
+        stop=file.size,
+        stream=True,
+        compression=compression,
+        version=file.version,
+        ranged=file.ranged,
+    )
+    if kind == "csv" or compression or not (file.ranged or kind == "parquet"):
+        return [whole]
+    if kind == "parquet":
+        return _cut_parquet(whole, told, piece_bytes)
+    return _cut_lines(whole, told, data, piece_bytes)
+
+
+def _cut_lines(whole: Piece, told: str, data: Data, piece_bytes: int) -> list[Piece]:
+    """Cut a text file by bytes, behind its mark and its header."""
+    columns: list[str] = []
+    with open_file(whole.location) as file:
+        head = file.read(len(MARK))
+        refuse_utf16(head, told)
+        start = len(MARK) if head == MARK else 0
+        if whole.kind == "tsv":
+            file.seek(start)
+            lines = cut_lines(read_blocks(file), data.max_record_bytes)
+            header, start = _take_header(lines, start, data.header_lines)
+            columns = rows.read_header(header, told, data)
+    pieces = []
+    for number, begin in enumerate(range(start, whole.stop, piece_bytes)):
+        piece = Piece(
+            source=whole.source,
+            kind=whole.kind,
+            location=whole.location,
+            start=begin,
+            stop=min(begin + piece_bytes, whole.stop),
+            first=number == 0,
+            columns=tuple(columns),
+            version=whole.version,
+        )
+        pieces.append(piece)
+    return pieces
+
+
+def _take_header(lines: Iterator[bytes | Long], start: int, count: int) -> tuple[list[list[str] | Fault], int]:
+    """Return the first `count` lines as fields, and where the line after them begins."""
+    header = []
+    for line in islice(lines, count):
+        row, _ = next(rows.cut_tsv([line]))
+        header.append(row)
+        start += (line.size if isinstance(line, Long) else len(line)) + 1
+    return header, start
+
+
+def _cut_parquet(whole: Piece, told: str, piece_bytes: int) -> list[Piece]:
+    with open_file(whole.location, ranged=whole.ranged) as file:
+        footer = tables.read_footer(file, told, piece_bytes)
+    return [
+        replace(
+            whole,
+            stream=False,
+            start=groups.start,
+            stop=groups.stop,
+            columns=footer.columns,
+            groups=(groups.first, groups.last),
+            digest=footer.sha256,
+        )
+        for groups in footer.groups
+    ]
+
+
+def _cut_folder(location: str, piece_bytes: int) -> list[Piece]:
+    """Put the files of a folder into groups by their sizes."""
+    pieces: list[Piece] = []
+    group: list[tuple[str, int]] = []
+    size = 0
+    files = locations.list_folder(location)
+    name = escape(hide_secrets(location).rstrip("/").rpartition("/")[2])
+    for number, file in enumerate(files, 1):
+        group.append((file.name, file.size))
+        size += file.size
+        if size >= piece_bytes or len(group) == PIECE_FILES or number == len(files):
+            pieces.append(Piece(source=name, kind="folder", location=location, stop=size, files=tuple(group)))
+            group, size = [], 0
+    return pieces
+
+
+def _read_folder(piece: Piece, data: Data) -> Iterator[Sheet]:
+    """One record per file; its class is its first folder below the piece's location."""
+    group: list[tuple[str, int]] = []
+    size = 0
+    for number, file in enumerate(piece.files, 1):
+        group.append(file)
+        size += min(file[1], data.max_record_bytes)
+        if size >= SHEET_BYTES or number == len(piece.files):
+            yield _stand_files(piece, group, data)
+            group, size = [], 0
+
+
+def _stand_files(piece: Piece, files: list[tuple[str, int]], data: Data) -> Sheet:
+    heads = locations.read_heads(piece.location, files, data.max_record_bytes + 1)
+    names = [name for name, _ in files]
+    faults = {
+        row: Fault(reason=rows.TOO_LARGE, raw=decode_head(head))
+        for row, head in enumerate(heads)
+        if len(head) > data.max_record_bytes
+    }
+    texts = [None if row in faults else decode_file(head) for row, head in enumerate(heads)]
+    labels = [name.split("/")[0] if "/" in name and row not in faults else None for row, name in enumerate(names)]
+    shown = [escape(name) for name in names]
+    columns: dict[str, Column] = {"file": list(shown), data.text: list(texts), data.label: list(labels)}
+    return Sheet(name=piece.source, rows=len(names), columns=columns, faults=faults, files=shown)
+
+
+def _cut_dataset(location: str, piece_bytes: int) -> list[Piece]:
+    count, size, fingerprint, columns = hub.measure_dataset(location)
+    step = max(1, count * piece_bytes // max(size, 1))
+    name = location.rstrip("/").rpartition("/")[2]
+    return [
+        Piece(
+            source=name,
+            kind="dataset",
+            location=location,
+            start=start,
+            stop=min(start + step, count),
+            columns=columns,
+            version=fingerprint,
+        )
+        for start in range(0, count, step)
+    ]
+
+
+def _read_stream(piece: Piece, stream: Stream, told: str, data: Data) -> Iterator[Sheet]:
+    """Read a file from its beginning to its end: mark, header, rows."""
+    lines = cut_lines(strip_mark(read_blocks(stream), told), data.max_record_bytes)
+    if piece.kind == "jsonl":
+        yield from rows.read_jsonl(lines, piece.source, data)
+    elif piece.kind == "csv":
+        yield from rows.read_csv(lines, piece.source, told, data)
+    else:
+        header, _ = _take_header(lines, 0, data.header_lines)
+        yield from rows.read_tsv(lines, piece.source, rows.read_header(header, told, data))

@@ -1,0 +1,138 @@
+"""Records on their way from the input to the samples: read and examined, waiting for what is decided of all together.
+
+Owns the files of a preparation at work: one per piece of the input, with its records and what the decisions need to
+know of each. A file is whole or absent, so that a preparation that was killed goes on with those that are there.
+Decides nothing (`data/rules.py`, `data/screen.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from unisono.config.sections import Data
+from unisono.data.arrow import as_array, as_strings
+from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.read import Record, take_records
+from unisono.data.screening.near_duplicates import BANDS, sketch
+from unisono.data.screening.rules import Examiner
+from unisono.storage.files import whole_file
+
+HASHES = ("hash 1", "hash 2")
+"""The text without space around it, by 128 bits of BLAKE2b: equal texts are equal records, whatever their classes."""
+PLACE = "place"
+"""64 bits of BLAKE2b of class and text, by which a split is cut."""
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("text", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("file", pa.string()),
+        pa.field("characters", pa.int32()),
+        *(pa.field(name, pa.uint64()) for name in (*HASHES, PLACE)),
+        pa.field("bands", pa.binary(8 * BANDS)),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a piece's records without looking at one of them."""
+
+    name: str
+    """Of the file that they were read from."""
+    batches: tuple[int, ...]
+    """Rows of each."""
+    names: tuple[str, ...]
+    """The columns that its sheets have."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.batches)
+
+
+def spool(
+    path: Path, sheets: Iterable[Sheet], name: str, data: Data, examiner: Examiner, *, place: bool, near: bool
+) -> None:
+    """Examine the records of sheets and write them, a record batch per sheet.
+
+    Args:
+        place: whether a split is cut from these records.
+        near: whether near-duplicates are looked for.
+
+    Raises:
+        DataError: the input cannot be read. RunFolderError: the file cannot be written.
+    """
+    names: dict[str, None] = {}
+    rows: list[int] = []
+    with whole_file(path, durable=False) as part, part.open("wb") as file:
+        with pa.ipc.new_file(file, _SCHEMA) as writer:
+            for sheet in sheets:
+                names |= dict.fromkeys(sheet.columns)
+                rows.append(sheet.rows)
+                writer.write_batch(_stand(sheet, data, examiner, place=place, near=near))
+        facts = json.dumps({"name": name, "batches": rows, "names": list(names)}).encode()
+        file.write(facts + len(facts).to_bytes(8, "little"))
+
+
+def _stand(sheet: Sheet, data: Data, examiner: Examiner, *, place: bool, near: bool) -> pa.RecordBatch:
+    records: list[Record] = []
+    reasons: list[str | None] = []
+    for record in take_records(sheet, data, lenient=True):
+        treated, reason = examiner.examine(record)
+        records.append(treated)
+        reasons.append(reason or None)
+    contents = [record.text.strip().encode() for record in records]
+    hashes = np.frombuffer(b"".join(_hash(content, 16) for content in contents), "<u8").reshape(-1, 2)
+    places = None
+    if place:
+        keys = (f"{record.label}\0".encode() + content for record, content in zip(records, contents, strict=True))
+        places = np.frombuffer(b"".join(_hash(key, 8) for key in keys), ">u8").astype(np.uint64)
+    bands = None
+    if near:
+        rows = sketch([record.text for record in records]).astype("<u8")
+        bands = pa.FixedSizeBinaryArray.from_buffers(_SCHEMA.field("bands").type, len(rows), [None, pa.py_buffer(rows)])
+    empty = pa.nulls(len(records))
+    columns = [
+        as_strings([record.text for record in records]),
+        as_strings([record.label for record in records]),
+        as_strings(reasons),
+        as_strings([record.file for record in records]) if sheet.files else empty.cast(pa.string()),
+        as_array(np.array([len(record.text) for record in records], np.int32)),
+        as_array(hashes[:, 0]),
+        as_array(hashes[:, 1]),
+        empty.cast(pa.uint64()) if places is None else as_array(places),
+        empty.cast(pa.binary(8 * BANDS)) if bands is None else bands,
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _hash(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
+
+
+class Spooled:
+    """A piece's records, as `spool` wrote them. Nothing of the file stays in memory when a batch is no longer used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            size = int.from_bytes(file.read(8), "little")
+            file.seek(-8 - size, os.SEEK_END)
+            self._end = file.tell()
+            facts = json.loads(file.read(size))
+        self.facts = Facts(name=facts["name"], batches=tuple(facts["batches"]), names=tuple(facts["names"]))
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Return one record batch, mapped."""
+        content = pa.memory_map(str(self._path)).read_buffer(self._end)
+        return pa.ipc.open_file(pa.BufferReader(content)).get_batch(number)

@@ -1,0 +1,229 @@
+"""What is known of all records together, and what was decided of each.
+
+Owns the way from the spool's files to arrays and back, the classes, and how it is told what became of the records. The
+decisions are the matter of `screen.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from unisono.data.arrow import as_array, as_numbers, find_nulls
+from unisono.data.encoding.parts import Fates, list_quarantined
+from unisono.data.ingest.staging import HASHES, PLACE, Spooled
+from unisono.data.screening import near_duplicates as near
+from unisono.data.screening.screen import KEPT, SPLITS, TRAIN, Records
+from unisono.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A record batch of the spool: which file, which one in it, which of all records, and what they are called."""
+
+    spooled: int
+    number: int
+    records: slice
+    first_row: int
+    first_of_piece: int
+
+
+def load_records(
+    spooled: Sequence[Spooled], splits: Sequence[str], *, cut: bool, near_ones: bool
+) -> tuple[Records, list[str]]:
+    """Return what is known of all records, and the classes that there are, by number.
+
+    Args:
+        splits: of each file.
+        cut: whether a split is cut. near_ones: whether near-duplicates are looked for.
+    """
+    classes: dict[str, int] = {}
+    reasons: dict[str, int] = {KEPT: 0}
+    rows_of_files = [file.facts.rows for file in spooled]
+    total = sum(rows_of_files)
+    records = Records(
+        splits=np.repeat(np.array([SPLITS.index(split) for split in splits], np.int8), rows_of_files),
+        hashes=np.empty((2, total), np.uint64),
+        places=np.zeros(total if cut else 0, np.uint64),
+        labels=np.empty(total, np.int32),
+        reasons=np.empty(total, np.int16),
+        bands=np.empty((near.BANDS, total), np.uint64).T if near_ones else None,
+        names=[],
+    )
+    start = 0
+    for file in spooled:
+        for number, rows in enumerate(file.facts.batches):
+            here, batch = slice(start, start + rows), file.batch(number)
+            for row, name in enumerate(HASHES):
+                records.hashes[row, here] = as_numbers(batch.column(name))
+            if cut and batch.column(PLACE).null_count == 0:
+                records.places[here] = as_numbers(batch.column(PLACE))
+            records.labels[here] = _number(batch.column("label"), classes, missing=-1)
+            records.reasons[here] = _number(batch.column("reason"), reasons, missing=0)
+            if records.bands is not None:
+                content = batch.column("bands").buffers()[1]
+                records.bands[here] = np.frombuffer(content, "<u8", rows * near.BANDS).reshape(rows, near.BANDS)
+            start += rows
+    records.names = list(reasons)
+    return records, list(classes)
+
+
+def _number(strings: pa.Array, known: dict[str, int], missing: int) -> np.ndarray:
+    """Return a number for each string, the same for equal ones; new strings are added to those known."""
+    encoded = strings.dictionary_encode()
+    numbers = [known.setdefault(word, len(known)) for word in encoded.dictionary.to_pylist()]
+    indices = np.where(find_nulls(strings), len(numbers), as_numbers(encoded.indices))
+    return np.array([*numbers, missing], np.int32)[indices]
+
+
+class Decided:
+    """All records, spooled and decided on."""
+
+    def __init__(
+        self, spooled: Sequence[Spooled], splits: Sequence[str], records: Records, classes: Sequence[str]
+    ) -> None:
+        self.spooled = spooled
+        self.records = records
+        self.batches = _list_batches(spooled, splits)
+        self.labels: tuple[str, ...] = ()
+        self._classes = classes
+        self._numbers = np.full(len(classes) + 1, -1, np.int32)  # of the class in `labels`; the last one: none
+
+    @cached_property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Quarantined records by split, then by reason."""
+        counts: dict[str, dict[str, int]] = {}
+        for split, name in enumerate(SPLITS):
+            found = np.bincount(self.records.reasons[self.records.splits == split], minlength=1)
+            reasons = {self.records.names[number]: int(count) for number, count in enumerate(found) if number and count}
+            if reasons:
+                counts[name] = dict(sorted(reasons.items()))
+        return dict(sorted(counts.items()))
+
+    def count_kept(self, split: str) -> int:
+        """How many records are left for a split."""
+        return int(np.count_nonzero(self.records.kept & (self.records.splits == SPLITS.index(split))))
+
+    def choose_labels(self, wanted: Sequence[str]) -> tuple[str, ...]:
+        """Return the classes in order: those wanted, or those of the training records, sorted; number them so.
+
+        Raises:
+            DataError: fewer than two, one named twice, or one that is in validation or test alone.
+        """
+        of_splits = [
+            np.bincount(self.records.labels[self.records.kept & (self.records.splits == split)], minlength=1)
+            for split in range(len(SPLITS))
+        ]
+        there = [{self._classes[number]: int(n) for number, n in enumerate(found) if n} for found in of_splits]
+        self.labels = labels = tuple(wanted) or tuple(sorted(there[TRAIN]))
+        if len(set(labels)) < len(labels):
+            raise DataError(f"data.labels = {list(labels)}: a label is named twice. Name each once.")
+        if len(labels) < 2:
+            only = repr(labels[0])
+            raise DataError(f"there is one class only, {only}. Give records of two classes or more; see data.label.")
+        for split in range(1, len(SPLITS)):
+            alone = sorted(set(there[split]) - set(labels))
+            if alone:
+                raise DataError(
+                    f"{SPLITS[split]} has class {alone[0]!r} ({there[split][alone[0]]} records), training has not. "
+                    "Correct it, add training records of it, or set data.labels to all the classes."
+                )
+        places = {label: number for number, label in enumerate(labels)}
+        self._numbers[: len(self._classes)] = [places.get(name, -1) for name in self._classes]
+        return labels
+
+    def fates(self, batch: Batch) -> Fates:
+        """What was decided of a batch's records."""
+        return Fates(
+            splits=self.records.splits[batch.records],
+            reasons=self.records.reasons[batch.records],
+            labels=self._numbers[self.records.labels[batch.records]],
+            names=self.records.names,
+            classes=self.labels,
+            first_row=batch.first_row,
+            place=(batch.spooled, batch.first_of_piece),
+        )
+
+    def list_quarantined(self) -> Iterator[dict[str, object]]:
+        """Return the records that are not learned from, as lines of `quarantine.jsonl`, in the order of the input."""
+        for batch in self.batches:
+            yield from list_quarantined(self.spooled[batch.spooled], batch.number, self.fates(batch))
+
+    def training_texts(self) -> TrainingTexts:
+        """The texts that an encoder may learn from."""
+        return TrainingTexts(self)
+
+
+class TrainingTexts:
+    """Texts in lists, one for each record batch of the spool; they can be gone through more than once."""
+
+    def __init__(self, decided: Decided) -> None:
+        self._decided = decided
+
+    def __iter__(self) -> Iterator[list[str]]:
+        decided = self._decided
+        for batch in decided.batches:
+            fates = decided.fates(batch)
+            chosen = np.flatnonzero((fates.reasons == 0) & (fates.splits == TRAIN))
+            texts = decided.spooled[batch.spooled].batch(batch.number).column("text")
+            yield texts.take(as_array(chosen)).to_pylist()
+
+
+def _list_batches(spooled: Sequence[Spooled], splits: Sequence[str]) -> list[Batch]:
+    batches: list[Batch] = []
+    source, first_row, start = ("", ""), 1, 0
+    for place, (file, split) in enumerate(zip(spooled, splits, strict=True)):
+        if source != (split, file.facts.name):
+            source, first_row = (split, file.facts.name), 1
+        first = start
+        for number, rows in enumerate(file.facts.batches):
+            batches.append(
+                Batch(
+                    spooled=place,
+                    number=number,
+                    records=slice(start, start + rows),
+                    first_row=first_row,
+                    first_of_piece=start - first,
+                )
+            )
+            start += rows
+            first_row += rows
+    return batches
+
+
+def refuse_absent_labels(found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise DataError on a label in data.labels that no record has: as a rule it is misspelt."""
+    absent = [label for label in wanted if label not in found]
+    if absent:
+        near_ones = difflib.get_close_matches(absent[0], found, n=1, cutoff=0.5)
+        guess = f" Did you mean {near_ones[0]!r}?" if near_ones else ""
+        there = ", ".join(map(repr, sorted(found)[:20])) or "none"
+        raise DataError(
+            f"data.labels: no record has label {absent[0]!r}.{guess} There are: {there}. Correct data.labels."
+        )
+
+
+def refuse(counts: Mapping[str, Mapping[str, int]], first: Mapping[str, object]) -> None:
+    """Raise the DataError of data.strict."""
+    raise DataError(
+        f"data.strict: records would be quarantined ({tell_counts(counts)}). First: {show(first)}. "
+        "Correct them, or set data.strict = false."
+    )
+
+
+def show(line: Mapping[str, object]) -> str:
+    """A quarantined record in a line."""
+    text = str(line["text"])
+    beginning = text if len(text) <= 60 else f"{text[:60]}…"
+    return f"{line['file']}, row {line['row']}: {line['reason']}: {beginning!r}"
+
+
+def tell_counts(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Quarantined records by split and reason, in a line."""
+    listed = {split: ", ".join(f"{n} {reason}" for reason, n in reasons.items()) for split, reasons in counts.items()}
+    return "; ".join(f"{split}: {reasons}" for split, reasons in listed.items())

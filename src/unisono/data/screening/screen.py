@@ -1,0 +1,145 @@
+"""Which records are fit to learn from, given all the others, and into which split each goes.
+
+Owns the rules that compare records, their names, and the cut by content. What a record says by itself was found before,
+by `data/rules.py`. Works on arrays with an entry per record; it reads and writes nothing, and does not know texts.
+Every record is either kept or quarantined, with the first rule that it breaks as the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unisono.config.sections import Screen
+from unisono.data.screening import near_duplicates as near
+
+VERSION = 2
+"""Raised whenever a rule, or the cut, comes to decide otherwise."""
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = range(3)
+
+KEPT = ""
+"""In the place of a reason."""
+CONTRADICTORY = "same text, two labels"
+DUPLICATE = "duplicate"
+LEAKED = "also in train"
+
+
+@dataclass(slots=True, kw_only=True)
+class Records:
+    """All records, in the order of the input: train, validation, test, those that are given. Arrays run parallel.
+
+    splits: int8, numbers of SPLITS; at first the split that a record was given for, later the one that it went to.
+    hashes: uint64 [2, records], of the text without space around it.
+    places: uint64, of class and text; empty where no split is cut.
+    labels: int32, a number for each class, −1 for none.
+    reasons: int16, numbers of `names`; KEPT is number 0.
+    bands: uint64 [records, bands] from `near.sketch`, or None.
+    """
+
+    splits: np.ndarray
+    hashes: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+    reasons: np.ndarray
+    bands: np.ndarray | None
+    names: list[str]
+
+    def refuse(self, chosen: np.ndarray, reason: str) -> None:
+        """Note a reason for records (a mask, or numbers) that have none so far."""
+        if reason not in self.names:
+            self.names.append(reason)
+        self.reasons[chosen] = self.names.index(reason)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Which records there is no reason against: bool [records]."""
+        return self.reasons == 0
+
+
+def screen(records: Records, settings: Screen, given: Sequence[str], *, validation: float, test: float) -> None:
+    """Decide on all records: note why they go, and into which split the others go.
+
+    In this order, each rule on what those before have kept: texts with two classes, of which none is known to be right,
+    so all of them go; repeated ones; those that near-duplicates contradict; then shares are cut off train; then what is
+    also in train goes from a validation or test that was given; at last near-duplicates, within a split and of train.
+
+    Args:
+        given: the splits that the user gave.
+        validation, test: shares of the training records.
+    """
+    for split in range(len(SPLITS)):
+        members = np.flatnonzero(records.kept & (records.splits == split))
+        first, contradicted = _group(records.hashes[:, members], records.labels[members])
+        records.refuse(members[contradicted], CONTRADICTORY)
+        records.refuse(members[~first & ~contradicted], DUPLICATE)
+    if settings.contradicted == "refuse":
+        assert records.bands is not None
+        chosen = near.find_contradicted(
+            records.labels,
+            records.bands,
+            records.splits,
+            records.kept,
+            neighbours=settings.contradicted_neighbours,
+            share=settings.contradicted_share,
+        )
+        records.refuse(chosen, near.CONTRADICTED)
+    _cut(records, validation, test)
+    train = records.kept & (records.splits == TRAIN)
+    for split in (VALIDATION, TEST):
+        if SPLITS[split] in given:
+            members = np.flatnonzero(records.kept & (records.splits == split))
+            records.refuse(members[_is_in(records.hashes[:, members], records.hashes[:, train])], LEAKED)
+    if settings.near_duplicates == "refuse":
+        assert records.bands is not None
+        found = near.find_near_duplicates(records.bands, records.splits, records.kept)
+        for number in (near.IN_SPLIT, near.IN_TRAIN):
+            records.refuse(found == number, near.REASONS[number])
+
+
+def _cut(records: Records, validation: float, test: float) -> None:
+    """Cut shares off train. Where a record goes depends on its own text and class alone, so neither order nor company
+    changes it."""
+    if not validation and not test:
+        return
+    shares = records.places / 2.0**64
+    train = records.kept & (records.splits == TRAIN)
+    records.splits[train & (shares < test + validation)] = VALIDATION
+    records.splits[train & (shares < test)] = TEST
+
+
+def _group(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each record whether no earlier one has its text, and whether records with its text differ in class."""
+    order, (high, low) = _sort(hashes)
+    first, contradicted = np.zeros((2, len(order)), bool)
+    if not len(order):
+        return first, contradicted
+    begins = np.ones(len(order), bool)
+    begins[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    first[np.minimum.reduceat(order, np.flatnonzero(begins))] = True
+    ordered = labels[order]
+    changes = np.flatnonzero((ordered[1:] != ordered[:-1]) & ~begins[1:]) + 1  # within a group
+    if len(changes):
+        groups = np.cumsum(begins)
+        contradicted[order] = np.isin(groups, groups[changes])
+    return first, contradicted
+
+
+def _is_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return of each hash of 128 bits (uint64 [2, n], no two of them equal) whether it is a known one."""
+    both = np.concatenate([known, hashes], axis=1)
+    first, _ = _group(both, np.zeros(both.shape[1], np.int32))
+    return ~first[known.shape[1] :]
+
+
+def _sort(hashes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Return an order of hashes of 128 bits in which equal ones are neighbours, and both halves so ordered."""
+    order = np.argsort(hashes[0])
+    high, low = hashes[0][order], hashes[1][order]
+    if ((high[1:] == high[:-1]) & (low[1:] != low[:-1])).any():  # once in 2^64 pairs
+        order = np.lexsort((hashes[1], hashes[0]))
+        high, low = hashes[0][order], hashes[1][order]
+    return order, (high, low)

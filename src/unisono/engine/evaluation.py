@@ -1,0 +1,118 @@
+"""Evaluation and prediction over workers: every sample exactly once, results in sample order, the same bits on any
+number of them.
+
+Owns the cut into fixed microbatches, their sharing out, and the gathering. What the numbers mean is the matter of
+`scores.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unisono.data.source import Source
+from unisono.determinism import keys
+from unisono.errors import ContractError
+from unisono.exchange.protocol import Exchange
+from unisono.processes.progress_table import UNWATCHED, Progress
+
+Results = dict[str, np.ndarray]
+"""Name → [samples] or [samples, k], float64 or int64, in sample order."""
+
+
+def pieces(lengths: np.ndarray, samples_per_microbatch: int) -> list[np.ndarray]:
+    """Cut all samples into microbatches of similar length: fixed by the data alone."""
+    longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
+    return [
+        longest_first[start : start + samples_per_microbatch]
+        for start in range(0, len(lengths), samples_per_microbatch)
+    ]
+
+
+def measure_all(
+    module: nn.Module,
+    measure: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]],
+    source: Source,
+    exchange: Exchange,
+    *,
+    samples_per_microbatch: int,
+    precision: str,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress = UNWATCHED,
+) -> Results:
+    """Call `measure` on every sample once, shared out among the workers; return everything on each of them."""
+    cut = pieces(source.lengths, samples_per_microbatch)
+    found: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
+    was_training = module.training
+    buffers = _Buffers(module)
+    module.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        for number in range(exchange.rank, len(cut), exchange.workers):
+            progress.at("evaluate", microbatch=number)
+            keys.seed_all(keys.key(seed, "evaluation", number))
+            microbatch = {name: column.to(device) for name, column in source.take(cut[number]).items()}
+            for name, values in measure(module, microbatch).items():
+                if values.ndim not in (1, 2) or len(values) != len(cut[number]):
+                    raise ContractError(
+                        f"measure gave {name!r} the shape {tuple(values.shape)} for {len(cut[number])} samples; "
+                        'allowed is one number, or one row, per sample. Use reduction="none".'
+                    )
+                found.setdefault(name, []).append((cut[number], values.detach()))
+            buffers.restore()
+    module.train(was_training)
+    return {
+        name: _gather(found.get(name, []), len(source), floating, width, exchange, device)
+        for name, floating, width in _columns(found, exchange)
+    }
+
+
+class _Buffers:
+    """A module's buffers as they were, so that what one microbatch leaves in them reaches no other, and no later
+    training."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [
+            (part, name, buffer, buffer.clone())
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Give every buffer its value back."""
+        for part, name, buffer, value in self._before:
+            part._buffers[name] = buffer
+            buffer.copy_(value)
+
+
+def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:
+    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: it has a microbatch if anybody
+    has."""
+    mine = [
+        (name, rows[0][1].is_floating_point(), rows[0][1].shape[1] if rows[0][1].ndim > 1 else 0)
+        for name, rows in found.items()
+    ]
+    return [tuple(column) for column in json.loads(exchange.gather_bytes(json.dumps(mine).encode())[0])]
+
+
+def _gather(
+    rows: list[tuple[np.ndarray, Tensor]],
+    samples: int,
+    floating: bool,
+    width: int,
+    exchange: Exchange,
+    device: torch.device,
+) -> np.ndarray:
+    """Put every worker's rows in their places. Floats travel as bits, so that adding zeros cannot change them."""
+    shape = (samples, width) if width else (samples,)
+    bits = torch.zeros(shape, dtype=torch.int64)
+    for places, values in rows:
+        exact = values.cpu().to(torch.float64).view(torch.int64) if floating else values.cpu().to(torch.int64)
+        bits[torch.from_numpy(places)] = exact
+    everyone = exchange.add_integers(bits.to(device)).cpu()
+    return (everyone.view(torch.float64) if floating else everyone).numpy()

@@ -1,0 +1,168 @@
+"""The exchange of processes on one host: nodes are read where they lie, instead of travelling through sockets.
+
+Each worker keeps its tree's buffers in anonymous shared memory (memfd: no name, so nothing outlives the processes, and
+no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges go through pipes and
+are the barriers: after one of them, what a worker wrote before it can be read by all. Workers meet at a store, which
+all have left when the pipes are laid.
+
+Owns the memory. What is added, and in which order, is the engine's matter, so the bits are those of any other exchange.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unisono.errors import LostPeerError
+from unisono.exchange.offload import Desk
+from unisono.exchange.padding import gather_padded
+from unisono.exchange.pipes import Pipes
+
+SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
+
+
+class Shared:
+    """An `Exchange` of a worker among processes of one host, on CPUs."""
+
+    def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.workers = workers
+        self._pipes = Pipes(
+            lambda numbers: _meet(store, "pipes", rank, workers, numbers),
+            rank=rank,
+            workers=workers,
+            timeout_seconds=timeout_seconds,
+        )
+        self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
+        self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
+        self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
+        self.desk: Desk | None = None
+        try:
+            if all(answer for (answer,) in self._pipes.swap(bytes([_can_assist(workers)]))):
+                self.desk = Desk(self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros in shared memory."""
+        file = os.memfd_create("unisono")
+        size = max(elements * dtype.itemsize, 1)
+        os.ftruncate(file, size)
+        self._maps[self.rank, file] = mmap.mmap(file, size)
+        buffer = torch.frombuffer(self._maps[self.rank, file], dtype=dtype, count=elements)
+        self._files[buffer.data_ptr()] = file
+        return buffer
+
+    def name(self, buffer: Tensor) -> int:
+        return self._files[buffer.data_ptr()]
+
+    def add_integers(self, values: Tensor) -> Tensor:
+        total = values.contiguous()
+        numbers = total.view(-1).numpy()
+        rows = self._pipes.swap(numbers.tobytes() or b"0")
+        for worker, row in enumerate(rows):
+            if worker != self.rank:
+                numbers += np.frombuffer(row, np.int64, count=len(numbers))
+        return total
+
+    def to_owners(
+        self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """As the protocol says; the result lies in the workers' buffers, of which each owner has a part to itself."""
+        mine = slice(self.rank * shard_size, (self.rank + 1) * shard_size)
+        return [self._read(worker, file, dtype)[mine] for worker, files in enumerate(names) for file in files]
+
+    def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
+        if names is None and shard.nbytes < SMALL_BYTES:
+            rows = self._pipes.swap(shard.contiguous().view(torch.uint8).numpy().tobytes())
+            for part, row in zip(flat.chunk(self.workers), rows, strict=True):
+                part.copy_(torch.frombuffer(row, dtype=shard.dtype))
+            return
+        if names is None:
+            window = shard
+            if shard.data_ptr() not in self._files:
+                window = self._next_window(shard.nbytes)
+                window[: shard.nbytes].copy_(shard.view(torch.uint8))
+            names = self._announce(self.name(window))
+        for worker, part in enumerate(flat.chunk(self.workers)):
+            values = shard if worker == self.rank else self._read(worker, names[worker], shard.dtype)[: len(shard)]
+            part.copy_(values)
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        return gather_padded(self, content)
+
+    def wait_for_all(self) -> None:
+        self._pipes.swap(b"0")
+
+    def close(self) -> None:
+        self._pipes.close()
+        if self.desk:
+            self.desk.close()
+        for file in self._files.values():
+            os.close(file)
+
+    def _announce(self, name: int) -> list[int]:
+        """Tell everyone which of my buffers to read, and hear it of all. What was written before can be read after."""
+        told = torch.zeros(self.workers, dtype=torch.int64)
+        told[self.rank] = name
+        return self.add_integers(told).tolist()
+
+    def _read(self, worker: int, file: int, dtype: torch.dtype) -> Tensor:
+        """The whole of another worker's buffer, mapped here."""
+        if (worker, file) not in self._maps:
+            try:
+                handle = os.open(f"/proc/{self._pipes.pids[worker]}/fd/{file}", os.O_RDWR)
+            except OSError as error:
+                raise LostPeerError(f"another worker has gone: {error}") from error
+            self._maps[worker, file] = mmap.mmap(handle, os.fstat(handle).st_size)
+            os.close(handle)
+        return torch.frombuffer(self._maps[worker, file], dtype=dtype)
+
+    def _next_window(self, size_bytes: int) -> Tensor:
+        """The window that was not used last, large enough: a peer may still read the last one."""
+        window = self._windows.pop(0) if len(self._windows) == 2 else None
+        if window is None or window.nbytes < size_bytes:
+            window = self.new_buffer(size_bytes, torch.uint8)
+        self._windows.append(window)
+        return window
+
+
+def can_share(store: dist.Store, rank: int, workers: int) -> bool:
+    """Whether all workers can read each other's memory. Every worker must ask; all get the same answer."""
+    file = os.memfd_create("unisono") if hasattr(os, "memfd_create") else -1
+    files = _meet(store, "memory", rank, workers, [os.getpid(), file])
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # it holds for memory files too
+    readable = unlimited and all(_can_open(pid, other) for pid, other in files)
+    answers = _meet(store, "readable", rank, workers, [int(readable)])
+    if file >= 0:
+        os.close(file)
+    return all(answer for (answer,) in answers)
+
+
+def _can_assist(workers: int) -> bool:
+    """Whether this worker may map memory without limit, and each has processors to itself, idle while it waits."""
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    return unlimited and len(os.sched_getaffinity(0)) >= workers * torch.get_num_threads()
+
+
+def _meet(store: dist.Store, what: str, rank: int, workers: int, numbers: list[int]) -> list[list[int]]:
+    """The numbers that every worker tells of one matter, in order of rank."""
+    store.set(f"{what}-{rank}", " ".join(map(str, numbers)))
+    told = store.multi_get([f"{what}-{worker}" for worker in range(workers)])
+    return [[int(number) for number in row.split()] for row in told]
+
+
+def _can_open(pid: int, file: int) -> bool:
+    try:
+        os.close(os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR))
+    except OSError:
+        return False
+    return True

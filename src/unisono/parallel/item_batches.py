@@ -1,0 +1,222 @@
+"""Tasks: what one is, what it leaves behind, and how a batch of them is run, wherever that is.
+
+Owns a task's random key, and that whatever it raises is told with its number. Does not know engines or other workers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from typing import Any
+
+import numpy.random  # noqa: F401 - NumPy imports it at its first use, which would be in each worker
+from threadpoolctl import threadpool_limits
+
+from unisono.determinism import keys
+from unisono.determinism.nodes import Node
+from unisono.errors import ParallelError
+
+SECONDS_PER_BATCH = 0.05
+"""A batch at work for longer is handed back: others may be free for the rest of its tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all tasks of a call have in common.
+
+    combine: puts two results together, where only one for all is wanted.
+    seed: with a task's number it gives the task's random key; None: generators are left alone.
+    """
+
+    function: Callable[[Any], Any]
+    combine: Callable[[Any, Any], Any] | None = None
+    seed: int | None = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some tasks for one worker: items and their numbers, rising."""
+
+    id: int
+    numbers: Sequence[int]
+    items: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What a task raised: in words, with its traceback, and itself where it can travel."""
+
+    number: int
+    error: str
+    trace: str
+    exception: BaseException | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What became of a batch.
+
+    done, values: tasks and their results; none where results are combined.
+    nodes: complete nodes of the tree over the tasks' numbers, where results are combined.
+    faults: tasks that raised. Numbers that are in none of these are to be done again: their worker was lost, or was at
+    work for long enough.
+    broken: what `combine` raised; the call cannot go on.
+    loss, at: how the worker was lost, and the number of the task that it was at (−1: none). suspect: it was at one of
+    them, and nobody knows at which. late: it was ended, since the task took too long.
+    seconds: at work. bytes_: what travelled, both ways.
+    """
+
+    id: int
+    done: list[int] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+    nodes: list[tuple[Node, Any]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    broken: Fault | None = None
+    loss: str = ""
+    at: int = -1
+    suspect: bool = False
+    late: bool = False
+    seconds: float = 0.0
+    bytes_: int = 0
+
+    @property
+    def numbers(self) -> set[int]:
+        """The tasks of which there is a result or a fault."""
+        done = {*self.done, *(fault.number for fault in self.faults)}
+        for node, _ in self.nodes:
+            done.update(range(node.index << node.level, (node.index + 1) << node.level))
+        return done
+
+
+_current: list[int] = []  # the random key of the task at work
+
+
+def key() -> int:
+    """Return the random key of the task at work, a 63-bit integer: equal for equal (seed, number of the task) only.
+
+    `numpy.random.default_rng(key())` is the task's own generator. The global generators of `random`, NumPy and torch
+    are seeded from the same key before each task.
+
+    Raises:
+        ParallelError: no task is at work here, or the call's seed is None.
+    """
+    if not _current:
+        raise ParallelError("there is no random key here. Call key() within a task of map or map_reduce with a seed.")
+    return _current[0]
+
+
+def settle(threads: int) -> None:
+    """To be called by a new worker: have kernels use so many threads, in libraries that are there and in those that
+    come; have torch seeded when it comes; forget the task that was at work in the process it was forked from."""
+    _current.clear()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+    threadpool_limits(threads)
+    sys.meta_path.insert(0, SeedTorch())
+
+
+def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]) -> Outcome:
+    """Run a batch's tasks one after the other, until they have taken long enough.
+
+    On the board stands the number of the task at work, and since when (nanoseconds); at the end −1. `send` takes each
+    result as soon as it is there: a function may use the same memory for the next one. It raises if it cannot; where
+    results are combined, it is not called.
+    """
+    outcome = Outcome(id=batch.id)
+    function, combine, seed = job.function, job.combine, job.seed
+    clock = time.monotonic_ns
+    now = started = clock()
+    latest = started + int(SECONDS_PER_BATCH * 1e9)
+    for number, item in zip(batch.numbers, batch.items, strict=True):
+        board[1] = now
+        board[0] = number
+        if seed is not None:
+            _current[:] = [keys.key(seed, "task", number)]
+            keys.seed_all(_current[0])
+        try:
+            value = function(item)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is told, with its item
+            outcome.faults.append(describe(number, error))
+        else:
+            _keep(outcome, number, value, combine, send)
+        now = clock()
+        if now > latest or outcome.broken:
+            break
+    board[0] = -1
+    _current.clear()
+    outcome.seconds = (now - started) / 1e9
+    return outcome
+
+
+def describe(number: int, error: BaseException) -> Fault:
+    """A task's error as what is told of it."""
+    told = "".join(traceback.format_exception_only(error)).strip()
+    return Fault(number=number, error=told, trace="".join(traceback.format_exception(error)), exception=error)
+
+
+def _keep(
+    outcome: Outcome,
+    number: int,
+    value: Any,
+    combine: Callable[[Any, Any], Any] | None,
+    send: Callable[[Any], None],
+) -> None:
+    """Send a result, or combine it with those before it."""
+    if combine is not None:
+        outcome.nodes.append((Node(0, number), value))
+        outcome.broken = _combine(outcome.nodes, combine)
+        return
+    try:
+        send(value)
+    except Exception as error:  # noqa: BLE001 - a user's class
+        told = f"its result cannot be sent: {error}"
+        outcome.faults.append(Fault(number=number, error=told, trace=told))
+    else:
+        outcome.done.append(number)
+
+
+def _combine(nodes: list[tuple[Node, Any]], combine: Callable[[Any, Any], Any]) -> Fault | None:
+    """Combine siblings at the end of complete nodes, while there are any. Returns what `combine` raised."""
+    while len(nodes) > 1 and nodes[-2][0].is_left_of(nodes[-1][0]):
+        (left, a), (_, b) = nodes[-2:]
+        try:
+            nodes[-2:] = [(left.parent, combine(a, b))]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a user's function
+            return describe(left.index << left.level, error)
+    return None
+
+
+class SeedTorch(MetaPathFinder):
+    """Seeds torch's generator when a task imports torch first: otherwise the task's result would depend on whether its
+    worker had imported it for an earlier one."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find torch as others do, and seed it once it is there."""
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def seeded(module: Any) -> None:
+                execute(module)
+                if _current:
+                    module.default_generator.manual_seed(_current[0])
+
+            spec.loader.exec_module = seeded  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,205 @@
+"""Where each worker of this host says what it does, in memory that its supervisor reads: the board.
+
+One row of numbers per worker, written without a lock or a system call, so that what a worker last did can be read even
+where it was killed, stopped or hangs. The board also carries the few words that the supervisor tells all workers:
+the number of the generation that is to go on, and a request to stop or to regroup after the step.
+
+Owns the memory and its layout. What follows from a row is the matter of `launch/`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from unisono.errors import LostPeerError
+from unisono.processes.fault_injection import Fault, strike
+
+PHASES = (
+    "start",  # of the process; importing, warming
+    "wait",  # for a seat, from the supervisor
+    "prepare",  # the data
+    "join",  # meeting the others, building, probing, restoring
+    "begin",
+    "load",
+    "contribute",
+    "audit",
+    "reduce",
+    "update",
+    "commit",
+    "report",
+    "evaluate",
+    "save",
+    "finish",
+)
+"""What a worker can be at: from "begin" to "commit" the verbs of the loop, then what may follow a step."""
+
+RUNNING, STOP, REGROUP = 0, 1, 2
+"""What the supervisor asks of all workers, at the end of a step."""
+
+_GENERATION, _REQUEST, _PREPARED, _STRUCK, _HEADER = 0, 1, 2, 8, 64
+MOST_FAULTS = _HEADER - _STRUCK
+_PHASE, _STEP, _MICROBATCH, _SINCE, _ENTERED, _LEFT, _CALL, _ROW = 0, 1, 2, 3, 4, 5, 6, 8
+CALLS = ("", "add_integers", "to_owners", "gather_shards", "gather_bytes", "wait_for_all", "join")
+"""Ways to wait for other workers."""
+
+
+class Progress(Protocol):
+    """What a worker's parts know of the board: they say what they are about to do."""
+
+    def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
+        """Say what comes next. Raises LostPeerError where the group has been dissolved."""
+        ...
+
+    def enter(self, call: str) -> None:
+        """An exchange begins: from here on I may wait for others."""
+        ...
+
+    def leave(self) -> None:
+        """It is over."""
+        ...
+
+
+class Unwatched:
+    """A `Progress` that nobody reads: under torchrun, and in tests."""
+
+    def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
+        return
+
+    def enter(self, call: str) -> None:
+        return
+
+    def leave(self) -> None:
+        return
+
+
+UNWATCHED = Unwatched()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What a worker last said.
+
+    since: seconds of the monotonic clock. entered, left: exchanges of this generation. waiting: the exchange that it is
+    in; "" for none.
+    """
+
+    phase: str
+    step: int
+    microbatch: int
+    since: float
+    entered: int
+    left: int
+    waiting: str
+
+    def __str__(self) -> str:
+        place = f" of step {self.step + 1}" if self.step >= 0 else ""
+        place = f" (microbatch {self.microbatch}{place})" if self.microbatch >= 0 else place.replace(" of", " in")
+        return f"{self.phase}{place}{f', in the exchange {self.waiting}' if self.waiting else ''}"
+
+
+class Board:
+    """The whole board. Made by the supervisor before it forks; anonymous, so it ends with the last process."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._memory = mmap.mmap(-1, (_HEADER + rows * _ROW) * 8)
+        self._words = np.frombuffer(self._memory, np.int64)
+
+    @property
+    def generation(self) -> int:
+        """The group of workers that is to go on. A worker of an older one leaves what it does."""
+        return int(self._words[_GENERATION])
+
+    @generation.setter
+    def generation(self, number: int) -> None:
+        self._words[_GENERATION] = number
+
+    @property
+    def request(self) -> int:
+        """RUNNING, STOP or REGROUP."""
+        return int(self._words[_REQUEST])
+
+    @request.setter
+    def request(self, wanted: int) -> None:
+        self._words[_REQUEST] = wanted
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the data has been prepared on this host, so that a worker may open it by itself."""
+        return bool(self._words[_PREPARED])
+
+    @prepared.setter
+    def prepared(self, done: bool) -> None:
+        self._words[_PREPARED] = int(done)
+
+    def count_strike(self, fault: int) -> int:
+        """How often fault number `fault` has struck before; counts one more."""
+        before = int(self._words[_STRUCK + fault])
+        self._words[_STRUCK + fault] = before + 1
+        return before
+
+    def row(self, slot: int) -> Row:
+        """What the worker in `slot` last said."""
+        words = self._words[_HEADER + slot * _ROW :][:_ROW].tolist()
+        waiting = CALLS[words[_CALL]] if words[_ENTERED] > words[_LEFT] else ""
+        return Row(
+            phase=PHASES[words[_PHASE]],
+            step=words[_STEP],
+            microbatch=words[_MICROBATCH],
+            since=words[_SINCE] / 1e9,
+            entered=words[_ENTERED],
+            left=words[_LEFT],
+            waiting=waiting,
+        )
+
+    def clear(self, slot: int) -> None:
+        """A worker is about to be started in `slot`."""
+        self._words[_HEADER + slot * _ROW :][:_ROW] = 0
+        self._words[_HEADER + slot * _ROW + _SINCE] = time.monotonic_ns()
+
+    def pen(self, slot: int, faults: tuple[Fault, ...] = ()) -> Pen:
+        """With which the worker in `slot` writes."""
+        return Pen(self, self._words[_HEADER + slot * _ROW :][:_ROW], faults)
+
+
+class Pen:
+    """One worker's hand on the board. Faults that are to be injected strike where it writes."""
+
+    def __init__(self, board: Board, words: np.ndarray, faults: tuple[Fault, ...]) -> None:
+        self.board = board
+        self.rank = -1
+        self.generation = -1
+        self._words = words
+        self._faults = faults
+
+    def seat(self, rank: int, generation: int) -> None:
+        """A new generation begins, in which this worker has this rank; rank −1: it waits for one."""
+        self.rank, self.generation = rank, generation
+        self._words[_ENTERED] = self._words[_LEFT] = 0
+
+    def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
+        words = self._words
+        words[_PHASE], words[_STEP], words[_MICROBATCH] = PHASES.index(phase), step, microbatch
+        words[_SINCE] = time.monotonic_ns()
+        if self._faults:
+            strike(self._faults, self.board.count_strike, self.rank, phase, step, microbatch)
+        self._check()
+
+    def enter(self, call: str) -> None:
+        self._words[_CALL] = CALLS.index(call)
+        self._words[_ENTERED] += 1
+        self._words[_SINCE] = time.monotonic_ns()
+        self._check()
+
+    def leave(self) -> None:
+        self._words[_LEFT] += 1
+        self._words[_SINCE] = time.monotonic_ns()
+
+    def _check(self) -> None:
+        if self.generation >= 0 and self.board.generation != self.generation:
+            raise LostPeerError("the group of workers has been dissolved")

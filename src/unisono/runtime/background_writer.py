@@ -1,0 +1,78 @@
+"""Writing a checkpoint while training goes on, in a thread of the worker: for workers that have no supervisor.
+
+Owns the thread and the copies that it writes from. A worker with a supervisor leaves this to it: the state lies in the
+snapshot, where another process can read it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from unisono.engine.state import TrainState
+from unisono.errors import RunFolderError
+from unisono.storage import checkpoints
+from unisono.storage.checkpoints import Content
+from unisono.tracking import events
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time. `tell` hears of each, and of failures, when the next is begun or at the end."""
+
+    def __init__(self, tell: Callable[[events.Event], None]) -> None:
+        self._tell = tell
+        self._thread = ThreadPoolExecutor(1, "unisono-checkpoint")
+        self._writing: Future[tuple[Path, float]] | None = None
+        self._waited_seconds = 0.0
+
+    def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
+        """Begin to write the state; every worker calls this, worker 0 writes. Waits for the one before."""
+        began = time.perf_counter()
+        self.settle()
+        found = state.content()
+        if state.exchange.rank == 0:
+            copied = Content(  # training goes on while this is written
+                parameters={name: value.clone() for name, value in found.parameters.items()},
+                buffers={name: value.clone() for name, value in found.buffers.items()},
+                optimizer=found.optimizer,
+                facts={**found.facts, **facts},
+            )
+            self._writing = self._thread.submit(_write, copied, folder, keep)
+            self._waited_seconds = time.perf_counter() - began
+
+    def settle(self) -> bool:
+        """Wait until what was begun is written; return whether it was."""
+        if self._writing is None:
+            return True
+        writing, self._writing = self._writing, None
+        try:
+            path, seconds = writing.result()
+        except RunFolderError as error:
+            self._tell(warn_unwritten(str(error)))
+            return False
+        self._tell(tell_written(path, seconds, self._waited_seconds))
+        return True
+
+    def close(self) -> None:
+        """End the thread, when it has written."""
+        self.settle()
+        self._thread.shutdown()
+
+
+def tell_written(path: Path, seconds: float, waited_seconds: float) -> events.CheckpointWritten:
+    """That a checkpoint is on disk."""
+    step = int(path.name.removeprefix("step-"))
+    return events.CheckpointWritten(step=step, path=str(path), seconds=seconds, waited_seconds=waited_seconds)
+
+
+def warn_unwritten(why: str) -> events.Notice:
+    """That a checkpoint could not be written."""
+    return events.Notice(message=f"no checkpoint, and training goes on: {why}", warning=True)
+
+
+def _write(content: Content, folder: Path, keep: int) -> tuple[Path, float]:
+    began = time.perf_counter()
+    return checkpoints.write(content, folder, keep=keep), time.perf_counter() - began

@@ -1,0 +1,139 @@
+"""Checkpoints written by the supervisor: in a process of their own, from the snapshot, while training goes on.
+
+Owns that process, and who waits for it. What is in a checkpoint is the matter of `checkpoint/`, where the values come
+from that of the snapshot.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from unisono.engine.snapshot import Snapshot
+from unisono.errors import RunFolderError
+from unisono.processes.forking import describe_end, end_with_parent, fork
+from unisono.runtime.background_writer import tell_written, warn_unwritten
+from unisono.runtime.signals import ASKING
+from unisono.storage import checkpoints
+from unisono.tracking.events import CheckpointWritten, Notice
+
+NICENESS = 5  # training comes first
+
+Reply = Callable[[dict[str, Any]], None]
+
+
+class Writing:
+    """Writes the run's checkpoints, one at a time. `tell` hears what came of each."""
+
+    def __init__(
+        self, folder: Path, keep: int, memory: int, tell: Callable[[CheckpointWritten | Notice], None]
+    ) -> None:
+        self.step = -1  # that is being written, or was last
+        self.was_written = True
+        self._folder = folder
+        self._keep = keep
+        self._memory = memory
+        self._error = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - for as long as the run lives
+        self._tell = tell
+        self._process: BaseProcess | None = None
+        self._began = 0.0
+        self._waited_seconds = 0.0
+        self._asking: tuple[Reply, float] | None = None
+        self._settling: list[Reply] = []
+
+    @property
+    def sentinels(self) -> list[int]:
+        """What becomes readable when something is written: a descriptor, or none."""
+        return [self._process.sentinel] if self._process is not None else []
+
+    def ask(self, reply: Reply) -> None:
+        """The present commit is to be written; `reply` hears when that has begun."""
+        self._asking = reply, time.monotonic()
+
+    def settle(self, reply: Reply) -> None:
+        """`reply` hears when everything is written."""
+        self._settling.append(reply)
+
+    def look(self, limit_seconds: float) -> None:
+        """See what has become of what is being written, and begin what is asked for. With a limit above 0, a writer
+        that takes longer while another is asked for is given up: a disk may hang, training goes on."""
+        self._conclude()
+        if self._asking and self._process is not None and 0 < limit_seconds < time.monotonic() - self._began:
+            self.kill()
+        if self._process is not None:
+            return
+        if self._asking is not None:
+            reply, since = self._asking
+            self._asking = None
+            facts = Snapshot(self._memory).facts()
+            if int(facts["step"]) != self.step:
+                self._begin(facts, time.monotonic() - since)
+            reply({"accepted": True})
+        if self._settling and self._process is None:
+            for reply in self._settling:
+                reply({"written": self.was_written})
+            self._settling = []
+
+    def write_now(self, limit_seconds: float) -> bool:
+        """Write the present commit before returning, in so many seconds; return whether it was written."""
+        facts = Snapshot(self._memory).facts()
+        if int(facts["step"]) != self.step:
+            self.kill()
+            self._begin(facts, 0.0)
+        self.finish(limit_seconds)
+        return self.was_written
+
+    def finish(self, limit_seconds: float) -> None:
+        """Wait for the end of what is being written; give it up after so long."""
+        if self._process is not None:
+            self._process.join(limit_seconds)
+            self.kill()
+
+    def kill(self) -> None:
+        """End what is being written: what it had begun is not seen, and is cleared away by the next one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._conclude()
+
+    def _begin(self, facts: Mapping[str, Any], waited_seconds: float) -> None:
+        self.step = int(facts["step"])
+        self._began, self._waited_seconds = time.monotonic(), waited_seconds
+        os.ftruncate(self._error.fileno(), 0)
+        self._process = fork(self._write, (facts, os.getpid()), "checkpoint")
+
+    def _conclude(self) -> None:
+        if self._process is None or self._process.exitcode is None:
+            return
+        code, seconds, self._process = self._process.exitcode, time.monotonic() - self._began, None
+        self.was_written = code == 0
+        if self.was_written:
+            path = checkpoints.name_checkpoint(self._folder, self.step)
+            self._tell(tell_written(path, seconds, self._waited_seconds))
+        else:
+            how = f"the writer {describe_end(code)}"
+            why = os.pread(self._error.fileno(), 65_536, 0).decode()
+            self._tell(warn_unwritten(why or how))
+            self.step = -1
+
+    def _write(self, facts: Mapping[str, Any], parent: int) -> None:
+        end_with_parent(parent)
+        for signum in ASKING:
+            signal.signal(signum, signal.SIG_IGN)
+        os.nice(NICENESS)
+        why = ""
+        try:
+            content = Snapshot(self._memory).content(facts)
+            checkpoints.write(content, self._folder, keep=self._keep)
+        except RunFolderError as error:
+            why = str(error)
+        except BaseException as error:  # noqa: BLE001 - a process of its own: whatever ends it is told
+            why = f"{type(error).__name__}: {error}"
+        os.pwrite(self._error.fileno(), why.encode(), 0)
+        os._exit(int(bool(why)))

@@ -1,0 +1,128 @@
+"""Who hangs: a pure function of what the workers last said on the board, and what is done about it.
+
+A worker that waits in an exchange is excused while another has not come to it; so whoever is waited for is found, and
+not those who wait. Owns the rule, the deadline, and the folder with everybody's stacks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from unisono.processes.progress_table import Board, Row
+from unisono.runtime.worker_pool import Crew, Member
+
+PATIENCE = {
+    "start": 10.0,
+    "join": 10.0,
+    "evaluate": 10.0,
+    "finish": 60.0,
+    "save": 10.0,
+    "wait": math.inf,
+    "prepare": math.inf,
+}
+"""Factors on the deadline, for phases that are not a step's. A microbatch of an evaluation may hold many times the
+samples of a step, the longest first. Preparing data has none: it may take hours."""
+FIRST_STEP_PATIENCE = 30.0
+"""Factor before any step has been measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck:
+    """A worker without progress: who it is, for how long, and at what it was."""
+
+    worker: int
+    seconds: float
+    row: Row
+    stopped: bool
+
+    def __str__(self) -> str:
+        stopped = ", stopped by a signal" if self.stopped else ""
+        return f"worker {self.worker} made no progress for {self.seconds:.0f} s (at {self.row}{stopped})"
+
+
+def find_stuck(
+    rows: Mapping[int, Row],
+    *,
+    stopped: Collection[int],
+    answered: Collection[int] = (),
+    now: float,
+    limit_seconds: float,
+) -> list[Stuck]:
+    """The workers that have made no progress for longer than their deadline, and wait for nobody.
+
+    rows: of one group of workers. stopped: who is stopped by a signal, in which no phase is an excuse. answered: who
+    waits for the supervisor. now: seconds of the monotonic clock.
+    """
+    fewest = min((row.entered for row in rows.values()), default=0)
+    late = []
+    for worker, row in rows.items():
+        excused = worker in answered or (row.waiting and fewest < row.entered)
+        patience = 1.0 if worker in stopped else math.inf if excused else PATIENCE.get(row.phase, 1.0)
+        if now - row.since > limit_seconds * patience:
+            late.append(Stuck(worker=worker, seconds=now - row.since, row=row, stopped=worker in stopped))
+    return [stuck for stuck in late if stuck.stopped] or late  # where all are in one exchange, it may be clear who is
+
+
+class Watch:
+    """Watches the crew of one run. `factor` is recovery.hang_factor."""
+
+    def __init__(self, crew: Crew, board: Board, folder: Path, factor: float) -> None:
+        self._crew = crew
+        self._board = board
+        self._folder = folder
+        self._factor = factor
+        self._longest_step = 0.0
+        self._found = 0
+        self._looked = time.monotonic()
+        self._not_before = 0.0
+
+    def learn(self, step_seconds: float) -> None:
+        """A step has taken so long."""
+        self._longest_step = max(self._longest_step, step_seconds)
+
+    def spare(self) -> None:
+        """A group has been dissolved: whoever waited for the lost needs time to come back."""
+        self._not_before = time.monotonic() + self.limit_seconds
+
+    @property
+    def limit_seconds(self) -> float:
+        """How long a worker may be without progress; 0: for ever."""
+        return self._factor * (max(1.0, self._longest_step) if self._longest_step else FIRST_STEP_PATIENCE)
+
+    def find(self) -> list[tuple[Member, Stuck]]:
+        """Who hangs now."""
+        now = time.monotonic()
+        if now - self._looked > self.limit_seconds / 2:  # the whole run was stopped (Ctrl-Z), and goes on
+            self._not_before = now + self.limit_seconds
+        self._looked = now
+        if not self.limit_seconds or now < self._not_before:
+            return []
+        found: list[tuple[Member, Stuck]] = []
+        at_work = [member for member in self._crew.staying() if not member.waiting]
+        for generation in {member.generation for member in at_work}:
+            group = {member.number: member for member in at_work if member.generation == generation}
+            rows = {number: self._board.row(member.slot) for number, member in group.items()}
+            stuck = find_stuck(
+                rows,
+                stopped=[number for number, member in group.items() if self._crew.is_stopped(member)],
+                answered=[number for number, member in group.items() if member.asking],
+                now=now,
+                limit_seconds=self.limit_seconds,
+            )
+            found += [(group[one.worker], one) for one in stuck]
+        return found
+
+    def describe(self, found: list[tuple[Member, Stuck]], step: int) -> str:
+        """Who hangs, in words, after everybody's stacks have been written to a folder of the run."""
+        self._found += 1
+        told = "; ".join(str(stuck) for _, stuck in found)
+        folder = self._folder / "hangs" / f"{self._found:03d}-step-{step + 1:08d}"
+        try:
+            self._crew.dump_stacks(folder, told)
+        except OSError as error:
+            return f"{told}; stacks could not be written: {error}"
+        return f"{told}; all stacks are in {folder}"

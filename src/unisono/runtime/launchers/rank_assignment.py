@@ -1,0 +1,98 @@
+"""A worker's place among the others, and how it joins them.
+
+Owns rank, device and the way to the meeting point. Under torchrun both come from its environment; a local launcher
+hands out seats.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from unisono.errors import RecipeError, UnisonoError
+from unisono.exchange.protocol import Exchange
+from unisono.exchange.solo import Solo
+
+TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
+    `port` (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of
+    workers."""
+
+    rank: int
+    workers: int
+    local_rank: int
+    local_workers: int
+    port: int = 0
+    listener: int = -1
+    generation: int = 0
+
+    def device(self, wanted: str) -> torch.device:
+        """The device that the recipe wants: GPU number `local_rank`, or the CPU."""
+        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+        if wanted == "cuda" and gpus <= self.local_rank:
+            remedy = f"Use {gpus} workers at most" if gpus else "Use a machine that has some"
+            raise RecipeError(
+                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. {remedy}, "
+                'or set device = "cpu".'
+            )
+        return torch.device("cuda", self.local_rank) if gpus >= self.local_workers and gpus else torch.device("cpu")
+
+    def join(self, device: torch.device) -> Exchange:
+        """Meet the other workers."""
+        if self.workers == 1:
+            return Solo(device)
+        from unisono.exchange.distributed import Distributed
+        from unisono.exchange.shared_memory import Shared, can_share
+
+        store = self._store()
+        here = self.local_workers == self.workers and device.type == "cpu"
+        if here and can_share(store, self.rank, self.workers):
+            return Shared(store, rank=self.rank, workers=self.workers, timeout_seconds=TIMEOUT_SECONDS)
+        return Distributed(store, rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS)
+
+    def _store(self) -> dist.Store:
+        timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        if self.port:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # on one host a name that does not resolve need not stop gloo
+            return dist.TCPStore(
+                "127.0.0.1",
+                self.port,
+                self.workers,
+                is_master=self.rank == 0,
+                timeout=timeout,
+                wait_for_workers=False,
+                master_listen_fd=self.listener if self.rank == 0 else None,
+            )
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UnisonoError(
+                f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun "
+                "another --master-port."
+            ) from error
+        # the agent's store outlives its workers: what those before a restart have left there must not be found again
+        return dist.PrefixStore(f"unisono-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def seat_from_torchrun() -> Seat | None:
+    """The seat that torchrun's environment describes; None where there is none."""
+    try:
+        rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank, local_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    except KeyError:
+        return None
+    return Seat(rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers)
+
+
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun's agent has started this worker again, after a loss."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

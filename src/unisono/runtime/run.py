@@ -1,0 +1,384 @@
+"""One training run as each worker lives it, from the first step to the finished model.
+
+Owns the order of things around the loop: when to report, evaluate and save, and what is left in the run folder. What
+comes before is `joining.py`, the loop itself `loop.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unisono.config import recipe as recipes
+from unisono.data.feed import Feed
+from unisono.engine import footprint, numerics
+from unisono.engine.assignment import shares
+from unisono.engine.audit import Audit
+from unisono.engine.contribution import Contributes
+from unisono.engine.evaluation import measure_all
+from unisono.engine.loop import steps
+from unisono.engine.profile import Profile
+from unisono.engine.replica import tensors_sha256
+from unisono.engine.trace import Traced
+from unisono.errors import ContractError, DataError, Interrupted, RecipeError
+from unisono.exchange.protocol import Exchange
+from unisono.processes.progress_table import REGROUP, RUNNING, STOP
+from unisono.runtime.run_inputs import Material
+from unisono.runtime.setup import Job, Ready, Run, join, make_ready, run_facts
+from unisono.runtime.supervisor_client import Link
+from unisono.storage.files import save_tensors, whole_folder, write_text
+from unisono.tasks.metrics import summarise
+from unisono.tracking import events
+from unisono.tracking import profile_report as profiles
+
+OpenMaterial = Callable[[int, Callable[[str], None]], Material]
+"""How a worker comes to what it trains on: (workers of this host, who is told about it) → material."""
+
+
+class Trainee:
+    """A worker's part in a run, through all the groups of workers that it belongs to."""
+
+    def __init__(self, job: Job, open_material: OpenMaterial) -> None:
+        self._job = job
+        self._open_material = open_material
+        self._material: Material | None = None
+        self._ready: Ready | None = None
+
+    def warm(self, device: torch.device, workers: int, link: Link) -> None:
+        """Before it belongs to any: make ready what needs no other worker."""
+        if link.prepared:
+            self._make_ready(device, workers)
+
+    def train(
+        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int, again: bool
+    ) -> bool:
+        """Take part in a group; as `execute`. The first worker of each host prepares the data, the others open it.
+        `again`: there has been a group before."""
+        link.progress.at("prepare")
+        if again and link.memory < 0:  # no snapshot: like a run that is resumed, with a module as it was built
+            link.settle()
+            self._ready, self._job = None, dataclasses.replace(self._job, resume="auto")
+        if local_rank == 0 and self._material is None:
+            tell = link.tell if exchange.rank == 0 else lambda event: None
+            self._material = self._open_material(local_workers, lambda line: tell(events.Notice(message=line)))
+            link.prepared = True
+        exchange.wait_for_all()
+        return execute(self._job, self._make_ready(device, local_workers), exchange, link)
+
+    def _make_ready(self, device: torch.device, workers: int) -> Ready:
+        if self._material is None:
+            self._material = self._open_material(workers, lambda line: None)
+        if self._ready is None:
+            self._ready = make_ready(self._job, self._material, device)
+        return self._ready
+
+
+def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
+    """Train, test and export; leave everything in `job.folder`. Every worker of a group calls this.
+
+    Returns whether the run is complete; false: the supervisor wants another group of workers to go on.
+
+    Raises:
+        Interrupted: a stop was asked for somewhere; a checkpoint was written.
+        LostPeerError: another worker has gone.
+        UnisonoError: as its subclasses say.
+    """
+    if ready.profile:
+        exchange = ready.profile.join(exchange, link.progress, ready.device)
+    run = join(job, ready, exchange, link)
+    link.request()  # from here on an interrupt waits for the end of its step, on every worker
+    exchange.wait_for_all()
+    if exchange.rank == 0 and not run.recovered:
+        _open_folder(run)
+    _announce(run)
+    feed = Feed(run.material.train, run.order, ready.device, run.progress)
+    contributor = ready.profile.mark(run.contributor) if ready.profile else run.contributor
+    traced = Traced(contributor, job.trace, exchange.rank) if job.trace else None
+    try:
+        request = _follow(run, feed, traced or contributor, traced)
+    finally:
+        feed.close()
+        if traced:
+            traced.close()
+    if request == REGROUP:
+        return False
+    if run.saved_step != run.state.step:
+        _save(run)
+    if request == STOP:  # worker 0 may be lost before the rest have left: nobody does before all know
+        if ready.profile:
+            _write_profile(run, ready.profile, None)
+        unwritten = exchange.add_integers(torch.tensor([int(not link.settle())]).to(ready.device))
+        raise Interrupted(_tell_stop(run, not unwritten.item()))
+    _finish(run, feed)
+    return True
+
+
+def _tell_stop(run: Run, saved: bool) -> str:
+    if saved:
+        return (
+            f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
+            f"command and `--run-folder {run.job.folder} --resume`, on any number of workers."
+        )
+    return (
+        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said "
+        "above tells why. Go on from the last checkpoint, if there is one, with --resume."
+    )
+
+
+def _open_folder(run: Run) -> None:
+    folder = run.job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.toml", recipes.to_toml(run.recipe))
+    write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
+
+
+def remove_begun(folder: Path) -> None:
+    """Remove a run folder in which nothing has happened yet; one with more in it stays."""
+    if folder.exists() and {path.name for path in folder.iterdir()} <= {"recipe.toml", "fingerprint.json"}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _announce(run: Run) -> None:
+    train, state = run.recipe.train, run.state
+    run.tell(
+        events.RunStarted(
+            name=run.recipe.name,
+            folder=str(run.job.folder),
+            workers=run.exchange.workers,
+            device=str(run.fingerprint["device"]),
+            threads=train.threads,
+            microbatches_each=[len(share) for share in shares(train.microbatches, run.exchange.workers)],
+            samples_per_step=train.samples_per_step,
+            train_samples=len(run.material.train),
+            steps=run.order.total_steps,
+            steps_per_epoch=run.order.steps_per_epoch,
+            start_step=state.step,
+            fingerprint=numerics.digest(run.fingerprint),
+            parameters=sum(parameter.numel() for parameter in state.replica.module.parameters()),
+            pure=run.pure,
+        )
+    )
+
+
+def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | None) -> int:
+    """Train, and attend to each committed step. Return what ended it: a request, or board.RUNNING at the end."""
+    state = run.state
+    if state.step and state.last is not None:
+        _attend(run, 0.0, 0.0)  # who attended to this step may have been lost before it was done
+    if _has_settled(run):
+        return RUNNING
+    audit = Audit(
+        contributor,
+        run.judge,
+        run.exchange,
+        run.order,
+        take=feed.take,
+        tell=lambda found: run.link.tell(events.Corrupted(**dataclasses.asdict(found))),
+        every=run.recipe.train.audit_every,
+    )
+    last, waited = time.perf_counter(), 0.0
+    train, request, at = run.recipe.train, run.link.request, run.progress.at
+    watched = run.ready.profile.watch(audit) if run.ready.profile else audit
+    for done in steps(state, run.order, feed, watched, train, request, audit.check, at):
+        run.samples += done.step.samples
+        if traced and run.exchange.rank == 0:
+            traced.record_weights(state.step, state.replica)
+        _attend(run, time.perf_counter() - last, feed.waited_seconds - waited)
+        if _has_settled(run):
+            evaluate = run.recipe.evaluate
+            run.tell(
+                events.Notice(message=f"stopping early: no better {evaluate.metric} in {evaluate.patience} evaluations")
+            )
+            return RUNNING
+        if done.totals.request != RUNNING:
+            return done.totals.request
+        last, waited = time.perf_counter(), feed.waited_seconds
+    return RUNNING
+
+
+def _attend(run: Run, seconds: float, data_seconds: float) -> None:
+    """Do what follows a committed step: report, evaluate, save. Doing it again changes nothing."""
+    state, lengths = run.state, run.material.train.lengths
+    assert state.last is not None
+    run.progress.at("report", state.step - 1)
+    step = run.order.step(state.step - 1)
+    run.tell(
+        events.StepDone(
+            step=state.step,
+            epoch=round(run.epoch(), 6),
+            loss=state.last["loss"],
+            gradient_norm=state.last["norm"],
+            learning_rate=state.last["rate"],
+            samples=step.samples,
+            tokens=int(sum(lengths[piece].sum() for piece in step.microbatches)),
+            seconds=seconds,
+            data_seconds=data_seconds,
+        )
+    )
+    if state.step == run.order.total_steps:
+        return
+    _evaluate_if_due(run)
+    every = run.recipe.checkpoint.every_steps
+    if every and state.step % every == 0 and state.step != run.saved_step:
+        _save(run)
+
+
+def _evaluate_if_due(run: Run) -> None:
+    if not run.state.evaluated and _is_due(run) and run.state.step < run.order.total_steps:
+        _evaluate(run)
+
+
+def _has_settled(run: Run) -> bool:
+    """Whether early stopping is on and its patience is over."""
+    patience = run.recipe.evaluate.patience
+    return bool(patience) and run.state.evaluations_since_best >= patience
+
+
+def _is_due(run: Run) -> bool:
+    """Whether an evaluation follows this step."""
+    evaluate, step = run.recipe.evaluate, run.state.step
+    if evaluate.every_steps:
+        return step % evaluate.every_steps == 0
+    if not evaluate.every_epochs:
+        return False
+    period = evaluate.every_epochs * run.order.steps_per_epoch
+    return math.floor(step / period) > math.floor((step - 1) / period)
+
+
+def _evaluate(run: Run) -> None:
+    """Score the validation samples (or, to look at, the test samples); keep the best weights where the recipe says
+    so."""
+    split, source = ("validation", run.material.validation) if run.material.validation else ("test", run.material.test)
+    if source is None:
+        return
+    scores = _score(run, source)
+    best = False
+    metric = run.recipe.evaluate.metric
+    if run.material.validation is not None:
+        if metric not in scores:
+            raise RecipeError(f"'evaluate.metric' = {metric!r}: measured are {', '.join(scores)}. Name one of them.")
+        keep = run.recipe.evaluate.keep_best
+        if keep:  # a checkpoint that is being written may still read the best weights
+            run.link.settle()
+            run.exchange.wait_for_all()
+        best = run.state.judge(scores[metric], higher=metric != "loss", keep=keep)
+    run.tell(events.Evaluated(step=run.state.step, epoch=round(run.epoch(), 6), split=split, scores=scores, best=best))
+    run.state.note_evaluation()
+
+
+def _score(run: Run, source: Any) -> dict[str, float]:
+    with run.state.averaged_weights():
+        results = measure_all(
+            run.state.replica.module,
+            run.material.task.measure,
+            source,
+            run.exchange,
+            device=run.ready.device,
+            samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch,
+            precision=run.recipe.train.precision,
+            seed=run.recipe.train.seed,
+            progress=run.progress,
+        )
+    if not results:
+        raise ContractError('the task\'s measure returned nothing. Return at least {"loss": one number per sample}.')
+    return summarise(results)
+
+
+def _save(run: Run) -> None:
+    run.progress.at("save", run.state.step - 1)
+    facts = run_facts(run.job, run.ready, run.order.total_steps)
+    run.link.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
+    run.saved_step = run.state.step
+
+
+def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
+    """Put the workers' profiles together; tell where the time went, and leave it in the run folder. Without a feed,
+    nothing is measured beside."""
+
+    def again(step: int, number: int) -> None:
+        assert feed is not None
+        run.judge.contribute(step, number, feed.take(run.order.step(step), number))
+
+    measured = footprint.describe(
+        profile,
+        run.state,
+        again if feed else None,
+        precision=run.recipe.train.precision,
+        memory=run.link.memory,
+        wait_for_all=run.exchange.wait_for_all,
+    )
+    contents = run.exchange.gather_bytes(json.dumps(profile.told() | measured).encode())
+    if run.exchange.rank:
+        return
+    facts = {"name": run.recipe.name, "device": str(run.ready.device), "threads": run.recipe.train.threads}
+    try:
+        told = profiles.write(run.job.folder, [json.loads(content) for content in contents], facts)
+        run.tell(events.Notice(message=told))
+    except Exception as error:  # noqa: BLE001 - what is told of a run must not end it
+        run.tell(events.Notice(message=f"the profile was not written: {error}", warning=True))
+
+
+def _refuse_changed_data(run: Run) -> None:
+    """Data that lies in memory which others share may have been written into: what was hashed is not what was seen."""
+    changed = run.exchange.add_integers(torch.tensor([int(run.material.changed())]).to(run.ready.device))
+    if changed.item():
+        raise DataError(
+            "the data was written into while it was trained on, so the weights are those of no data that there is. "
+            "Give a copy of it (frame.copy(), array.copy()), or leave it alone until training has ended."
+        )
+
+
+def _finish(run: Run, feed: Feed) -> None:
+    """Evaluate and test, write model/, tell the summary."""
+    state, folder = run.state, run.job.folder
+    run.progress.at("finish", state.step - 1)
+    if run.material.validation is not None and not state.evaluated:
+        _evaluate(run)
+    optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
+    seconds = time.perf_counter() - run.started
+    if run.ready.profile:
+        _write_profile(run, run.ready.profile, feed)
+    if run.recipe.evaluate.keep_best:
+        state.take_best()
+    test = _score(run, run.material.test) if run.material.test is not None else None
+    run.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
+    _refuse_changed_data(run)
+    with state.averaged_weights():
+        if run.exchange.rank == 0:
+            run.link.settle()  # a checkpoint that fills the disk gives the room back before the model needs it
+            tensors = state.replica.tensors()
+            with whole_folder(folder / "model") as part:
+                save_tensors(part / "model.safetensors", tensors)
+                run.material.export(part)
+            summary = {
+                "name": run.recipe.name,
+                "steps": state.step,
+                "epochs": round(run.epoch(), 6),
+                "seconds": round(seconds, 3),
+                "samples_per_second": round(run.samples / seconds, 2),
+                "workers": run.exchange.workers,
+                "device": run.fingerprint["device"],
+                "fingerprint": numerics.digest(run.fingerprint),
+                "pure": run.pure,
+                "train": {"loss": state.last["loss"] if state.last else None, "samples": len(run.material.train)},
+                "test": test,
+                "best_step": state.best_step or None,
+                "weights_sha256": tensors_sha256(tensors),
+                "optimizer_sha256": optimizer_sha256,
+            }
+            if test is not None:
+                run.tell(
+                    events.Evaluated(
+                        step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False
+                    )
+                )
+            run.tell(events.RunEnded(folder=str(folder), summary=summary))
+    run.exchange.wait_for_all()

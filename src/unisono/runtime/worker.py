@@ -1,0 +1,101 @@
+"""The main of every worker process: settle numerics, join, act, leave; and be stopped without harm.
+
+Owns signals and what becomes of an exception inside a worker. Who starts workers is the matter of `local.py` and of
+torchrun.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import torch
+
+from unisono.engine import numerics
+from unisono.errors import Interrupted, LostPeerError, UnisonoError
+from unisono.exchange.protocol import Exchange
+from unisono.processes.progress_table import RUNNING, STOP
+from unisono.runtime.launchers.rank_assignment import Seat
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""What asks a run to stop."""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+class Stop:
+    """Whether this worker was asked to stop, by SIGTERM or SIGUSR1. While `graceful` is false the request ends it at
+    once."""
+
+    def __init__(self) -> None:
+        self.graceful = False
+        self._asked = False
+
+    def __call__(self) -> int:
+        """board.STOP where a stop was asked for, else board.RUNNING. The first call says that from now on the loop will
+        heed it."""
+        self.graceful = True
+        return STOP if self._asked else RUNNING
+
+    def ask(self, signum: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self._asked = True
+        if not self.graceful:
+            raise Interrupted("stopped before the first step; nothing was left behind.")
+
+
+class Act(Protocol):
+    """What a worker does once it has joined the others."""
+
+    def __call__(self, seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None: ...
+
+
+def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
+    """Do one worker's part, in this process."""
+    stop = Stop()
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, stop.ask)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
+    keep_memory()
+    device = seat.device(wanted_device)
+    numerics.settle(threads=threads, device=device)
+    exchange = seat.join(device)
+    act(seat, exchange, device, stop)
+    exchange.close()
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed blocks of any size: it would return those above 32 MB at once, and a step would fault
+    all its pages anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def guarded(main: Callable[[], None], write: Callable[[str], object], rank: int) -> int:
+    """Run a worker's main; `write` what it raises, as JSON; return the process's exit code."""
+    try:
+        main()
+        return 0
+    except BaseException as error:  # noqa: BLE001 - every end of a worker must reach the launcher
+        known = isinstance(error, UnisonoError)
+        report = {
+            "rank": rank,
+            "kind": type(error).__name__,
+            "message": str(error),
+            "known": known,
+            "symptom": isinstance(error, LostPeerError),
+            "traceback": traceback.format_exc(),
+            "when": time.time(),
+        }
+        write(json.dumps(report))
+        return int(os.EX_SOFTWARE)

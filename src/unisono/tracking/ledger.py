@@ -1,0 +1,341 @@
+"""The ledger of a run: `metrics.jsonl`, every step exactly once; `curves.svg`, drawn from it; and `summary.json`.
+
+Owns the three files. An event may be told twice, by a worker and by the one that replaced it: the ledger keeps the
+first telling. A resumed run first forgets the steps after the one that it goes on from. The disk may fail: lines wait
+in memory then, and training goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from unisono.errors import RunFolderError
+from unisono.storage.files import whole_file, write_text
+from unisono.tracking import events
+from unisono.tracking.goodput import goodput
+
+Line = dict[str, Any]
+
+HISTORY = {"Recovered", "Resized", "Corrupted", "Resumed"}  # what befell the run: training again does not undo it
+
+
+def warn_on_stderr(message: str) -> None:
+    """What is told where nobody else listens."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Ledger:
+    """Keeps what happened, one JSON line each: {"event": name, …, "when": UTC unix seconds}.
+
+    A line is in the kernel when `observe` returns, or else waits for the next event, for the run's end or for `close`.
+    It is whole or absent, and lines stand in the order in which they were told. What is told before RunStarted stands
+    after it.
+
+    Args:
+        folder: the run folder, made when the run starts.
+        warn: told once when lines begin to wait, once when all are written, and of curves that cannot be drawn. It
+            may tell the ledger in turn.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None] = warn_on_stderr) -> None:
+        self._folder = folder
+        self._path = folder / "metrics.jsonl"
+        self._warn = warn
+        self._since = round(time.time(), 3)
+        self._has_begun = False
+        self._file: int | None = None
+        self._good_bytes = 0  # so much of the file is whole lines
+        self._present = Present()
+        self._waiting: deque[Line] = deque()
+        self._trouble = ""
+
+    def observe(self, event: events.Event) -> None:
+        """Keep an event; at the run's end, write curves and summary.
+
+        Raises:
+            RunFolderError: the summary cannot be written. Nothing else is raised for the disk's sake.
+        """
+        if isinstance(event, events.RunEnded):
+            self._end(event)
+            return
+        line = {"event": type(event).__name__, **dataclasses.asdict(event)}
+        if isinstance(event, events.RunStarted):
+            line["since"] = self._since
+        line["when"] = round(time.time(), 3)
+        if isinstance(event, events.RunStarted) and not self._has_begun:
+            self._has_begun = True
+            self._waiting.appendleft(line)
+        else:
+            self._waiting.append(line)
+        self._write_waiting()
+
+    def complete(self, event: events.RunEnded) -> events.RunEnded:
+        """The event with "recoveries", "resumes" and "goodput" in its summary. Writes nothing; once is enough."""
+        if "goodput" in event.summary:
+            return event
+        lines = self._read_all()
+        counted = {
+            name: sum(line["event"] == of for line in lines)
+            for name, of in (("recoveries", "Recovered"), ("resumes", "Resumed"))
+        }
+        summary = {**event.summary, **counted, "goodput": goodput(lines, until=round(time.time(), 3))}
+        return dataclasses.replace(event, summary=summary)
+
+    def close(self) -> None:
+        """Try a last time to write what waits."""
+        self._write_waiting()
+        if self._waiting and self._has_begun:
+            self._warn(f"{len(self._waiting)} lines of {str(self._path)!r} are lost: {self._trouble}.")
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self._has_begun = False
+        self._waiting.clear()
+
+    def _end(self, event: events.RunEnded) -> None:
+        self._write_waiting()
+        event = self.complete(event)
+        with suppress(OSError):  # the next line tells why
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._folder / "summary.json", json.dumps(dict(event.summary), indent=1) + "\n")
+        path = self._folder / "curves.svg"
+        try:
+            draw_curves(self._read_all(), path)
+        except Exception as error:  # noqa: BLE001 - a picture, by a large library; the result is there without it
+            self._warn(f"{str(path)!r} cannot be drawn: {error}. The result does not depend on it.")
+
+    def _write_waiting(self) -> None:
+        """Write what waits, in order, as far as the disk allows."""
+        if not self._has_begun:
+            return
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+        except (OSError, RunFolderError) as error:
+            cause = error.__cause__ if isinstance(error, RunFolderError) else error
+            reason = getattr(cause, "strerror", None) or str(error)
+            is_new, self._trouble = not self._trouble, reason
+            if is_new:
+                self._warn(
+                    f"{str(self._path)!r} cannot be written ({reason}): training goes on, its lines wait in memory. "
+                    "Free space, or make the place writable."
+                )
+            return
+        if self._trouble:
+            self._trouble = ""
+            self._warn(f"{str(self._path)!r} is written again; all lines that waited are in it.")
+
+    def _write(self, line: Line) -> None:
+        """Write one line, unless it is there already. On an OSError nothing has changed."""
+        if line["event"] == "RunStarted":
+            self._begin(line)
+        elif self._file is None:
+            raise OSError(errno.EBADF, "not open")
+        elif not self._present.has(line):
+            self._append(self._file, _encode([line]))
+            self._present.add(line)
+
+    def _begin(self, started: Line) -> None:
+        """Replace the file by what stays of it and the line of a run that starts or goes on."""
+        lines = resume(self._read_earlier(), started)
+        self._replace(_encode(lines))
+        self._present = Present(lines)
+
+    def _append(self, file: int, line: bytes) -> None:
+        """Write a line at the end, or nothing."""
+        if not self._is_in_place(file):
+            self._replace(self._read())
+            assert self._file is not None
+            file = self._file
+        size = os.fstat(file).st_size
+        if size < self._good_bytes:  # somebody cut the file
+            self._good_bytes = os.pread(file, size, 0).rfind(b"\n") + 1
+        if size != self._good_bytes:  # half a line, which could not be taken back when it was written
+            os.ftruncate(file, self._good_bytes)
+        try:
+            _write_all(file, line)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file, self._good_bytes)
+            raise
+        self._good_bytes += len(line)
+
+    def _is_in_place(self, file: int) -> bool:
+        """Whether the open file is the one at the path: somebody may have removed or replaced it, or its folder."""
+        try:
+            there = self._path.stat()
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(file))
+
+    def _replace(self, content: bytes) -> None:
+        """Have a new file with this content at the path, and hold it open; on an OSError all stays as it was."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = None
+        try:
+            with whole_file(self._path) as part:
+                file = os.open(part, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o666)
+                _write_all(file, content)
+        except BaseException:
+            if file is not None:
+                os.close(file)
+            raise
+        if self._file is not None:
+            os.close(self._file)
+        self._file, self._good_bytes = file, len(content)
+
+    def _read(self) -> bytes:
+        """The whole lines of the open file, wherever it is by now."""
+        assert self._file is not None
+        content = b""
+        while part := os.pread(self._file, self._good_bytes - len(content), len(content)):
+            content += part
+        return content[: content.rfind(b"\n") + 1]
+
+    def _read_earlier(self) -> list[Line]:
+        """The lines that are on disk."""
+        try:
+            return _decode(self._read()) if self._file is not None else read_ledger(self._path)
+        except FileNotFoundError:
+            return []
+
+    def _read_all(self) -> list[Line]:
+        """The lines on disk, and those that wait to be there."""
+        lines: list[Line] = []
+        with suppress(OSError):  # the summary then tells of less, but there is one
+            lines = self._read_earlier()
+        present = Present(lines)
+        for line in self._waiting:
+            if line["event"] == "RunStarted":
+                lines = resume(lines, line)
+                present = Present(lines)
+            elif not present.has(line):
+                lines.append(line)
+                present.add(line)
+        return lines
+
+
+class Present:
+    """Which lines are there already, of those that may be told twice."""
+
+    def __init__(self, lines: Iterable[Line] = ()) -> None:
+        self._step = 0
+        self._others: set[tuple[str, int, str]] = set()
+        for line in lines:
+            self.add(line)
+
+    def has(self, line: Line) -> bool:
+        """Whether a line repeats one that was added. Steps are told in order: after one, those before it are there."""
+        if line["event"] == "StepDone":
+            return bool(line["step"] <= self._step)
+        return self._name(line) in self._others
+
+    def add(self, line: Line) -> None:
+        """Remember a line."""
+        if line["event"] == "StepDone":
+            self._step = line["step"]
+        elif line["event"] in ("Evaluated", "CheckpointWritten"):
+            self._others.add(self._name(line))
+
+    @staticmethod
+    def _name(line: Line) -> tuple[str, int, str]:
+        return line["event"], line.get("step", 0), line.get("split", "")
+
+
+def resume(earlier: list[Line], started: Line) -> list[Line]:
+    """What stays of the earlier lines, and the new one of a run that starts, or goes on after its `start_step`.
+
+    Lines of later steps are forgotten: they are about to be trained again, to the same bits. What befell the run stays.
+    """
+    step = started["start_step"]
+    kept: list[Line] = []
+    wasted: list[float] = []
+    for line in earlier:
+        if line.get("step", 0) <= step or line["event"] in HISTORY:
+            kept.append(line)
+        elif line["event"] == "StepDone":
+            wasted.append(line.get("seconds", 0.0))
+    if not earlier:
+        return [started]
+    told = {"step": step, "dropped_steps": len(wasted), "wasted_seconds": round(sum(wasted), 6)}
+    return [*kept, started, {"event": "Resumed", **told, "when": started["when"]}]
+
+
+def read_ledger(path: Path) -> list[Line]:
+    """The ledger's lines; one that was cut off by a crash is left out."""
+    return _decode(path.read_bytes())
+
+
+def _decode(content: bytes) -> list[Line]:
+    lines = []
+    for text in content.split(b"\n"):
+        with suppress(ValueError):  # cut off, or no JSON
+            line = json.loads(text)
+            if isinstance(line, dict) and "event" in line:
+                lines.append(line)
+    return lines
+
+
+def _encode(lines: Iterable[Line]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _write_all(file: int, content: bytes) -> None:
+    """Write all of it; after a short write, what is left tells the reason by failing."""
+    left = memoryview(content)
+    while left:
+        written = os.write(file, left)
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        left = left[written:]
+
+
+def draw_curves(lines: list[Line], path: Path) -> None:
+    """Draw the training loss of each step, and the loss and accuracy of each evaluation, against epochs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    done = [line for line in lines if line["event"] == "StepDone"]
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.plot(
+        [line["epoch"] for line in done],
+        [line["loss"] for line in done],
+        color="#9ab",
+        linewidth=0.8,
+        label="training loss, each step",
+    )
+    axis.set(xlabel="epoch", ylabel="loss")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    right = None
+    for split, color in (("validation", "#d60"), ("test", "#06a")):
+        scored = [line for line in lines if line["event"] == "Evaluated" and line["split"] == split]
+        epochs = [line["epoch"] for line in scored]
+        for name, of, style in (("loss", axis, "o-"), ("accuracy", None, "s--")):
+            if not scored or name not in scored[0]["scores"]:
+                continue
+            if of is None:
+                of = right = right or axis.twinx()
+                right.set(ylabel="accuracy", ylim=(0, 1))
+            values = [line["scores"][name] for line in scored]
+            of.plot(epochs, values, style, color=color, markersize=4, label=f"{split} {name}")
+    handles = [handle for part in (axis, right) if part for handle in part.get_legend_handles_labels()[0]]
+    axis.legend(handles=handles, loc="center right", fontsize=8)
+    try:
+        with whole_file(path) as part:
+            figure.savefig(part, format="svg", metadata={"Date": None})
+    finally:
+        plt.close(figure)
