@@ -109,7 +109,7 @@ class Side:
     def take(self) -> float:
         """Have all workers train for a turn; return the mean of the seconds that each took."""
         self._wake()
-        return mean(self._hear() for _ in range(self._everybody))
+        return mean(self._handle_messages() for _ in range(self._everybody))
 
     def end(self) -> None:
         """Send the workers home."""
@@ -123,7 +123,7 @@ class Side:
         for _ in range(self._everybody):
             self._turn.release()
 
-    def _hear(self) -> float:
+    def _handle_messages(self) -> float:
         if self._found not in wait([self._found, *(process.sentinel for process in self._runs)]):
             raise SystemExit("a worker failed")
         return float(self._found.recv())

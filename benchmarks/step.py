@@ -31,7 +31,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING
 from unisono.runtime.run_inputs import open_own
 from unisono.runtime.setup import Job, join, make_ready
-from unisono.runtime.supervisor_client import Alone
+from unisono.runtime.supervisor_client import UnsupervisedClient
 
 REPEATS = 3
 ROWS = (
@@ -47,7 +47,7 @@ ROWS = (
 """Workload, precision, unisono's microbatches a step. DDP takes one pass per worker and step, as 2 microbatches do."""
 
 
-class Supervised(Alone):
+class SupervisedClient(UnsupervisedClient):
     """The link of a worker that leaves its state in a snapshot, though nobody watches over it."""
 
     def __init__(self, memory: int) -> None:
@@ -65,11 +65,11 @@ def training(
     train = recipe.train
     recipe = recipe.model_copy(update={"train": train.model_copy(update={"epochs": 10_000.0})})
     with tempfile.TemporaryDirectory() as folder:
-        material = open_own(recipe, workload.task, workload.samples)
+        inputs = open_own(recipe, workload.task, workload.samples)
         job = Job(recipe=recipe, folder=Path(folder))
-        ready = make_ready(job, material, torch.device("cpu"))
-        run = join(job, ready, exchange, Supervised(memory))
-        feed = Feed(material.train, run.order, ready.device)
+        ready = make_ready(job, inputs, torch.device("cpu"))
+        run = join(job, ready, exchange, SupervisedClient(memory))
+        feed = Feed(inputs.train, run.order, ready.device)
         contributor = run.contributor if mark is None else mark(run.contributor)
         yield steps(run.state, run.order, feed, contributor, train)
         feed.close()

@@ -21,7 +21,7 @@ import torch.multiprocessing as processes
 from unisono.engine.snapshot import new_file
 from unisono.exchange.protocol import Exchange
 from unisono.runtime.launchers.fork import launch
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Stop
 
 WORKERS = 2
@@ -35,9 +35,9 @@ def in_unisono(act: Callable[[Exchange, int], Any], workers: int = WORKERS) -> A
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result"
 
-        def work(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        def work(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
             found = act(exchange, memory)
-            if seat.rank == 0:
+            if assignment.rank == 0:
                 result.write_text(json.dumps(found), encoding="utf-8")
 
         try:

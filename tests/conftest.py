@@ -14,7 +14,7 @@ import torch
 from toy import Command, make_toy
 from unisono.engine import numerics
 from unisono.exchange.protocol import Exchange
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 
 hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fail by being slow
 hypothesis.settings.load_profile("unisono")
@@ -38,13 +38,13 @@ def my_rank() -> Iterator[Callable[[], int]]:
     """Tells whoever asks, in a process forked later, its rank among the workers: for a model that must not know it."""
     found = [0]
 
-    def join(self: Seat, device: torch.device) -> Exchange:
+    def join(self: RankAssignment, device: torch.device) -> Exchange:
         found[0] = self.rank
         return honest(self, device)
 
-    honest = Seat.join
+    honest = RankAssignment.join
     with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo its patches halfway
-        patch.setattr(Seat, "join", join)
+        patch.setattr(RankAssignment, "join", join)
         yield lambda: found[0]
 
 

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "unisono"
 
 LAYERS = (  # from top to bottom; imports point downwards, or sideways within a layer but never in a circle
     ("__init__", "__main__", "cli"),
-    ("api", "application", "verification", "preparation", "inventory"),
-    ("launch",),
-    ("run",),
-    ("joining",),
-    ("link",),
-    ("loop", "evaluation", "material", "report", "scores"),
-    ("checkpoint",),
+    ("api",),
+    ("runtime",),
+    ("tracking",),
     ("engine",),
-    ("exchange", "data", "models"),
-    ("parallel",),
-    ("board", "events", "recipe", "sections", "errors", "faults", "files", "keys", "folder", "processes", "nodes"),
+    ("tasks",),
+    ("data", "kernels", "exchange", "parallel", "storage"),
+    ("processes", "determinism", "config"),
+    ("errors",),
 )
-APART = {("data", "models"), ("models", "data"), ("data", "exchange"), ("exchange", "data")}
+APART = {("data", "exchange"), ("exchange", "data"), ("kernels", "data"), ("kernels", "exchange"), ("parallel", "data")}
 OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib", "ftfy", "datasets", "fsspec", "s3fs"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc", "base"}
+MOST_ENTRIES = 20
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 PICKLES = {
     # between a process and the children that it has forked, over a socket without a name: see the test below
@@ -86,18 +83,25 @@ def own_imports(path: Path) -> set[str]:
 def test_every_module_has_its_layer() -> None:
     units = {find_unit(name_module(path)) for path in MODULES}
     assert units == {unit for layer in LAYERS for unit in layer}
+    assert len([path for path in SOURCE.iterdir() if path.name != "__pycache__"]) <= MOST_ENTRIES
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_imports_point_downwards(path: Path) -> None:
-    unit = find_unit(name_module(path))
-    for module in own_imports(path):
-        other = find_unit(module)
-        if other != unit:
-            assert find_layer(unit) <= find_layer(other), f"{name_module(path)} imports {module}, which lies above it"
-            assert (unit, other) not in APART, (
-                f"{name_module(path)} imports {module}: {unit} and {other} know nothing of each other"
-            )
+def test_names_are_used_once() -> None:
+    """No two modules and no two classes share a name, so that a name says which one is meant."""
+    modules = Counter(path.stem for path in MODULES if path.stem not in ("__init__", "__main__"))
+    classes = Counter(node.name for path in MODULES for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef))
+    assert [name for found in (modules, classes) for name, count in found.items() if count > 1] == []
+
+
+def test_imports_point_downwards() -> None:
+    faults = []
+    for path in MODULES:
+        unit = find_unit(name_module(path))
+        for module in own_imports(path):
+            other = find_unit(module)
+            if other != unit and (find_layer(unit) > find_layer(other) or (unit, other) in APART):
+                faults.append(f"{name_module(path)} imports {module}")
+    assert faults == []
 
 
 def test_no_circle() -> None:
@@ -130,49 +134,54 @@ def test_engine_knows_exchanges_by_their_protocol_only() -> None:
         assert known <= {"unisono.exchange.protocol"}, path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_optional_frameworks_are_imported_where_they_are_used(path: Path) -> None:
-    for node in parse(path).body:
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):  # `if TYPE_CHECKING` costs nothing
-            used = {name.split(".")[0] for name in imports(node)}
-            assert not used & OPTIONAL, f"{name_module(path)} imports {used & OPTIONAL} at its top"
+def test_optional_frameworks_are_imported_where_they_are_used() -> None:
+    faults = []
+    for path in MODULES:
+        for node in parse(path).body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):  # `if TYPE_CHECKING` costs nothing
+                used = {name.split(".")[0] for name in imports(node)} & OPTIONAL
+                faults += [f"{name_module(path)} imports {name} at its top" for name in used]
+    assert faults == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_nothing_pickles(path: Path) -> None:
+def test_nothing_pickles() -> None:
     """Pickle is neither written to nor read from a disk or a network. Two modules are excepted by name: `PICKLES`."""
-    used = {part for name in imports(parse(path)) for part in name.split(".")} & PICKLING
-    assert used <= PICKLES.get(name_module(path), set())
-    assert PICKLING_CALLS.findall(path.read_text(encoding="utf-8")) == []
+    for path in MODULES:
+        used = {part for name in imports(parse(path)) for part in name.split(".")} & PICKLING
+        assert used <= PICKLES.get(name_module(path), set()), path
+        assert PICKLING_CALLS.findall(path.read_text(encoding="utf-8")) == [], path
 
 
 def test_what_pickles_has_no_file_and_no_address() -> None:
-    """`parallel/wire.py` makes bytes and takes bytes; whose they are, `local.py` decides: sockets without a name."""
+    """`parallel/wire.py` makes bytes and takes bytes; whose they are, `local_processes.py` decides: sockets without a name."""
     wire = SOURCE / "parallel" / "wire.py"
     assert own_imports(wire) == set()
     assert not {name.split(".")[0] for name in imports(parse(wire))} & {"os", "pathlib", "socket", "mmap", "tempfile"}
     assert not re.search(r"\bopen\(|\bpickle\.(load|dump)\(", wire.read_text(encoding="utf-8"))
     users = {name_module(path) for path in MODULES if "unisono.parallel.wire" in own_imports(path)}
-    assert users <= {f"unisono.parallel.{name}" for name in ("messages", "outcomes", "local", "cluster")}
-    local = (SOURCE / "parallel" / "local.py").read_text(encoding="utf-8")
+    assert users <= {f"unisono.parallel.{name}" for name in ("messages", "outcomes", "local_processes", "ray_actors")}
+    local = (SOURCE / "parallel" / "local_processes.py").read_text(encoding="utf-8")
     assert "socket.socketpair()" in local
     assert not re.search(r"\.(bind|listen|connect|accept)\(|(?<!\.)\bopen\(|\bPath\(", local)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_files_and_functions_hold_one_idea(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LINES_PER_FILE
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= LINES_PER_FUNCTION, node.name
+def test_files_and_functions_hold_one_idea() -> None:
+    faults = []
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > LINES_PER_FILE:
+            faults.append(f"{name_module(path)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                faults += [f"{name_module(path)}.{node.name}: {lines} lines"] if lines > LINES_PER_FUNCTION else []
+    assert faults == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_modules_are_named_and_described(path: Path) -> None:
-    assert not set(path.relative_to(SOURCE).with_suffix("").parts) & FORBIDDEN_NAMES
-    assert ast.get_docstring(parse(path)), "a module says what it owns"
+def test_modules_are_named_and_described() -> None:
+    for path in MODULES:
+        assert not set(path.relative_to(SOURCE).with_suffix("").parts) & FORBIDDEN_NAMES, path
+        assert ast.get_docstring(parse(path)), f"{path}: a module says what it owns"
 
 
 def test_map_is_true() -> None:

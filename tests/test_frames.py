@@ -27,7 +27,7 @@ from test_parallel_guide import read_blocks
 from toy import RECIPE, make_records, make_toy, run_python
 from unisono.config.sections import Data
 from unisono.data.columns import Columns, hold, open_source
-from unisono.data.ingest.column_batch import SHEET_BYTES, Sheet, cut_by_size, list_values
+from unisono.data.ingest.column_batch import COLUMN_BATCH_BYTES, ColumnBatch, cut_by_size, list_values
 from unisono.data.ingest.frames import add_columns, is_frame, take_columns
 from unisono.data.ingest.inputs import find_inputs
 from unisono.data.ingest.parquet import read_frame
@@ -261,8 +261,8 @@ texts_of = st.lists(
 )
 
 
-def join(sheets: list[Sheet]) -> list[str | None]:
-    found = [value for sheet in sheets for value in list_values(sheet.columns["text"])]
+def join(column_batches: list[ColumnBatch]) -> list[str | None]:
+    found = [value for column_batch in column_batches for value in list_values(column_batch.columns["text"])]
     return [value.decode() if isinstance(value, bytes) else value for value in found]  # type: ignore[misc]
 
 
@@ -274,9 +274,9 @@ def test_texts_are_the_same_from_every_kind(texts: list[str | None], size_bytes:
     cuts, hashes = [], set()
     here = cast(Share, SimpleNamespace(map=map))  # without processes
     for name, kind in TEXT_KINDS.items():
-        sheets = list(cut_by_size(read_frame(kind(columns), Data(), "frame"), "text", size_bytes))
-        assert join(sheets) == texts, name
-        cuts.append([sheet.rows for sheet in sheets])
+        column_batches = list(cut_by_size(read_frame(kind(columns), Data(), "frame"), "text", size_bytes))
+        assert join(column_batches) == texts, name
+        cuts.append([column_batch.rows for column_batch in column_batches])
         hashes.add(find_inputs(Data(), {"train": kind(columns)}, here)["train"].sha256)
     assert len(hashes) == 1
     assert all(cut == cuts[0] for cut in cuts)
@@ -340,7 +340,7 @@ def test_a_large_column_is_never_copied_whole(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         parts, sha256, peak, allocated = done.stdout.split()
         hashes.add(sha256)
-        assert int(parts) == 100_000_000 // SHEET_BYTES + 1, kind
+        assert int(parts) == 100_000_000 // COLUMN_BATCH_BYTES + 1, kind
         assert int(peak) < 50e6 and int(allocated) < 1e6, (kind, peak, allocated)
     assert len(hashes) == 1
 

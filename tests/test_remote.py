@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from unisono.config.sections import Data
+from unisono.data.ingest.input_splits import InputSplit, find_input_splits, hash_input_split, read_input_split
 from unisono.data.ingest.locations import hide_secrets
 from unisono.data.ingest.read import read_records
-from unisono.data.ingest.splits import Piece, find_pieces, hash_piece, read_piece
 from unisono.errors import DataError
 
 DATA = Data()
@@ -33,8 +33,8 @@ def contents(location: str) -> list[tuple[str, str | None]]:
     return [(record.text, record.label) for record in read_records(location, DATA)]
 
 
-def texts_of(piece: Piece) -> list[object]:
-    return [text for sheet in read_piece(piece, DATA) for text in sheet.columns["text"]]
+def texts_of(input_split: InputSplit) -> list[object]:
+    return [text for column_batch in read_input_split(input_split, DATA) for text in column_batch.columns["text"]]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +81,13 @@ def test_objects_are_read_as_files_are(bucket: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["all.jsonl", "all.parquet"])
 def test_pieces_fetch_their_range_in_forked_workers(bucket: str, name: str) -> None:
-    pieces = find_pieces(f"{bucket}/{name}", DATA, piece_bytes=10_000)
+    pieces = find_input_splits(f"{bucket}/{name}", DATA, input_split_bytes=10_000)
     assert len(pieces) > 3
     with multiprocessing.get_context("fork").Pool(2) as pool:
         found = [str(text) for texts in pool.map(texts_of, pieces) for text in texts]
-        hashes = pool.map(hash_piece, pieces)
+        hashes = pool.map(hash_input_split, pieces)
     assert found == [text for text, _ in EXPECTED]
-    assert len(set(hashes)) == len(pieces) and hashes == [hash_piece(piece) for piece in pieces]
+    assert len(set(hashes)) == len(pieces) and hashes == [hash_input_split(input_split) for input_split in pieces]
 
 
 def test_folder_of_classes(bucket: str) -> None:
@@ -97,8 +97,8 @@ def test_folder_of_classes(bucket: str) -> None:
         ("y/deep/2.txt", "y", "two"),
         ("y/empty.txt", "y", ""),
     ]
-    (piece,) = find_pieces(f"{bucket}/classes", DATA)
-    assert hash_piece(piece) == hash_piece(piece)
+    (input_split,) = find_input_splits(f"{bucket}/classes", DATA)
+    assert hash_input_split(input_split) == hash_input_split(input_split)
 
 
 def test_objects_that_change_are_noticed(bucket: str) -> None:
@@ -106,16 +106,16 @@ def test_objects_that_change_are_noticed(bucket: str) -> None:
 
     store = s3fs.S3FileSystem()
     store.pipe("reviews/new.jsonl", CONTENT)
-    (piece,) = find_pieces(f"{bucket}/new.jsonl", DATA)
-    assert find_pieces(f"{bucket}/new.jsonl", DATA) == [piece]
+    (input_split,) = find_input_splits(f"{bucket}/new.jsonl", DATA)
+    assert find_input_splits(f"{bucket}/new.jsonl", DATA) == [input_split]
     store.pipe("reviews/new.jsonl", CONTENT[::-1])
     with pytest.raises(DataError, match=r"s3://reviews/new\.jsonl.*changed"):
-        list(read_piece(piece, DATA))
-    (other,) = find_pieces(f"{bucket}/new.jsonl", DATA)
-    assert hash_piece(other) != hash_piece(piece)
+        list(read_input_split(input_split, DATA))
+    (other,) = find_input_splits(f"{bucket}/new.jsonl", DATA)
+    assert hash_input_split(other) != hash_input_split(input_split)
     store.rm("reviews/new.jsonl")
     with pytest.raises(DataError, match=r"s3://reviews/new\.jsonl.*no such file"):
-        list(read_piece(other, DATA))
+        list(read_input_split(other, DATA))
 
 
 @pytest.mark.parametrize(
@@ -128,20 +128,20 @@ def test_objects_that_change_are_noticed(bucket: str) -> None:
 )
 def test_missing_objects_are_named(bucket: str, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        find_pieces(f"{bucket}/{name}", DATA)
+        find_input_splits(f"{bucket}/{name}", DATA)
 
 
 def test_missing_bucket_and_server(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     with pytest.raises(DataError, match=r"s3://no-such-bucket/a\.jsonl"):
-        find_pieces("s3://no-such-bucket/a.jsonl", DATA)
+        find_input_splits("s3://no-such-bucket/a.jsonl", DATA)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     with pytest.raises(DataError, match=r"'s3://reviews/all\.jsonl'.*127\.0\.0\.1:9"):
-        find_pieces(f"{bucket}/all.jsonl", DATA)
+        find_input_splits(f"{bucket}/all.jsonl", DATA)
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -191,9 +191,9 @@ def web() -> Iterator[str]:
 def test_web_with_and_without_ranges(web: str) -> None:
     assert contents(f"{web}/ranged/all.jsonl?signature=secret") == EXPECTED
     assert contents(f"{web}/plain/all.jsonl") == EXPECTED
-    assert len(find_pieces(f"{web}/ranged/all.jsonl", DATA, piece_bytes=10_000)) > 3
-    (piece,) = find_pieces(f"{web}/plain/all.jsonl", DATA, piece_bytes=10_000)
-    assert piece.stream and hash_piece(piece) == hash_piece(piece)
+    assert len(find_input_splits(f"{web}/ranged/all.jsonl", DATA, input_split_bytes=10_000)) > 3
+    (input_split,) = find_input_splits(f"{web}/plain/all.jsonl", DATA, input_split_bytes=10_000)
+    assert input_split.stream and hash_input_split(input_split) == hash_input_split(input_split)
 
 
 @pytest.mark.parametrize("path", ["broken/a.jsonl", "missing/a.jsonl"])
@@ -212,4 +212,4 @@ def test_secrets_are_not_told(tmp_path: Path) -> None:
 def test_unknown_protocol() -> None:
     pytest.importorskip("fsspec")
     with pytest.raises(DataError, match=r"'sss://a/b\.csv'.*s3://"):
-        find_pieces("sss://a/b.csv", DATA)
+        find_input_splits("sss://a/b.csv", DATA)

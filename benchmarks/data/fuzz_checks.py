@@ -29,13 +29,13 @@ from fuzz_tables import build_parquet
 from unisono.config.sections import Data, Screen
 from unisono.data.ingest import compressed, lines
 from unisono.data.ingest import delimited as rows
+from unisono.data.ingest import input_splits as pieces
 from unisono.data.ingest import parquet as tables
-from unisono.data.ingest import splits as pieces
-from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.column_batch import ColumnBatch
+from unisono.data.ingest.input_splits import find_input_splits, hash_input_split, read_input_split
 from unisono.data.ingest.read import Record, read_texts, take_records
-from unisono.data.ingest.splits import find_pieces, hash_piece, read_piece
-from unisono.data.ingest.staging import Spooled, spool
-from unisono.data.screening.decisions import Decided, load_records
+from unisono.data.ingest.staging import StagedRecords, stage
+from unisono.data.screening.decisions import Decisions, load_records
 from unisono.data.screening.rules import Examiner, mask_cards, mask_mail, mask_phones
 from unisono.data.screening.screen import SPLITS, screen
 from unisono.data.write import FORMATS, write_table
@@ -43,7 +43,7 @@ from unisono.errors import DataError, UserError
 
 Result = TypeVar("Result")
 
-PIECE_BYTES = (1, 7, 64, 4_096)
+INPUT_SPLIT_BYTES = (1, 7, 64, 4_096)
 MOST_PIECES = 24
 NAMED = ("label", "text")
 DATA = (
@@ -97,7 +97,7 @@ class Choice:
         first = content[0] if content else 0
         self.rest = content[1:]
         self.number = first
-        self.piece_bytes = max(PIECE_BYTES[first & 3], len(content) // MOST_PIECES)
+        self.input_split_bytes = max(INPUT_SPLIT_BYTES[first & 3], len(content) // MOST_PIECES)
         self.data = DATA[(first >> 2) % len(DATA)]
         self.screen = SCREENS[(first >> 4) & 3]
         self.suffix = FORMATS[first >> 6]
@@ -105,9 +105,14 @@ class Choice:
 
 @contextmanager
 def tiny_sizes() -> Iterator[None]:
-    """Sheets of three rows, blocks of 100 bytes: every border is met by small inputs."""
-    sizes = [(rows, "SHEET_ROWS", 3), (rows, "SHEET_BYTES", 64), (rows, "SHEET_CELLS", 12), (tables, "SHEET_ROWS", 3)]
-    sizes += [(tables, "SHEET_BYTES", 64), (pieces, "SHEET_BYTES", 64), (pieces, "PIECE_FILES", 2)]
+    """Column batches of three rows, blocks of 100 bytes: every border is met by small inputs."""
+    sizes = [
+        (rows, "COLUMN_BATCH_ROWS", 3),
+        (rows, "COLUMN_BATCH_BYTES", 64),
+        (rows, "COLUMN_BATCH_CELLS", 12),
+        (tables, "COLUMN_BATCH_ROWS", 3),
+    ]
+    sizes += [(tables, "COLUMN_BATCH_BYTES", 64), (pieces, "COLUMN_BATCH_BYTES", 64), (pieces, "INPUT_SPLIT_FILES", 2)]
     patches = [patch.object(module, name, size) for module, name, size in [*sizes, (lines, "BLOCK_BYTES", 100)]]
     for one in patches:
         one.start()
@@ -181,7 +186,7 @@ def check_reading(location: Path, choice: Choice, folder: Path) -> list[Record]:
     data = choice.data
     found = try_to(lambda: read_all(location, data, 2**24))
     with tiny_sizes():
-        again = try_to(lambda: read_all(location, data, choice.piece_bytes))
+        again = try_to(lambda: read_all(location, data, choice.input_split_bytes))
         refused = isinstance(again, str) and isinstance(found, str)  # of a damaged file, for what is met first
         assert again == found or refused, "pieces change what is read"
         texts = try_to(lambda: read_texts(location, data))
@@ -193,26 +198,32 @@ def check_reading(location: Path, choice: Choice, folder: Path) -> list[Record]:
             write_table(texts.table, folder / "written", choice.suffix)
         if isinstance(found, str):
             raise DataError(found)
-        inputs = find_pieces(location, data, piece_bytes=max(choice.piece_bytes, len(choice.rest) // 2))
-        assert all(len(hash_piece(piece)) == 64 for piece in inputs)
-        sheets = [(piece.source, read_piece(piece, data, (data.text, data.label))) for piece in inputs]
+        inputs = find_input_splits(
+            location, data, input_split_bytes=max(choice.input_split_bytes, len(choice.rest) // 2)
+        )
+        assert all(len(hash_input_split(input_split)) == 64 for input_split in inputs)
+        column_batches = [
+            (input_split.source, read_input_split(input_split, data, (data.text, data.label))) for input_split in inputs
+        ]
         splits = [SPLITS[number % 3 if choice.number & 1 else 0] for number in range(len(inputs))]
-        check_screening(sheets, splits, found, data, choice.screen, folder)
+        check_screening(column_batches, splits, found, data, choice.screen, folder)
     return found
 
 
-def read_all(location: Path, data: Data, piece_bytes: int) -> list[Record]:
+def read_all(location: Path, data: Data, input_split_bytes: int) -> list[Record]:
     """Every row of a location as a record; each of them stands in its own place."""
     found: list[Record] = []
     source, row = None, 1
-    for piece in find_pieces(location, data, piece_bytes=piece_bytes):
-        for sheet in read_piece(piece, data):
-            assert sheet.rows and all(len(column) == sheet.rows for column in sheet.columns.values())
-            source, row = sheet.name, row if sheet.name == source else 1
-            records = list(take_records(sheet, data, first_row=row, lenient=True))
-            assert len(records) == sheet.rows, "a row became no record"
-            assert [record.row for record in records] == list(range(row, row + sheet.rows))
-            row += sheet.rows
+    for input_split in find_input_splits(location, data, input_split_bytes=input_split_bytes):
+        for column_batch in read_input_split(input_split, data):
+            assert column_batch.rows and all(
+                len(column) == column_batch.rows for column in column_batch.columns.values()
+            )
+            source, row = column_batch.name, row if column_batch.name == source else 1
+            records = list(take_records(column_batch, data, first_row=row, lenient=True))
+            assert len(records) == column_batch.rows, "a row became no record"
+            assert [record.row for record in records] == list(range(row, row + column_batch.rows))
+            row += column_batch.rows
             found += records
     for record in found:
         record.text.encode()
@@ -222,22 +233,22 @@ def read_all(location: Path, data: Data, piece_bytes: int) -> list[Record]:
 
 
 def check_screening(
-    sheets: Sequence[tuple[str, Iterable[Sheet]]],
+    column_batches: Sequence[tuple[str, Iterable[ColumnBatch]]],
     splits: Sequence[str],
     given: Sequence[Record],
     data: Data,
     rules: Screen,
     folder: Path,
-) -> Decided:
+) -> Decisions:
     """Every record is kept or has a reason, nothing that is to be masked is left, and what is written is UTF-8."""
     examiner = Examiner(rules, data.labels)
-    paths = [folder / f"spool-{number}" for number in range(len(sheets))]
+    paths = [folder / f"spool-{number}" for number in range(len(column_batches))]
     near = "refuse" in (rules.near_duplicates, rules.contradicted)
-    for path, (name, some) in zip(paths, sheets, strict=True):
-        spool(path, some, name, data, examiner, place=True, near=near)
-    spooled = [Spooled(path) for path in paths]
+    for path, (name, some) in zip(paths, column_batches, strict=True):
+        stage(path, some, name, data, examiner, place=True, near=near)
+    staged = [StagedRecords(path) for path in paths]
     texts, reasons = [], []
-    for one in spooled:
+    for one in staged:
         for number, count in enumerate(one.facts.batches):
             batch = one.batch(number)
             batch.validate(full=True)
@@ -250,9 +261,9 @@ def check_screening(
     assert all(reason or record.label is not None for record, reason in examined), "kept without a class"
     for text in texts:
         check_masked(text, rules)
-    records, classes = load_records(spooled, splits, cut=True, near_ones=near)
+    records, classes = load_records(staged, splits, cut=True, near_ones=near)
     screen(records, rules, sorted(set(splits)), validation=0.2, test=0.1)
-    decided = Decided(spooled, splits, records, classes)
+    decided = Decisions(staged, splits, records, classes)
     set_aside = list(decided.list_quarantined())
     kept = sum(decided.count_kept(split) for split in SPLITS)
     assert kept + len(set_aside) == len(given), "a record was lost"

@@ -18,11 +18,11 @@ from fuzz_checks import Choice, check_masked, check_screening, read_all
 
 from unisono.config.sections import Data
 from unisono.data.encoding.parts import add_reviews, write_part
-from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.column_batch import ColumnBatch
 from unisono.data.ingest.read import Record, read_texts, take_records
 from unisono.data.screening import near_duplicates as near
 from unisono.data.screening import review
-from unisono.data.screening.decisions import Batch, Decided
+from unisono.data.screening.decisions import Decisions, StagedBatch
 from unisono.data.screening.report_page import render
 from unisono.data.screening.review import Review
 from unisono.data.screening.rules import PERSONAL, UNSEEN, Examiner, describe_treatments, mask_all
@@ -66,7 +66,7 @@ def check_review(content: bytes, folder: Path) -> None:
     decided.choose_labels(())
     paths = [folder / f"part-{number}" for number in range(len(decided.batches))]
     for path, batch in zip(paths, decided.batches, strict=True):
-        write_part(path, decided.spooled[batch.spooled], batch.number, decided.fates(batch), _Letters(), 8)
+        write_part(path, decided.staged[batch.staged], batch.number, decided.fates(batch), _Letters(), 8)
     whole = add_reviews(paths)
     assert add_reviews(paths[::-1]).to_dict() == whole.to_dict(), "the order of parts changes the review"
     assert Review.from_dict(json.loads(json.dumps(whole.to_dict()))).to_dict() == whole.to_dict()
@@ -78,19 +78,19 @@ def check_review(content: bytes, folder: Path) -> None:
     _check_tables(texts, folder)
 
 
-def _screen(choice: Choice, folder: Path) -> Decided:
+def _screen(choice: Choice, folder: Path) -> Decisions:
     """Screen the records of an input, and look at each text by itself."""
-    sheets: list[tuple[str, list[Sheet]]] = []
+    column_batches: list[tuple[str, list[ColumnBatch]]] = []
     given: list[Record] = []
     listed = make_records(choice.rest)
     for start in range(0, len(listed), SHEET_RECORDS):
         some = listed[start : start + SHEET_RECORDS]
         columns = {"text": [text for text, _ in some], "label": [label for _, label in some]}
-        sheet = Sheet(name=f"file {start % 2}", rows=len(some), columns=columns)
-        sheets.append((sheet.name, [sheet]))
-        given += take_records(sheet, DATA)
-    splits = [SPLITS[number % 3 if choice.number & 1 else 0] for number in range(len(sheets))]
-    decided = check_screening(sheets, splits, given, DATA, choice.screen, folder)
+        column_batch = ColumnBatch(name=f"file {start % 2}", rows=len(some), columns=columns)
+        column_batches.append((column_batch.name, [column_batch]))
+        given += take_records(column_batch, DATA)
+    splits = [SPLITS[number % 3 if choice.number & 1 else 0] for number in range(len(column_batches))]
+    decided = check_screening(column_batches, splits, given, DATA, choice.screen, folder)
     texts = [record.text for record in given]
     sketches = near.sketch(texts)
     assert np.array_equal(sketches[:1], near.sketch(texts[:1])), "a sketch depends on other texts"
@@ -100,8 +100,8 @@ def _screen(choice: Choice, folder: Path) -> Decided:
     return decided
 
 
-def _list_texts(decided: Decided, batch: Batch) -> list[str]:
-    return decided.spooled[batch.spooled].batch(batch.number).column("text").to_pylist()
+def _list_texts(decided: Decisions, batch: StagedBatch) -> list[str]:
+    return decided.staged[batch.staged].batch(batch.number).column("text").to_pylist()
 
 
 class _Letters:
@@ -116,7 +116,7 @@ class _Letters:
         raise NotImplementedError
 
 
-def _check_counts(whole: Review, decided: Decided) -> None:
+def _check_counts(whole: Review, decided: Decisions) -> None:
     """Every record is counted once, under what became of it."""
     total, kept = len(decided.records.reasons), int(decided.records.kept.sum())
     for what, number in (

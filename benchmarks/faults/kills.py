@@ -154,7 +154,7 @@ def _strike_worker(run: Begun, workers: int, at: float, chosen: float) -> str:
     slot = int(chosen * len(alive))
     with suppress(ProcessLookupError):
         os.kill(alive[slot], signal.SIGKILL)
-        row = run.board.row(slot)  # before any other process has this place
+        row = run.progress_table.row(slot)  # before any other process has this place
         return row.phase + (f" ({row.waiting})" if row.waiting and row.phase not in ("join", "commit") else "")
     return ""
 
@@ -166,7 +166,7 @@ def _strike_supervisor(run: Begun, at: float) -> str:
     if run.is_over():
         return ""
     os.kill(run.pid, signal.SIGKILL)
-    return "writing" if _is_writing(run.folder / "run" / "checkpoints") else run.board.row(0).phase
+    return "writing" if _is_writing(run.folder / "run" / "checkpoints") else run.progress_table.row(0).phase
 
 
 def _strike_write(run: Begun, checkpoints: Path, skipped: int, delay: float, *, of_all: bool) -> str:

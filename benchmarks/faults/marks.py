@@ -18,11 +18,11 @@ import torch
 from unisono.config.recipe import Recipe
 from unisono.exchange.protocol import Exchange
 from unisono.runtime.launchers.fork import launch
-from unisono.runtime.launchers.rank_assignment import Seat
-from unisono.runtime.run import OpenMaterial, Trainee
+from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.run import OpenInputs, Runner
 from unisono.runtime.setup import Job
 from unisono.runtime.supervisor import Supervisor
-from unisono.runtime.supervisor_client import Alone, Link
+from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient
 from unisono.runtime.worker import Stop
 from unisono.tracking import events
 from unisono.tracking.reporter import Reporter
@@ -43,21 +43,21 @@ class Mark:
 Note = Callable[[Mark], None]
 
 
-class MarkedTrainee(Trainee):
+class MarkedTrainee(Runner):
     """A worker's part in a run, of which `note` hears in that worker's process; before all else, that it joins."""
 
-    def __init__(self, job: Job, open_material: OpenMaterial, note: Note) -> None:
-        super().__init__(job, open_material)
+    def __init__(self, job: Job, open_inputs: OpenInputs, note: Note) -> None:
+        super().__init__(job, open_inputs)
         self._note = note
 
-    def train(self, exchange: Exchange, device: torch.device, link: Link, **place: Any) -> bool:
-        before = link.progress
-        link.progress = marked = _Marked(before, self._note, exchange)  # type: ignore[misc]
+    def train(self, exchange: Exchange, device: torch.device, client: SupervisorClient, **place: Any) -> bool:
+        before = client.progress
+        client.progress = marked = _Marked(before, self._note, exchange)  # type: ignore[misc]
         marked.at("join")
         try:
-            return super().train(exchange, device, link, **place)
+            return super().train(exchange, device, client, **place)
         finally:
-            link.progress = before  # type: ignore[misc]
+            client.progress = before  # type: ignore[misc]
 
 
 class _Marked:
@@ -131,7 +131,7 @@ class _Both:
 
 def train_supervised(
     recipe: Recipe,
-    open_material: OpenMaterial,
+    open_inputs: OpenInputs,
     folder: Path,
     note: Note,
     *,
@@ -141,23 +141,23 @@ def train_supervised(
     """Train as every user does: a supervisor, its snapshot, a ledger."""
     job = Job(recipe=recipe, folder=folder)
     observer = _Both([Reporter(folder, quiet=True, as_json=False), *([heard] if heard else [])])
-    trainee = MarkedTrainee(job, open_material, note)
+    runner = MarkedTrainee(job, open_inputs, note)
     try:
-        Supervisor(trainee, recipe=recipe, folder=folder, observer=observer, workers=workers).run()
+        Supervisor(runner, recipe=recipe, folder=folder, observer=observer, workers=workers).run()
     finally:
         observer.close()
 
 
-def train_alone(recipe: Recipe, open_material: OpenMaterial, folder: Path, note: Note, *, workers: int) -> None:
+def train_alone(recipe: Recipe, open_inputs: OpenInputs, folder: Path, note: Note, *, workers: int) -> None:
     """Train with the same engine and ledger, but with nobody watching and no snapshot: weights are updated in place."""
-    trainee = MarkedTrainee(Job(recipe=recipe, folder=folder), open_material, note)
+    runner = MarkedTrainee(Job(recipe=recipe, folder=folder), open_inputs, note)
 
-    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        observers = [Reporter(folder, quiet=True, as_json=False)] if seat.rank == 0 else []
-        link = Alone(observers, stop)
-        place = {"local_rank": seat.local_rank, "local_workers": seat.local_workers, "again": False}
-        trainee.train(exchange, device, link, **place)
-        link.close()
+    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        observers = [Reporter(folder, quiet=True, as_json=False)] if assignment.rank == 0 else []
+        client = UnsupervisedClient(observers, stop)
+        place = {"local_rank": assignment.local_rank, "local_workers": assignment.local_workers, "again": False}
+        runner.train(exchange, device, client, **place)
+        client.close()
 
     launch(workers, act, threads=recipe.train.threads, device="cpu")
 

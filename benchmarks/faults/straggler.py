@@ -78,8 +78,8 @@ def train(recipe: Recipe, task: Task, samples: Any, workers: int, prepare: Prepa
             if mark.phase == "begin":
                 notebook.note(mark)
 
-        open_material = lambda number, notify: open_own(recipe, task, samples)  # noqa: E731
-        train_supervised(recipe, open_material, Path(place) / "run", note, workers=workers)
+        open_inputs = lambda number, notify: open_own(recipe, task, samples)  # noqa: E731
+        train_supervised(recipe, open_inputs, Path(place) / "run", note, workers=workers)
         summary = json.loads((Path(place) / "run" / "summary.json").read_text(encoding="utf-8"))
         found = step_seconds(notebook.read())
     seconds = median(value for step, value in found.items() if step > SETTLED)

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for record.py and workloads.py
 from record import RESULTS
 
-from unisono.processes.progress_table import Board
+from unisono.processes.progress_table import ProgressTable
 
 MICROBATCHES = 4
 MOST_SECONDS = 90.0
@@ -91,7 +91,7 @@ class Begun:
 
     process: BaseProcess
     folder: Path
-    board: Board
+    progress_table: ProgressTable
     started: float
 
     @property
@@ -203,12 +203,12 @@ def begin(arguments: Sequence[str], folder: Path) -> Begun:
 
 def fork(main: Callable[[], None], folder: Path, microbatches: int) -> Begun:
     """Begin what `main` does, a run of so many microbatches, in `folder`."""
-    board = Board(microbatches)
+    progress_table = ProgressTable(microbatches)
 
     def live() -> None:
         from unisono.runtime import supervisor
 
-        supervisor.Board = lambda rows: board  # the same memory, which this process can read along
+        supervisor.ProgressTable = lambda rows: progress_table  # the same memory, which this process can read along
         os.setsid()
         os.chdir(folder)
         tempfile.tempdir = str(folder / "temporary")
@@ -223,7 +223,7 @@ def fork(main: Callable[[], None], folder: Path, microbatches: int) -> Begun:
         (folder / name).touch()
     process = multiprocessing.get_context("fork").Process(target=live)
     process.start()
-    return Begun(process=process, folder=folder, board=board, started=time.monotonic())
+    return Begun(process=process, folder=folder, progress_table=progress_table, started=time.monotonic())
 
 
 def make_subject(folder: Path, every_steps: int) -> Subject:

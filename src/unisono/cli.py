@@ -189,9 +189,9 @@ def resize(
 ) -> None:
     """Change the number of workers of a run at work, at its next step. The bits stay the same."""
     count = int(check_count(workers, auto=False))
-    from unisono.storage import run_lock as claim
+    from unisono.storage import run_lock as run_lock
 
-    typer.echo(f"{run}: {claim.ask_for_workers(run, count)}")
+    typer.echo(f"{run}: {run_lock.ask_for_workers(run, count)}")
 
 
 @app.command()

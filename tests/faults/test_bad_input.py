@@ -418,8 +418,8 @@ def test_port_in_use(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         port = str(taken.getsockname()[1])
         options = ("--master-port", port, "--nproc-per-node", 2, "-m", "unisono")
         torchrun = run_python(["-m", "torch.distributed.run", *options, *asked], tmp_path)
-        seat = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        for name, value in {**seat, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        assignment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in {**assignment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         alone = launch_command(asked, tmp_path)
         assert alone.end() == 1, alone.err

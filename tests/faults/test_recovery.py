@@ -22,9 +22,9 @@ from unisono.engine.state import TrainState
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
 from unisono.exchange.shared_memory import Shared
 from unisono.processes.progress_table import PHASES
-from unisono.runtime import supervised_worker as member
+from unisono.runtime import supervised_worker as handle
 from unisono.runtime import supervisor
-from unisono.runtime.restart_budget import Budget
+from unisono.runtime.restart_budget import RestartBudget
 
 Disturbed = Callable[..., Path]
 
@@ -183,7 +183,7 @@ def test_who_takes_long_to_come_back_from_a_lost_group_is_not_suspected(
     disturbed: Disturbed, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = SimpleNamespace(collect=lambda: time.sleep(2), freeze=lambda: None)  # as with a great many objects
-    monkeypatch.setattr(member, "gc", slow)
+    monkeypatch.setattr(handle, "gc", slow)
     run = disturbed("kill(worker=1, step=4, phase=load)", workers=2, **HANGS)
     (line,) = recovered(run)
     assert line["what"].startswith("worker 1 was killed by SIGKILL") and line["what"].count("worker ") == 1
@@ -255,8 +255,8 @@ def test_a_task_that_blocks_while_others_wait_is_the_one_that_is_named(
 
 def test_the_others_take_over_the_share(command: Command, quiet: Any, tmp_path: Path) -> None:
     faults = ("kill(worker=2, step=5, phase=update)", "kill(worker=0, step=9, phase=commit)")
-    options = [part for fault in faults for part in ("--fault", fault)]
-    settings = [part for setting in OFTEN for part in ("--set", setting)]
+    options = [workload for fault in faults for workload in ("--fault", fault)]
+    settings = [workload for setting in OFTEN for workload in ("--set", setting)]
     run = tmp_path / "run"
     code, _, err = command(
         "train", quiet.recipe, "--run-folder", run, "-w", 3, "--on-loss", "shrink", "-q", *options, *settings
@@ -356,13 +356,13 @@ def test_models_survive(name: str, workers: int, models: Callable[[str], Path], 
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Losses that the budget has heard of."""
     heard: list[str] = []
-    honest = Budget.spend
+    honest = RestartBudget.spend
 
-    def spend(self: Budget, loss: Any) -> str:
+    def spend(self: RestartBudget, loss: Any) -> str:
         heard.append(loss.what)
         return honest(self, loss)
 
-    monkeypatch.setattr(Budget, "spend", spend)
+    monkeypatch.setattr(RestartBudget, "spend", spend)
     return heard
 
 

@@ -23,8 +23,8 @@ from toy import Command, Launched, is_alive, launch_command, wait_until_gone
 from unisono import cli
 from unisono.processes.fault_injection import KINDS
 from unisono.storage import checkpoints
-from unisono.storage import run_lock as claim
-from unisono.storage.run_lock import RUNNING, Claim
+from unisono.storage import run_lock as run_lock
+from unisono.storage.run_lock import RUNNING, RunLock
 from unisono.tasks.text.classification import TextClassification
 
 SETTINGS = [part for setting in OFTEN for part in ("--set", setting)]
@@ -135,7 +135,7 @@ def test_the_same_command_goes_on_wherever_the_supervisor_was_killed(
     assert read_summary(run)["resumes"] == 3 and read_summary(run)["recoveries"] == 0
     assert_same_history(run, quiet.run)
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
-    Claim(run).release()
+    RunLock(run).release()
 
 
 def test_resuming_a_finished_run_says_so(command: Command, quiet: Quiet, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_resized_at_work_and_nobody_else_may_have_the_folder(
     quiet: Quiet, tmp_path: Path, temporary: Path, slow: None, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = names("/dev/shm")
-    monkeypatch.setattr(claim, "DYING_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "DYING_SECONDS", 0.2)
     launched = begin(quiet, tmp_path)
     launched.wait_for('"StepDone", "step": 1,')
     workers = launched.workers()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from unisono.config.recipe import Recipe, check
 from unisono.data.encoding.encode import choose_encoder, find_settings, load_encoder
 from unisono.data.encoding.encoder import Encoder
-from unisono.data.encoding.tokens import Pieces, train_bpe, train_wordpiece
+from unisono.data.encoding.tokens import SubwordEncoder, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
 
 PLAIN = ["the", "train", "trains", "training", "bits", "same", "bit", "weights", "worker", "work"]
@@ -147,4 +147,7 @@ def test_a_tokenizer_without_special_tokens_gives_no_empty_sample() -> None:
 
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert [len(sample) for sample in Pieces(tokenizer, kind="tokenizer", max_tokens=4).encode(["", "a"])] == [1, 1]
+    assert [len(sample) for sample in SubwordEncoder(tokenizer, kind="tokenizer", max_tokens=4).encode(["", "a"])] == [
+        1,
+        1,
+    ]

@@ -19,8 +19,8 @@ import fuzz_inputs
 import fuzz_run
 
 from unisono.config.sections import Data
+from unisono.data.ingest.input_splits import find_input_splits, read_input_split
 from unisono.data.ingest.read import read_records, read_texts
-from unisono.data.ingest.splits import find_pieces, read_piece
 from unisono.data.write import write_table
 from unisono.errors import DataError
 
@@ -162,8 +162,12 @@ def test_no_byte_of_a_footer_loses_rows_or_ends_the_process(tmp_path: Path) -> N
             for byte in (whole[place] ^ 1, whole[place] ^ 2, whole[place] ^ 16):
                 path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
                 with suppress(DataError):
-                    sheets = [sheet for piece in find_pieces(path, DATA) for sheet in read_piece(piece, DATA)]
-                    assert sum(sheet.rows for sheet in sheets) == 5, f"byte {place} = {byte}"
+                    column_batches = [
+                        column_batch
+                        for input_split in find_input_splits(path, DATA)
+                        for column_batch in read_input_split(input_split, DATA)
+                    ]
+                    assert sum(column_batch.rows for column_batch in column_batches) == 5, f"byte {place} = {byte}"
 
     process = multiprocessing.get_context("fork").Process(target=damage_each)
     process.start()

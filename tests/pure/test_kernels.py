@@ -18,7 +18,7 @@ from unisono.determinism.space import BLOCK, GRID
 from unisono.determinism.tree import additions, fold_nodes
 from unisono.kernels import update as kernels
 from unisono.kernels.update import AdamWalk, Gradient, block_squares, find_adam, mean
-from unisono.kernels.update_rules import Pieces, update_adam
+from unisono.kernels.update_rules import UpdateSlice, update_adam
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -54,7 +54,7 @@ def with_torch(
     """What torch's kernel makes of one piece."""
     found = [value.clone() for value in old]
     count, rate, decay = setting
-    pieces = Pieces(
+    pieces = UpdateSlice(
         weights=found[:1], gradients=[gradient], slots=(found[1:2], found[2:]), counts=[torch.tensor(count)]
     )
     update_adam(train, pieces, rate, decay)
@@ -127,7 +127,7 @@ def test_a_walk_gives_the_bits_of_torch_and_writes_nothing_else(
         for target, value in zip(expected, after, strict=True):
             target[place] = value
         pieces.append((stop, None if number in skipped else setting))
-    gradient = Gradient(values=gradients, additions=additions(pending), weight=24, factor=factor)
+    gradient = Gradient(values=gradients, additions=additions(pending), terms=24, factor=factor)
     AdamWalk(train).update(gradient, pieces, old, new, past_caches=past_caches)
     assert all(map(same_bits, new, expected))
     assert all(map(same_bits, (*gradients, *old), untouched))
@@ -137,7 +137,7 @@ def test_squares_are_those_of_the_gradient_before_it_is_clipped() -> None:
     gradient, squares = values_of_all_sizes(2 * BLOCK, 1), torch.zeros(2, dtype=torch.float64)
     old, new = ([torch.ones(2 * BLOCK) for _ in range(3)] for _ in range(2))
     walk = AdamWalk(Train(optimizer="adam"))
-    asked = Gradient(values=[gradient], weight=3, factor=0.5, squares=squares)
+    asked = Gradient(values=[gradient], terms=3, factor=0.5, squares=squares)
     walk.update(asked, [(2 * BLOCK, (1.0, 0.1, 0.0))], old, new, past_caches=False)
     assert same_bits(squares, block_squares(gradient / 3))
 
@@ -188,6 +188,6 @@ def test_a_processor_on_which_torch_gives_other_bits_keeps_torch(monkeypatch: py
     kernels._is_torchs_adam.cache_clear()
 
 
-def _nudge(pieces: Pieces) -> None:
+def _nudge(pieces: UpdateSlice) -> None:
     """Change the last bit of one weight."""
     pieces.weights[0].view(torch.int32)[77] ^= 1

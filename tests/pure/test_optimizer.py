@@ -79,7 +79,7 @@ def gradient(replica: Replica, step: int) -> Tensor:
 
 def totals(replica: Replica, step: int, weight: int = 1) -> Totals:
     used = [index not in UNUSED.get(step, ()) for index in range(len(replica.parameters))]
-    return Totals(loss=1.0, weight=weight, used=used, integers=replica.integer_values(), request=RUNNING)
+    return Totals(loss=1.0, terms=weight, used=used, integers=replica.integer_values(), request=RUNNING)
 
 
 def summed(slope: Tensor) -> Sum:

@@ -16,7 +16,7 @@ from unisono.data import prepare as stages
 from unisono.data.encoding import encode
 from unisono.data.ingest import delimited as rows
 from unisono.data.ingest import inputs
-from unisono.data.ingest.splits import find_pieces
+from unisono.data.ingest.input_splits import find_input_splits
 from unisono.data.prepare import prepare
 from unisono.data.store import read_quarantine
 from unisono.errors import DamagedError, DataError, RecipeError
@@ -53,12 +53,12 @@ def nothing_written(folder: Path) -> bool:
 
 @pytest.mark.parametrize(("model", "kind"), [("bag", "ngrams"), ("transformer", "wordpiece"), ("transformer", "bpe")])
 def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
-    monkeypatch.setattr(rows, "SHEET_ROWS", 8)
-    monkeypatch.setattr(inputs, "find_pieces", partial(find_pieces, piece_bytes=200))
+    monkeypatch.setattr(rows, "COLUMN_BATCH_ROWS", 8)
+    monkeypatch.setattr(inputs, "find_input_splits", partial(find_input_splits, input_split_bytes=200))
     train, test = str(tmp_path / "train.jsonl"), write(tmp_path / "test.csv", lines(30, 1000))
     records = [dict(zip(("text", "label"), line.split(","), strict=True)) for line in [*lines(), *lines(5)]]
     Path(train).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    assert len(inputs.find_pieces(train, Data())) > 8
+    assert len(inputs.find_input_splits(train, Data())) > 8
     made = []
     for workers in (1, 2, 3, 5, 8):
         store = str(tmp_path / str(workers))
@@ -112,7 +112,7 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest
         prepare(asked)
     assert not [path for path in (tmp_path / "store").iterdir() if not path.name.startswith(".")]
     with monkeypatch.context() as patch:
-        for done in ("spool", "write_part"):
+        for done in ("stage", "write_part"):
             patch.setattr(stages, done, None)
         patch.setattr(encode, "choose_encoder", None)
         folder = prepare(asked).folder

@@ -173,10 +173,10 @@ class Lent(Solo):
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self.desk: Any = SimpleNamespace(given_seconds=0.0)
+        self.offload: Any = SimpleNamespace(given_seconds=0.0)
 
     def add_integers(self, values: Tensor) -> Tensor:
-        self.desk.given_seconds += 2e-9
+        self.offload.given_seconds += 2e-9
         return values
 
 

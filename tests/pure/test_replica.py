@@ -53,7 +53,7 @@ def one_step(make: Callable[[], nn.Module], pieces: list[Tensor]) -> tuple[Repli
         for name, value in replica.all_tensors().items():
             assert torch.equal(value, before[name]), f"{name} is not as it was"
     gradient, totals = reduction.finish()
-    flat = gradient.mean(slice(0, replica.shard.size), totals.weight)
+    flat = gradient.mean(slice(0, replica.shard.size), totals.terms)
     return replica, {segment.name: segment.view(flat).clone() for segment in replica.space.segments}, totals.integers
 
 
@@ -61,12 +61,12 @@ def test_a_step_took_also_what_others_computed_for_it(monkeypatch: pytest.Monkey
     """Else a slow worker would seem quick, since it has help, and keep its share."""
     task, learnt, exchange = Summed(lambda: nn.Linear(3, 2)), [], Solo()
     monkeypatch.setattr(Assignment, "learn", lambda self, microseconds: learnt.append(microseconds))
-    exchange.desk = desk = SimpleNamespace(taken_seconds=100.0)  # type: ignore[assignment]
+    exchange.offload = offload = SimpleNamespace(taken_seconds=100.0)  # type: ignore[assignment]
     contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
     reduction = Reduction(contributor.replica, exchange)
     reduction.begin(Step(number=0, epoch=0, microbatches=(np.arange(2),)))
     reduction.add(0, contributor.contribute(0, 0, {"x": torch.ones(2, 3)}))
-    desk.taken_seconds += 50.0
+    offload.taken_seconds += 50.0
     reduction.finish()
     ((microseconds,),) = learnt
     assert 50e6 <= microseconds < 60e6

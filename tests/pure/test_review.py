@@ -20,7 +20,7 @@ REASONS = ("", "duplicate", "mail address")
 LABELS = ("sport", "food")
 
 
-def make_part(rows: list[tuple[int, int, int, int, int]], piece: int) -> Review:
+def make_part(rows: list[tuple[int, int, int, int, int]], input_split: int) -> Review:
     """A review of rows: split, reason, class, characters, tokens."""
     part = Review()
     splits, reasons, labels, characters, tokens = (
@@ -37,7 +37,7 @@ def make_part(rows: list[tuple[int, int, int, int, int]], piece: int) -> Review:
             part.show(
                 REASONS[reason],
                 "x" * length,
-                place=(piece, number),
+                place=(input_split, number),
                 split=SPLITS[split],
                 file="f",
                 row=number,
@@ -57,7 +57,7 @@ def test_parts_add_up_in_any_grouping_and_order(
     parts: list[list[tuple[int, int, int, int, int]]], shuffler: random.Random
 ) -> None:
     """To the review of all the data at once. Fails if examples were kept by when they came, or a count was lost."""
-    reviews = [make_part(part, piece) for piece, part in enumerate(parts)]
+    reviews = [make_part(part, input_split) for input_split, part in enumerate(parts)]
     whole = Review()
     for one in reviews:
         whole = whole + one

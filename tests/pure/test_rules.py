@@ -312,7 +312,7 @@ def test_wrong_settings_are_explained(table: dict[str, Any], told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece",
+    "text",
     [
         "a",
         "1 ",
@@ -333,11 +333,11 @@ def test_wrong_settings_are_explained(table: dict[str, Any], told: str) -> None:
         "@a.",
     ],
 )
-def test_time_grows_with_the_text_and_not_with_its_square(piece: str) -> None:
+def test_time_grows_with_the_text_and_not_with_its_square(text: str) -> None:
     """200,000 characters made to be matched almost: minutes, where a pattern starts over at every place."""
     examiner = Examiner(Screen(**{**MENDING, "mojibake": "keep"}), ())
     start = time.process_time()
-    examiner.examine(record("a@" + piece * (200_000 // len(piece))))
+    examiner.examine(record("a@" + text * (200_000 // len(text))))
     assert time.process_time() - start < 5
 
 

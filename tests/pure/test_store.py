@@ -15,23 +15,23 @@ from hypothesis import strategies as st
 
 from unisono.data import store
 from unisono.data.encoding.ngrams import NGrams
-from unisono.data.samples import Chunk, EncodedSamples, encode_samples, hash_content
+from unisono.data.samples import EncodedSamples, SampleChunk, encode_samples, hash_content
 from unisono.data.store import Dataset, open_dataset, read_quarantine, write_dataset
 from unisono.errors import DamagedError, DataError
 
 ENCODER = NGrams.learn([["one two three", "two three", "中"]], 50, words=10, order=1, lowercase=True)
 
 
-def chunk(rows: list[list[int]], labels: list[int] | None = None) -> Chunk:
+def chunk(rows: list[list[int]], labels: list[int] | None = None) -> SampleChunk:
     numbers = [number for row in rows for number in row]
-    return Chunk(
+    return SampleChunk(
         ids=np.array(numbers, np.int32),
         lengths=np.array([len(row) for row in rows], np.int32),
         labels=np.array(range(len(rows)) if labels is None else labels, np.int32),
     )
 
 
-def write(folder: Path, splits: dict[str, list[Chunk]] | None = None) -> Dataset:
+def write(folder: Path, splits: dict[str, list[SampleChunk]] | None = None) -> Dataset:
     return write_dataset(
         folder,
         splits={"train": [chunk([[1, 2, 3], [4]]), chunk([[5, 6]])]} if splits is None else splits,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from unisono.data.encoding import word_table as wordtable
-from unisono.data.encoding.tokens import Pieces, train_bpe, train_wordpiece
+from unisono.data.encoding.tokens import SubwordEncoder, train_bpe, train_wordpiece
 from unisono.data.encoding.word_table import LONGEST_WORD, WordTable
 from unisono.data.encoding.words import Words
 
@@ -54,12 +54,12 @@ SPICE += [
 ]
 
 
-def make(lowercase: bool, most: int, added: bool) -> Pieces:
+def make(lowercase: bool, most: int, added: bool) -> SubwordEncoder:
     tokenizer = train_wordpiece([TEXTS], 150, lowercase)
     if added:
         tokenizer.add_tokens([AddedToken("<new>", normalized=True)])
         tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
-    return Pieces(tokenizer, kind="tokenizer" if added else "wordpiece", max_tokens=most)
+    return SubwordEncoder(tokenizer, kind="tokenizer" if added else "wordpiece", max_tokens=most)
 
 
 ENCODERS = [
@@ -83,7 +83,7 @@ def ids_of(words: Words, text: str, most: int = 99) -> list[int]:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(SPICE), max_size=25).map("".join), max_size=9), st.sampled_from(ENCODERS))
-def test_texts_are_encoded_together_as_alone(texts: list[str], encoder: Pieces) -> None:
+def test_texts_are_encoded_together_as_alone(texts: list[str], encoder: SubwordEncoder) -> None:
     together = encoder.encode(texts)
     assert [row.tolist() for row in together] == [encoder._ask([text])[0].tolist() for text in texts]
 

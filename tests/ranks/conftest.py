@@ -23,4 +23,4 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Forked:
 
 @pytest.fixture(autouse=True)
 def _settled(settled: None) -> None:
-    """Played workers compute in this process."""
+    """Simulated workers compute in this process."""

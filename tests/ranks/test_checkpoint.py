@@ -69,11 +69,11 @@ def train(
     heard: Heard | None = None,
 ) -> None:
     """Train a convolution to the end, or for so many steps."""
-    material = open_own(
+    inputs = open_own(
         recipe(), Halfway(zoo.convolution), zoo.images(), validation=zoo.images(11, 8), test=zoo.images(9, 9)
     )
     job = Job(recipe=recipe(), folder=folder, resume=resume)
-    train_alone(job, material, exchange, [heard or Heard(folder)], StopAfter(exchange, steps))
+    train_alone(job, inputs, exchange, [heard or Heard(folder)], StopAfter(exchange, steps))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """The promise itself: weights, optimiser state, scores and checkpoints are the same bits for any number of workers.
 
-Played workers go through the broad matrix, forked ones through a part of it; both run the whole of `run.execute`.
+Simulated workers go through the broad matrix, forked ones through a part of it; both run the whole of `run.execute`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unisono.data.samples import EncodedSamples
 from unisono.determinism import keys
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
-from unisono.runtime.run_inputs import Material, open_own
+from unisono.runtime.run_inputs import RunInputs, open_own
 from unisono.runtime.setup import Job
 from unisono.storage.files import load_tensors
 from unisono.tasks.task import Task
@@ -128,7 +128,7 @@ def recipe_of(case: Case) -> Recipe:
     return recipes.check({"train": train, "evaluate": evaluate, "checkpoint": {"every_steps": 2, "keep": 9}})
 
 
-def material_of(case: Case, recipe: Recipe) -> Material:
+def material_of(case: Case, recipe: Recipe) -> RunInputs:
     return open_own(recipe, case.task(), case.data(), validation=case.data(11, seed=8), test=case.data(9, seed=9))
 
 

@@ -69,9 +69,9 @@ def test_profile_changes_no_bit(forked: Forked, tmp_path: Path, task: str) -> No
 
     def run(folder: Path, *, profile: bool) -> Any:
         def act(exchange: Exchange) -> list[str]:
-            material = open_own(recipe, zoo.Classified(make), data(), test=data(9, seed=9))
+            inputs = open_own(recipe, zoo.Classified(make), data(), test=data(9, seed=9))
             heard = Heard(folder)
-            train_alone(Job(recipe=recipe, folder=folder, profile=profile), material, exchange, [heard])
+            train_alone(Job(recipe=recipe, folder=folder, profile=profile), inputs, exchange, [heard])
             return heard.losses + heard.warnings
 
         return forked(2, act)
@@ -92,8 +92,8 @@ def test_played_workers_wait_for_each_other(tmp_path: Path) -> None:
     recipe = recipes.check({"train": {"epochs": 1.0, "samples_per_step": 15, "microbatches": 3}})
 
     def act(exchange: Exchange) -> None:
-        material = open_own(recipe, zoo.Classified(zoo.Attention), zoo.words(), test=zoo.words(9, seed=9))
-        train_alone(Job(recipe=recipe, folder=tmp_path / "run", profile=True), material, exchange, [])
+        inputs = open_own(recipe, zoo.Classified(zoo.Attention), zoo.words(), test=zoo.words(9, seed=9))
+        train_alone(Job(recipe=recipe, folder=tmp_path / "run", profile=True), inputs, exchange, [])
 
     play(3, act)
     assert check_profile(tmp_path / "run", 3)["phases"]["wait"]["lowest"] > 0

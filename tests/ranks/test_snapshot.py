@@ -1,7 +1,7 @@
 """The snapshot: what it holds is the state, byte for byte; an update is committed by all or by none; any number of
 workers goes on from it.
 
-Played workers share one memory file, as real ones do, and join through `joining.join`.
+Simulated workers share one memory file, as real ones do, and join through `joining.join`.
 """
 
 from __future__ import annotations
@@ -126,13 +126,13 @@ def take_part(case: Case, exchange: Exchange, memory: int) -> Run:
     """Join, as a worker does: begin, or go on from what the memory holds (−1: from nothing)."""
     recipe = recipe_of(case)
     task = zoo.Classified(case.build)
-    material = open_own(recipe, task, case.data(), validation=case.data(11, seed=8))
+    inputs = open_own(recipe, task, case.data(), validation=case.data(11, seed=8))
     job = Job(recipe=recipe, folder=Path("nowhere"))
-    return join(job, make_ready(job, material, CPU), exchange, Held(memory))
+    return join(job, make_ready(job, inputs, CPU), exchange, Held(memory))
 
 
 def advance(run: Run, count: int) -> None:
-    feed = Feed(run.material.train, run.order, CPU)
+    feed = Feed(run.inputs.train, run.order, CPU)
     try:
         for _, _done in zip(
             range(count), steps(run.state, run.order, feed, run.contributor, run.recipe.train), strict=False
@@ -355,7 +355,7 @@ def test_an_update_that_turns_out_not_to_be_finite_is_not_seen(
         flat = torch.zeros_like(state.replica.flat)
         flat[state.replica.space.parameters[-1].start] = torch.inf
         totals = Totals(
-            loss=1.0, weight=1, used=[True] * len(state.replica.parameters), integers=torch.empty(0), request=RUNNING
+            loss=1.0, terms=1, used=[True] * len(state.replica.parameters), integers=torch.empty(0), request=RUNNING
         )
         gradient = Sum([(Node(0, 0), state.replica.shard.of(flat).clone())])
         with pytest.raises(DivergedError):
@@ -390,7 +390,7 @@ def test_copies_catch_up_with_lazy_rows(workers: int, memory: int) -> None:
         other = take_part(case, Solo(), -1)
         for turn in range(12):
             if turn in (3, 8):
-                run.link.save(run.state, {}, Path("nowhere"), 1)
+                run.client.save(run.state, {}, Path("nowhere"), 1)
             if turn == 5:  # an update that nobody commits
                 for array in run.state.optimizer.arrays.begin().values():
                     array.fill_(7.0)
@@ -408,7 +408,7 @@ def test_commits_take_turns_and_never_touch_what_is_pinned(memory: int, direct: 
     found = copies(memory, run, 4)
     assert all(one != other for one, other in itertools.pairwise(found))
     assert set(found) <= set(range(COPIES))
-    run.link.save(run.state, {}, Path("nowhere"), 1)
+    run.client.save(run.state, {}, Path("nowhere"), 1)
     snapshot = Snapshot(memory)
     pinned = snapshot.content(snapshot.facts())  # looks at the memory, as who writes a checkpoint does
     before, copy = told(pinned), int(snapshot.facts()["copy"])
@@ -417,7 +417,7 @@ def test_commits_take_turns_and_never_touch_what_is_pinned(memory: int, direct: 
     assert copy not in later and len(set(later)) == COPIES - 1
     assert told(pinned) == before
     assert held(memory)["parameters"] != before["parameters"]
-    run.link.save(run.state, {}, Path("nowhere"), 1)
+    run.client.save(run.state, {}, Path("nowhere"), 1)
     assert copy in copies(memory, run, 3)
 
 
@@ -426,7 +426,7 @@ def test_a_new_group_of_workers_keeps_what_was_pinned(memory: int) -> None:
     case = CASES["mixed"]
     run = take_part(case, Solo(), memory)
     advance(run, 2)
-    run.link.save(run.state, {}, Path("nowhere"), 1)
+    run.client.save(run.state, {}, Path("nowhere"), 1)
     advance(run, 1)  # with this commit it is known to all that come after
     snapshot = Snapshot(memory)
     kept = snapshot.content({**snapshot.facts(), "copy": snapshot.facts()["pinned"]})

@@ -17,11 +17,11 @@ import torch
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING
 from unisono.runtime.launchers.fork import launch
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.run import execute
-from unisono.runtime.run_inputs import Material
+from unisono.runtime.run_inputs import RunInputs
 from unisono.runtime.setup import Job, make_ready
-from unisono.runtime.supervisor_client import Alone
+from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Stop
 from unisono.tracking.events import Event, Notice, Observer, RunEnded, StepDone
 
@@ -52,25 +52,25 @@ class Heard:
 
 def train_alone(
     job: Job,
-    material: Material,
+    inputs: RunInputs,
     exchange: Exchange,
     observers: Sequence[Observer],
     request: Callable[[], int] = lambda: RUNNING,
 ) -> None:
     """One worker's part in a run that nobody watches over."""
-    link = Alone(observers, request)
+    client = UnsupervisedClient(observers, request)
     try:
-        assert execute(job, make_ready(job, material, CPU), exchange, link)
+        assert execute(job, make_ready(job, inputs, CPU), exchange, client)
     finally:
-        link.close()
+        client.close()
 
 
 def fork(workers: int, function: Callable[[Exchange], Any], folder: Path) -> list[Any]:
     """Call `function(exchange)` in each worker; return their (JSON) results in order of rank."""
 
-    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
         faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5, file=sys.__stderr__)  # where does it hang?
-        (folder / f"{seat.rank}.json").write_text(json.dumps(function(exchange)), encoding="utf-8")
+        (folder / f"{assignment.rank}.json").write_text(json.dumps(function(exchange)), encoding="utf-8")
 
     with _deadline(DEADLINE_SECONDS):
         launch(workers, act, threads=1, device="cpu")

@@ -32,7 +32,7 @@ from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.runtime.launchers import run_everywhere
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Stop
 from unisono.storage.files import load_tensors, whole_file
 from unisono.storage.run_folder import model_folder
@@ -188,10 +188,10 @@ def evaluate(
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
-    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
         source, left_out = _labelled(classifier, Path(run), data)
         results = classifier.measure(source, exchange, device)
-        if seat.rank == 0:
+        if assignment.rank == 0:
             report.write_text(json.dumps(_report(classifier, results, left_out)), encoding="utf-8")
 
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
@@ -263,9 +263,9 @@ def _share_out(classifier: Classifier, texts: Texts, workers: str | int) -> tupl
         path = Path(scratch) / "probabilities.npy"
         here = os.getpid()
 
-        def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
             found = classifier.probabilities(texts.good_texts, exchange, device)
-            if seat.rank == 0 or os.getpid() == here:  # one of torchrun's workers has the folder for itself
+            if assignment.rank == 0 or os.getpid() == here:  # one of torchrun's workers has the folder for itself
                 np.save(path, found)
 
         train = classifier.recipe.train

@@ -20,13 +20,13 @@ from unisono.data.ingest.frames import is_frame, take_columns
 from unisono.errors import Interrupted, Preempted, RecipeError
 from unisono.processes.fault_injection import parse
 from unisono.processes.progress_table import PHASES
-from unisono.runtime.launchers import count_workers, join_torchrun, restarted_by_torchrun, seat_from_torchrun
-from unisono.runtime.launchers.rank_assignment import Seat
-from unisono.runtime.run import OpenMaterial, Trainee
+from unisono.runtime.launchers import assignment_from_torchrun, count_workers, join_torchrun, restarted_by_torchrun
+from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.run import OpenInputs, Runner
 from unisono.runtime.run_inputs import import_for_text, open_own, open_text
 from unisono.runtime.setup import Job, Resume, check_workers
 from unisono.runtime.supervisor import Supervisor
-from unisono.runtime.supervisor_client import Alone
+from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Stop
 from unisono.storage.run_folder import choose_folder
 from unisono.tasks.task import Task
@@ -108,7 +108,7 @@ def train(
         UserError (what was given cannot be used), DivergedError, WorkerError, Interrupted, Preempted: see errors.
     """
     recipe = resolve(what, name, overrides, settings)
-    open_material = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
+    open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
     place, mode = _choose_start(recipe, run, resume)
     if mode is not None:
         job = Job(
@@ -120,7 +120,7 @@ def train(
             trace=trace,
             profile=profile,
         )
-        run_job(job, open_material, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
+        run_job(job, open_inputs, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -141,7 +141,7 @@ def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
 
-def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str, Any]) -> OpenMaterial:
+def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str, Any]) -> OpenInputs:
     """How each worker comes to what it trains on."""
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
@@ -162,7 +162,7 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
 
 def run_job(
     job: Job,
-    open_material: OpenMaterial,
+    open_inputs: OpenInputs,
     *,
     workers: str | int,
     quiet: bool,
@@ -173,15 +173,15 @@ def run_job(
     train = job.recipe.train
     if workers != "auto":
         check_workers(job.recipe, int(workers))
-    trainee = Trainee(job, open_material)
-    seat = seat_from_torchrun()
-    if seat is not None:
-        _run_alone(job, trainee, seat, quiet=quiet, as_json=as_json)
+    runner = Runner(job, open_inputs)
+    assignment = assignment_from_torchrun()
+    if assignment is not None:
+        _run_alone(job, runner, assignment, quiet=quiet, as_json=as_json)
         return
     reporter = Reporter(job.folder, quiet=quiet, as_json=as_json)
     try:
         Supervisor(
-            trainee,
+            runner,
             recipe=job.recipe,
             folder=job.folder,
             observer=reporter,
@@ -192,21 +192,21 @@ def run_job(
         reporter.close()
 
 
-def _run_alone(job: Job, trainee: Trainee, seat: Seat, *, quiet: bool, as_json: bool) -> None:
+def _run_alone(job: Job, runner: Runner, assignment: RankAssignment, *, quiet: bool, as_json: bool) -> None:
     """Be one of torchrun's workers."""
 
-    def act(seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        observers = [Reporter(job.folder, quiet=quiet, as_json=as_json)] if seat.rank == 0 else []
-        link = Alone(observers, stop)
+    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        observers = [Reporter(job.folder, quiet=quiet, as_json=as_json)] if assignment.rank == 0 else []
+        client = UnsupervisedClient(observers, stop)
         try:
-            rank, workers = seat.local_rank, seat.local_workers
-            trainee.train(exchange, device, link, local_rank=rank, local_workers=workers, again=False)
+            rank, workers = assignment.local_rank, assignment.local_workers
+            runner.train(exchange, device, client, local_rank=rank, local_workers=workers, again=False)
         except Interrupted as error:  # torchrun passes on only what wants the machine back
             raise Preempted(str(error)) from None
         finally:
-            link.close()
+            client.close()
 
-    join_torchrun(seat, act, threads=job.recipe.train.threads, device=job.recipe.train.device)
+    join_torchrun(assignment, act, threads=job.recipe.train.threads, device=job.recipe.train.device)
 
 
 def resolve(

@@ -1,1 +1,1 @@
-"""config."""
+"""Recipes: tables of typed, checked keys, read from TOML, changed by `--set`."""

@@ -1,1 +1,1 @@
-"""Records in, samples out: read, screen, encode, store; then order and feed."""
+"""From the user's files or memory to microbatches."""

@@ -26,7 +26,7 @@ class Step:
 
     @property
     def samples(self) -> int:
-        return sum(len(piece) for piece in self.microbatches)
+        return sum(len(input_split) for input_split in self.microbatches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +118,9 @@ def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
     total = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
     first, last = 0, len(lengths)
     parts = []
-    for piece in range(1, pieces):
-        wanted = total[-1] * piece / pieces  # of the first `piece` pieces
-        later = pieces - piece  # that need a sample each
+    for input_split in range(1, pieces):
+        wanted = total[-1] * input_split / pieces  # of the first `input_split` pieces
+        later = pieces - input_split  # that need a sample each
         half = bisect_left(total, wanted / 2)
         tried = []  # how far off, start, end
         for more in _TRIED:

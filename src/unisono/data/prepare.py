@@ -2,7 +2,7 @@
 
 Owns the order of the stages, the classes, and when what was made before is used again. Each stage has its own module.
 
-1. *Spool*: every part of the input is read, its records examined (`rules.py`) and left in a file (`spool.py`).
+1. *Staging*: every part of the input is read, its records examined (`rules.py`) and left in a file (`stage.py`).
 2. *Decide*: what takes all records is decided from a few numbers of each (`screen.py`); texts are not looked at.
 3. *Learn*: the encoder, where it is learned, from the spooled training texts (`encode.py`).
 4. *Encode*: what is kept is encoded, a record batch of the spool at a time (`parts.py`).
@@ -27,12 +27,12 @@ from unisono.data import store
 from unisono.data.encoding import encode
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.parts import Parts, add_reviews, read_quarantine_lines, write_part
-from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.column_batch import ColumnBatch
+from unisono.data.ingest.input_splits import read_input_split
 from unisono.data.ingest.inputs import Input, find_inputs, make_key
 from unisono.data.ingest.read import find_column
-from unisono.data.ingest.splits import read_piece
-from unisono.data.ingest.staging import Spooled, spool
-from unisono.data.screening.decisions import Decided, load_records, refuse, refuse_absent_labels, show, tell_counts
+from unisono.data.ingest.staging import StagedRecords, stage
+from unisono.data.screening.decisions import Decisions, load_records, refuse, refuse_absent_labels, show, tell_counts
 from unisono.data.screening.report_page import render
 from unisono.data.screening.rules import Examiner, describe_treatments
 from unisono.data.screening.screen import SPLITS, screen
@@ -147,13 +147,13 @@ class _Stages:
     def make(self, folder: Path, key: Mapping[str, object]) -> store.Dataset:
         """Go through all stages; return the dataset."""
         data = self._recipe.data
-        spooled = self._spool()
+        staged = self._stage()
         given = [split for split, _ in self._parts]
-        records, classes = load_records(spooled, given, cut=self._cut, near_ones=self._near)
+        records, classes = load_records(staged, given, cut=self._cut, near_ones=self._near)
         refuse_absent_labels(classes, data.labels)
         shares = {"validation": data.validation_fraction, "test": data.test_fraction}
         screen(records, self._recipe.screen, tuple(self._inputs), **shares)
-        decided = Decided(spooled, given, records, classes)
+        decided = Decisions(staged, given, records, classes)
         if decided.counts:
             gone, reasons = int(np.count_nonzero(~records.kept)), tell_counts(decided.counts)
             self._notify(f"quarantined {gone} of {len(records.reasons)} records: {reasons}")
@@ -178,7 +178,7 @@ class _Stages:
             do=self._share.call if size > LARGE_BYTES else store.one_by_one,
         )
 
-    def _spool(self) -> list[Spooled]:
+    def _stage(self) -> list[StagedRecords]:
         """Read and examine every part of the input; return what was left of each."""
         for one in self._inputs.values():
             self._notify(f"reading {one.name}")
@@ -188,21 +188,23 @@ class _Stages:
 
         def read(number: int) -> None:
             split, part = self._parts[number]
-            sheets = [part] if isinstance(part, Sheet) else read_piece(part, data, (data.text, data.label))
-            name = part.name if isinstance(part, Sheet) else part.source
+            column_batches = (
+                [part] if isinstance(part, ColumnBatch) else read_input_split(part, data, (data.text, data.label))
+            )
+            name = part.name if isinstance(part, ColumnBatch) else part.source
             place = self._cut and split == "train"
-            spool(paths[number], sheets, name, data, examiner, place=place, near=self._near)
+            stage(paths[number], column_batches, name, data, examiner, place=place, near=self._near)
 
         self._share.do(read, [number for number, path in enumerate(paths) if not path.exists()])
-        spooled = [Spooled(path) for path in paths]
+        staged = [StagedRecords(path) for path in paths]
         for split, one in self._inputs.items():
-            mine = [file for file, (of, _) in zip(spooled, self._parts, strict=True) if of == split]
+            mine = [file for file, (of, _) in zip(staged, self._parts, strict=True) if of == split]
             if not any(file.facts.rows for file in mine):
                 raise DataError(f"{one.name!r}: there is no record in it. Give a file with at least one.")
             _refuse_absent_columns(mine, {"text": data.text, "label": data.label})
-        return spooled
+        return staged
 
-    def _learn(self, decided: Decided) -> Encoder:
+    def _learn(self, decided: Decisions) -> Encoder:
         """Return the encoder; one that was learned is kept for a preparation that goes on."""
         folder = self._work / "encoder"
         if folder.exists():
@@ -212,16 +214,14 @@ class _Stages:
             encoder.save(part)
         return encoder
 
-    def _encode(self, decided: Decided, encoder: Encoder) -> list[Path]:
+    def _encode(self, decided: Decisions, encoder: Encoder) -> list[Path]:
         """Encode what is kept; return the files of the parts, in order."""
         limit = self._recipe.encode.max_tokens
-        paths = [self._work / f"part-{batch.spooled:06}-{batch.number:06}" for batch in decided.batches]
+        paths = [self._work / f"part-{batch.staged:06}-{batch.number:06}" for batch in decided.batches]
 
         def write(number: int) -> None:
             batch = decided.batches[number]
-            write_part(
-                paths[number], decided.spooled[batch.spooled], batch.number, decided.fates(batch), encoder, limit
-            )
+            write_part(paths[number], decided.staged[batch.staged], batch.number, decided.fates(batch), encoder, limit)
 
         self._share.do(write, [number for number, path in enumerate(paths) if not path.exists()])
         return paths
@@ -251,17 +251,17 @@ def _make_store(folder: Path) -> None:
         raise DataError(f"{str(folder)!r}: {told}.") from None
 
 
-def _refuse_absent_columns(files: Sequence[Spooled], wanted: Mapping[str, str]) -> None:
+def _refuse_absent_columns(files: Sequence[StagedRecords], wanted: Mapping[str, str]) -> None:
     """Raise DataError if no sheet of a file's has a column that is needed."""
     names: dict[str, dict[str, list[object]]] = {}
     for file in files:
         names.setdefault(file.facts.name, {}).update({name: [] for name in file.facts.names})
     for name, columns in names.items():
         for key, column in wanted.items():
-            find_column(Sheet(name=name, rows=0, columns=columns), column, key)
+            find_column(ColumnBatch(name=name, rows=0, columns=columns), column, key)
 
 
-def _refuse_empty_splits(decided: Decided, splits: Sequence[str]) -> None:
+def _refuse_empty_splits(decided: Decisions, splits: Sequence[str]) -> None:
     """Raise DataError if no record is left for a split."""
     for split in splits:
         if decided.count_kept(split):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class SampleChunk:
     """Some samples, one after the other."""
 
     ids: np.ndarray
@@ -97,10 +97,10 @@ def encode_samples(
     )
 
 
-def make_chunk(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None) -> Chunk:
+def make_chunk(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None) -> SampleChunk:
     """Encode texts, in order."""
     rows = encoder.encode(texts)
-    return Chunk(
+    return SampleChunk(
         ids=np.concatenate(rows) if rows else np.empty(0, np.int32),
         lengths=np.fromiter(map(len, rows), np.int32, len(rows)),
         labels=None if labels is None else np.asarray(labels, np.int32),
@@ -113,7 +113,7 @@ class ContentHash:
     def __init__(self) -> None:
         self._parts = [hashlib.sha256() for _ in range(3)]
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: SampleChunk) -> None:
         labels = np.empty(0, np.int32) if chunk.labels is None else chunk.labels
         for part, column in zip(self._parts, (chunk.lengths, chunk.ids, labels), strict=True):
             part.update(np.ascontiguousarray(column, "<i4").data)
@@ -122,7 +122,7 @@ class ContentHash:
         return hashlib.sha256(b"".join(part.digest() for part in self._parts)).hexdigest()
 
 
-def hash_content(chunks: Iterable[Chunk]) -> str:
+def hash_content(chunks: Iterable[SampleChunk]) -> str:
     """Return the SHA-256 of the samples in these chunks."""
     whole = ContentHash()
     for chunk in chunks:

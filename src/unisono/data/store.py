@@ -30,7 +30,7 @@ import pyarrow as pa
 from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encoding.encode import load_encoder
 from unisono.data.encoding.encoder import Encoder
-from unisono.data.samples import Chunk, ContentHash, EncodedSamples
+from unisono.data.samples import ContentHash, EncodedSamples, SampleChunk
 from unisono.errors import DamagedError, DataError
 from unisono.storage.files import check_file, facts_sha256, file_sha256, sync
 
@@ -78,7 +78,7 @@ def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
 def write_dataset(
     folder: Path,
     *,
-    splits: Mapping[str, Iterable[Chunk]],
+    splits: Mapping[str, Iterable[SampleChunk]],
     labels: Sequence[str],
     encoder: Encoder,
     quarantine: Iterable[str],
@@ -154,7 +154,7 @@ def read_quarantine(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _fill(
     folder: Path,
-    splits: Mapping[str, Iterable[Chunk]],
+    splits: Mapping[str, Iterable[SampleChunk]],
     labels: Sequence[str],
     encoder: Encoder,
     quarantine: Iterable[str],
@@ -203,7 +203,7 @@ class _Hashing(io.RawIOBase):
         return memoryview(content).nbytes
 
 
-def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[int, int]:
+def _write_split(path: Path, chunks: Iterable[SampleChunk]) -> tuple[int, int]:
     """Write one record batch per chunk; return how many samples and tokens these are."""
     samples = tokens = 0
     with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
@@ -214,7 +214,7 @@ def _write_split(path: Path, chunks: Iterable[Chunk]) -> tuple[int, int]:
     return samples, tokens
 
 
-def _hash_split(chunks: Iterable[Chunk]) -> tuple[str, str]:
+def _hash_split(chunks: Iterable[SampleChunk]) -> tuple[str, str]:
     """Return the SHA-256 of the samples, and of the file that `_write_split` makes of them."""
     content, file = ContentHash(), _Hashing()
     with pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as writer:
@@ -224,7 +224,7 @@ def _hash_split(chunks: Iterable[Chunk]) -> tuple[str, str]:
     return content.hexdigest(), file.sha256.hexdigest()
 
 
-def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:
+def write_chunk(writer: pa.RecordBatchWriter, chunk: SampleChunk) -> None:
     """Write samples with their labels as one record batch of SCHEMA."""
     assert chunk.labels is not None
     offsets = np.zeros(len(chunk.lengths) + 1, np.int32)
@@ -233,11 +233,11 @@ def write_chunk(writer: pa.RecordBatchWriter, chunk: Chunk) -> None:
     writer.write_batch(pa.record_batch([ids, as_array(chunk.labels)], schema=SCHEMA))
 
 
-def read_chunk(batch: pa.RecordBatch) -> Chunk:
+def read_chunk(batch: pa.RecordBatch) -> SampleChunk:
     """Return the samples of a record batch that `write_chunk` wrote."""
     ids, labels = batch.columns
     lengths = np.diff(as_numbers(ids.offsets))
-    return Chunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
+    return SampleChunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
 
 
 def _map_samples(path: Path, sha256: str) -> EncodedSamples:

@@ -1,1 +1,1 @@
-"""determinism."""
+"""What fixes bits: random keys, the tree in which everything is added, the numeric layout."""

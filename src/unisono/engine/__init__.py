@@ -1,1 +1,1 @@
-"""What becomes of a step's microbatches: contributions, their tree, the flat space, the optimiser."""
+"""What becomes of a step's microbatches, from the loop to the committed state."""

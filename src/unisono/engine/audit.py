@@ -71,8 +71,8 @@ class Audit:
         """Compute a contribution, and remember its digests if it is going to be looked at."""
         if not self._is_due(step) or number != self._choose(step):
             return self._inner.contribute(step, number, microbatch)
-        desk = self._exchange.desk
-        with desk.shut() if desk else nullcontext():  # who is judged answers for every bit
+        offload = self._exchange.offload
+        with offload.paused() if offload else nullcontext():  # who is judged answers for every bit
             found = self._inner.contribute(step, number, microbatch)
         self._digests = self._digest(found)
         return found

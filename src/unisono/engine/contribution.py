@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unisono.determinism import keys
 from unisono.engine.replica import Replica
 from unisono.errors import ContractError
-from unisono.exchange.protocol import Desk
+from unisono.exchange.protocol import Offload
 from unisono.kernels.linear import assisted
 from unisono.tasks.task import Task
 
@@ -25,14 +25,14 @@ class Contribution:
     """Sums over one microbatch.
 
     loss: float64 scalar, the sum of its losses.
-    weight: number of terms in that sum.
-    parts: gradient of each parameter (of a sparse embedding: coalesced rows), then change of each buffer times weight,
+    terms: how many terms (samples, tokens) are in that sum.
+    parts: gradient of each parameter (of a sparse embedding: coalesced rows), then change of each buffer times terms,
         in the order of the space; None: none.
     integers: int64, integer buffers after the microbatch.
     """
 
     loss: Tensor
-    weight: int
+    terms: int
     parts: list[Tensor | None]
     integers: Tensor
 
@@ -51,7 +51,7 @@ class Contributor:
     task: Task
     precision: str
     seed: int
-    desk: Desk | None = None
+    offload: Offload | None = None
 
     def contribute(self, step: int, number: int, microbatch: Mapping[str, Tensor]) -> Contribution:
         """Compute the contribution of microbatch `number` of `step`; leave the replica as it was.
@@ -65,8 +65,8 @@ class Contributor:
         if not all(part.training for part in replica.parts):  # setting it again costs more than looking
             replica.module.train()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            loss, weight = self.task.loss(replica.module, microbatch)
-        weight = _whole(weight)
+            loss, terms = self.task.loss(replica.module, microbatch)
+        terms = _whole(terms)
         if loss.ndim != 0 or not loss.is_floating_point():
             raise ContractError(
                 f"the task's loss is {loss.dtype} of shape {tuple(loss.shape)}; allowed is one float: the sum."
@@ -77,21 +77,21 @@ class Contributor:
             gradients = [_gradient(parameter, id(parameter) in replica.sparse) for parameter in replica.parameters]
         for parameter in replica.parameters:
             parameter.grad = None
-        changes = [None if change is None else change.mul_(weight) for change in replica.take_buffer_changes()]
+        changes = [None if change is None else change.mul_(terms) for change in replica.take_buffer_changes()]
         integers = replica.integer_values()
         replica.restore_buffers()
         return Contribution(
-            loss=loss.detach().to(torch.float64), weight=weight, parts=gradients + changes, integers=integers
+            loss=loss.detach().to(torch.float64), terms=terms, parts=gradients + changes, integers=integers
         )
 
     def _go_back(self, loss: Tensor) -> None:
         """Leave in each parameter its gradient."""
-        if self.desk is None:
+        if self.offload is None:
             loss.backward()
             return
-        with assisted(self.desk.lay_down):
+        with assisted(self.offload.publish):
             loss.backward()
-        for weights, gradient in self.desk.collect():
+        for weights, gradient in self.offload.collect():
             for weight, part in zip(weights, gradient.split([len(weight) for weight in weights]), strict=True):
                 if weight.requires_grad:
                     weight.grad = part if weight.grad is None else weight.grad + part
@@ -114,13 +114,13 @@ def _gradient(parameter: nn.Parameter, sparse: bool) -> Tensor | None:
     return dense.add_(0.0) if sparse else dense
 
 
-def _whole(weight: int | Tensor) -> int:
-    if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_floating_point():
-        weight = int(weight.item())
-    if isinstance(weight, bool) or not isinstance(weight, int) or weight < 0:
+def _whole(terms: int | Tensor) -> int:
+    if isinstance(terms, Tensor) and terms.ndim == 0 and not terms.is_floating_point():
+        terms = int(terms.item())
+    if isinstance(terms, bool) or not isinstance(terms, int) or terms < 0:
         raise ContractError(
-            f"the task's loss returned {weight!r} as its number of terms; allowed is a whole number from 0, such "
+            f"the task's loss returned {terms!r} as its number of terms; allowed is a whole number from 0, such "
             "as len(labels). "
             "A sum is divided once a step, by the number of all its terms."
         )
-    return weight
+    return terms

@@ -148,7 +148,7 @@ def measure_activations(again: Again, profile: Profile, constants: Sequence[Tens
     sizes: dict[int, int] = {}
     most = 0
 
-    def let_go(address: int) -> None:
+    def release(address: int) -> None:
         held[address] -= 1
         if not held[address]:
             del held[address], sizes[address]
@@ -161,7 +161,7 @@ def measure_activations(again: Again, profile: Profile, constants: Sequence[Tens
             if storage.data_ptr() not in known:
                 held[storage.data_ptr()] += 1
                 sizes[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(saved, let_go, storage.data_ptr())
+                weakref.finalize(saved, release, storage.data_ptr())
         most = max(most, sum(sizes.values()))
         return saved
 

@@ -27,7 +27,7 @@ from unisono.engine.sparse_tables import Behind, Named, Table, tables_of
 from unisono.errors import DivergedError
 from unisono.exchange.protocol import Exchange
 from unisono.kernels.update import LARGE, AdamWalk, Gradient, find_adam
-from unisono.kernels.update_rules import RULES, SLOTS, Pieces
+from unisono.kernels.update_rules import RULES, SLOTS, UpdateSlice
 
 CHUNK = 256 * BLOCK  # elements: larger ones leave the cache, smaller ones are made of calls
 
@@ -38,7 +38,7 @@ def array_names(train: Train) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class ShardChunk:
     """A part of my shard: either of parameters or of buffers.
 
     place: where it lies in the shard, whole blocks. pieces: number of each parameter in it, its group, and where its
@@ -49,7 +49,7 @@ class Chunk:
     pieces: tuple[tuple[int, int, slice], ...]
 
 
-def cut(space: Space, shard: Shard, size: int) -> tuple[list[Chunk], slice]:
+def cut(space: Space, shard: Shard, size: int) -> tuple[list[ShardChunk], slice]:
     """Cut a shard into chunks of parameters, tables left out, and the part that holds buffers.
 
     size: most elements of a chunk, whole blocks.
@@ -71,7 +71,7 @@ def cut(space: Space, shard: Shard, size: int) -> tuple[list[Chunk], slice]:
             last = min(segment.stop - shard.start - place.start, part.size)
             if first < last:
                 pieces.append((index, segment.group, slice(first, last)))
-        chunks.append(Chunk(place=place, pieces=tuple(pieces)))
+        chunks.append(ShardChunk(place=place, pieces=tuple(pieces)))
     return chunks, slice(end, shard.size)
 
 
@@ -141,14 +141,14 @@ class Optimizer:
         known = self._know(totals, step, rate)
         squares = torch.zeros(self._replica.shard.size // BLOCK, dtype=torch.float64, device=self._replica.flat.device)
         touched = {
-            table.index: gradient.rows(table.index, table.first, table.last, totals.weight) for table in self._tables
+            table.index: gradient.rows(table.index, table.first, table.last, totals.terms) for table in self._tables
         }
         for table in self._tables:
             table.add_squares(touched[table.index], squares)
         norm_first = new is old or bool(self._train.clip_norm)  # else what is written stays uncommitted
         if norm_first:
             for chunk in self._chunks:
-                gradient.mean(chunk.place, totals.weight, squares=_blocks(squares, chunk))
+                gradient.mean(chunk.place, totals.terms, squares=_blocks(squares, chunk))
             norm = self._norm(squares, totals, step)
             clip = self._train.clip_norm
             if clip and norm > clip:
@@ -161,10 +161,10 @@ class Optimizer:
             else:
                 nodes = gradient.nodes(chunk.place)
                 asked = _blocks(squares, chunk)
-                part = Gradient(values=nodes, additions=gradient.additions, weight=totals.weight, squares=asked)
+                part = Gradient(values=nodes, additions=gradient.additions, terms=totals.terms, squares=asked)
             self._apply(part, chunk, old, new, known)
         self._update_tables(touched, old, new, known)
-        self._move_buffers(gradient.mean(self._buffers, totals.weight), old, new, known)
+        self._move_buffers(gradient.mean(self._buffers, totals.terms), old, new, known)
         if not norm_first:
             norm = self._norm(squares, totals, step)
         self._met = not norm_first  # never where arrays are updated in place, or copied by the commit
@@ -187,7 +187,7 @@ class Optimizer:
         self._replica.show(self.arrays.whole(WEIGHTS))
         self._replica.accept(integers)
 
-    def _apply(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+    def _apply(self, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known) -> None:
         """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
         if self._adam:
             self._walk(self._adam, gradient, chunk, old, new, known)
@@ -196,12 +196,12 @@ class Optimizer:
         if AVERAGE in new:
             new[AVERAGE][chunk.place].lerp_(new[WEIGHTS][chunk.place], 1 - known.ema_decay)
 
-    def _copy_and_update(self, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+    def _copy_and_update(self, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known) -> None:
         mean, values = gradient.resolve(self._scratch), _moved(chunk.place, old, new)
         for number, group in enumerate(self._replica.groups):
             places = [(index, place) for index, owner, place in chunk.pieces if owner == number and known.used[index]]
             if places:
-                pieces = Pieces(
+                pieces = UpdateSlice(
                     weights=[values[WEIGHTS][place] for _, place in places],
                     gradients=[mean[place] for _, place in places],
                     slots=tuple([values[name][place] for _, place in places] for name in self.slots),
@@ -209,7 +209,9 @@ class Optimizer:
                 )
                 self._run_rule(group, pieces, known.rate)
 
-    def _walk(self, rule: AdamWalk, gradient: Gradient, chunk: Chunk, old: Named, new: Named, known: Known) -> None:
+    def _walk(
+        self, rule: AdamWalk, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known
+    ) -> None:
         pieces, counts = [], known.counts.tolist()
         for index, number, place in chunk.pieces:
             settings = self._settings(self._replica.groups[number], known.rate)
@@ -224,7 +226,7 @@ class Optimizer:
         factor = self._train.pretrained_rate if group.pretrained else 1.0
         return rate * factor, self._train.weight_decay if group.decays else 0.0
 
-    def _run_rule(self, group: Group, pieces: Pieces, rate: float) -> None:
+    def _run_rule(self, group: Group, pieces: UpdateSlice, rate: float) -> None:
         with torch.no_grad():
             RULES[self._train.optimizer](self._train, pieces, *self._settings(group, rate))
 
@@ -234,7 +236,7 @@ class Optimizer:
             for table in self._tables:
                 for place, mean in table.dense(touched[table.index], self._chunk_elements):
                     pieces = ((table.index, table.group, slice(0, len(mean))),)
-                    self._apply(Gradient(values=[mean]), Chunk(place=place, pieces=pieces), old, new, known)
+                    self._apply(Gradient(values=[mean]), ShardChunk(place=place, pieces=pieces), old, new, known)
             return
         if new is not old:
             self._behind.catch_up(_copy(new), old, new, touched)
@@ -244,7 +246,7 @@ class Optimizer:
 
     def _rule_of(self, table: Table, known: Known) -> Callable[[Tensor, Named], None]:
         def rule(gradient: Tensor, values: Named) -> None:
-            pieces = Pieces(
+            pieces = UpdateSlice(
                 weights=[values[WEIGHTS]],
                 gradients=[gradient],
                 slots=tuple([values[name]] for name in self.slots),
@@ -284,7 +286,7 @@ def _copy(arrays: Named) -> int:
     return arrays[WEIGHTS].data_ptr()
 
 
-def _blocks(squares: Tensor, chunk: Chunk) -> Tensor:
+def _blocks(squares: Tensor, chunk: ShardChunk) -> Tensor:
     return squares[chunk.place.start // BLOCK : chunk.place.stop // BLOCK]
 
 

@@ -249,7 +249,7 @@ class Timed:
     def __init__(self, exchange: Exchange, profile: Profile) -> None:
         self.rank = exchange.rank
         self.workers = exchange.workers
-        self.desk = exchange.desk
+        self.offload = exchange.offload
         self._exchange = exchange
         self._profile = profile
 
@@ -291,7 +291,7 @@ class Timed:
         self._profile.leave(self._given() - before)
 
     def _given(self) -> float:
-        return self.desk.given_seconds if self.desk else 0.0
+        return self.offload.given_seconds if self.offload else 0.0
 
     def close(self) -> None:
         self._exchange.close()

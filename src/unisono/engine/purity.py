@@ -57,7 +57,7 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
 
 
 def _differing(names: list[str], one: Contribution, other: Contribution) -> list[str]:
-    found = [] if same_bits(one.loss, other.loss) and one.weight == other.weight else ["loss"]
+    found = [] if same_bits(one.loss, other.loss) and one.terms == other.terms else ["loss"]
     for name, left, right in zip(names, one.parts, other.parts, strict=True):
         if not same_bits(left, right):
             found.append(name)

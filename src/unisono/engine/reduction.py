@@ -31,13 +31,13 @@ from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 class Totals:
     """What every worker knows of a finished step.
 
-    loss: mean over all terms, float64 arithmetic. weight: number of terms. used: whether each parameter got a gradient
+    loss: mean over all terms, float64 arithmetic. terms: number of terms. used: whether each parameter got a gradient
     at all. integers: int64, the integer buffers as microbatch 0 left them. request: what the workers were asked to do
-    after this step, `board.STOP` before `board.REGROUP`.
+    after this step, `progress_table.STOP` before `progress_table.REGROUP`.
     """
 
     loss: float
-    weight: int
+    terms: int
     used: list[bool]
     integers: Tensor
     request: int
@@ -63,17 +63,17 @@ class Sum:
         """A part of the shard, of each node."""
         return [value[place] for value in self._values]
 
-    def mean(self, place: slice, weight: int, into: Tensor | None = None, *, squares: Tensor | None = None) -> Tensor:
-        """A part of the shard, added and divided by the step's weight, once: in the beginning of `into`, or left where
-        `left` finds it. squares: float64, to hold the sum of squares of each of its blocks."""
+    def mean(self, place: slice, terms: int, into: Tensor | None = None, *, squares: Tensor | None = None) -> Tensor:
+        """A part of the shard, added and divided by the step's number of terms, once: in the beginning of `into`, or
+        left where `left` finds it. squares: float64, to hold the sum of squares of each of its blocks."""
         target = self.left(place) if into is None else into[: place.stop - place.start]
-        return mean(self.nodes(place), self.additions, weight, target, squares)
+        return mean(self.nodes(place), self.additions, terms, target, squares)
 
-    def rows(self, table: int, first: int, last: int, weight: int) -> Rows:
+    def rows(self, table: int, first: int, last: int, terms: int) -> Rows:
         """The rows of a table that any microbatch touched, from `first` up to, but without, `last`, divided by the
-        step's weight."""
+        step's terms."""
         found = add_up(self._tables[table], first, last)
-        found.values.div_(weight)
+        found.values.div_(terms)
         return found
 
     def left(self, place: slice) -> Tensor:
@@ -126,12 +126,12 @@ class Reduction:
         """Add microbatch `number`'s contribution, whose parts are then overwritten; numbers rise."""
         node, dense = Node(0, number), [contribution.parts[index] for index in self._dense]
         if node in self._targets:  # nothing is added to it here
-            lay_down(dense, self._targets[node])
+            publish(dense, self._targets[node])
             dense = []
         self._tree.add(node, dense)
         for table, rows in self._rows.items():
             rows[number] = rows_of(contribution.parts[table], self._replica.parameters[table])
-        self._scalars[number] = (contribution.loss, contribution.weight)
+        self._scalars[number] = (contribution.loss, contribution.terms)
         gradients = contribution.parts[: self._parameters]
         self._used |= torch.tensor([part is not None for part in gradients], dtype=torch.int64)
         if number == 0:
@@ -189,9 +189,9 @@ class Reduction:
         packed rows being the last; "rows" that each microbatch has of each table, int64 [tables, microbatches]."""
         assert self._step is not None
         microbatches, rank, workers = len(self._step.microbatches), self._exchange.rank, self._exchange.workers
-        losses, weights = torch.zeros(microbatches, dtype=torch.float64), torch.zeros(microbatches, dtype=torch.int64)
-        for number, (loss, weight) in self._scalars.items():
-            losses[number], weights[number] = loss, weight
+        losses, terms = torch.zeros(microbatches, dtype=torch.float64), torch.zeros(microbatches, dtype=torch.int64)
+        for number, (loss, count) in self._scalars.items():
+            losses[number], terms[number] = loss, count
         integers = self._first_integers
         if integers is None:
             integers = torch.zeros(self._integers, dtype=torch.int64)
@@ -208,7 +208,7 @@ class Reduction:
                 rows[k, number] = len(one.numbers)
         facts = {
             "losses": losses.view(torch.int64),
-            "weights": weights,
+            "terms": terms,
             "used": self._used,
             "integers": integers.cpu(),
             "requests": torch.tensor([int(request == STOP), int(request == REGROUP)]),
@@ -225,7 +225,7 @@ class Reduction:
 
     def _taken(self) -> float:
         """Seconds that others have saved me, in all: my microbatches are worth them, whoever computed."""
-        return self._exchange.desk.taken_seconds if self._exchange.desk else 0.0
+        return self._exchange.offload.taken_seconds if self._exchange.offload else 0.0
 
     def _learn(self, *pace: int) -> None:
         """Let the next step's shares follow what this one took: every worker learns the same."""
@@ -236,7 +236,7 @@ class Reduction:
 
     def _conclude(self, told: dict[str, Tensor]) -> Totals:
         assert self._step is not None
-        losses, weights = told["losses"].view(torch.float64).tolist(), told["weights"].tolist()
+        losses, counts = told["losses"].view(torch.float64).tolist(), told["terms"].tolist()
         stops, regroups = told["requests"].tolist()
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -245,14 +245,14 @@ class Reduction:
                     f"{_some(self._step.microbatches[number].tolist())}). No update was made. "
                     "Lower train.learning_rate, set train.clip_norm = 1.0, or look at these samples."
                 )
-        weight = sum(weights)
-        if weight == 0:
+        terms = sum(counts)
+        if terms == 0:
             raise ContractError(
                 f"step {self._step.number + 1} has no terms: the task's loss returned 0 for all its microbatches."
             )
         return Totals(
-            loss=fold(losses) / weight,
-            weight=weight,
+            loss=fold(losses) / terms,
+            terms=terms,
             used=(told["used"] > 0).tolist(),
             integers=told["integers"],
             request=STOP if stops else REGROUP if regroups else RUNNING,
@@ -295,7 +295,7 @@ def add_parts_into(left: Sequence[Tensor | None], right: Sequence[Tensor | None]
             target.zero_()
 
 
-def lay_down(parts: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
+def publish(parts: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
     """Write a node's parts into `targets`."""
     given = [(target, part) for target, part in zip(targets, parts, strict=True) if part is not None]
     absent = [target for target, part in zip(targets, parts, strict=True) if part is None]

@@ -1,1 +1,1 @@
-"""How contributions reach their owners, and new weights everybody."""
+"""The only door to other workers."""

@@ -25,7 +25,7 @@ LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all
 class Distributed:
     """A worker among processes. `store` is where they meet; `device` decides the backend."""
 
-    desk = None
+    offload = None
 
     def __init__(
         self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float

@@ -35,7 +35,7 @@ PATIENCE_SECONDS, SLOWEST_FLOPS = 0.2, 1e9  # how long a product is waited for, 
 _COLUMNS = ("m", "i", "o", "nanoseconds")  # of the table of sizes, which has a row for each slot
 
 
-class Desk:
+class OffloadQueue:
     """One worker's place for products that others may compute, and its way to those of others.
 
     Args:
@@ -88,10 +88,10 @@ class Desk:
 
     # ---- for the owner of a product
 
-    def lay_down(self, key: Any, left: Tensor, right: Tensor) -> bool:
+    def publish(self, key: Any, left: Tensor, right: Tensor) -> bool:
         """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
         whether this was done. `collect` then has the product."""
-        self._hear()
+        self._handle_messages()
         if self._shut or not self._free or len(self._laid) >= JOBS_EACH * self._waiting():
             return False
         (rows, width), other = left.shape, right.shape[1]
@@ -112,9 +112,9 @@ class Desk:
         while self._laid and (slot := _take(self._jobs)) is not None:
             self._compute(slot)
             self._free.append(slot)
-            self._hear()
+            self._handle_messages()
         while self._laid and self._await():
-            self._hear()
+            self._handle_messages()
         for slot in list(self._laid):  # who has begun it is gone, or hangs
             self._compute(slot)
         found, self._found = self._found, []
@@ -125,7 +125,7 @@ class Desk:
         key, left, right = self._laid.pop(slot)
         self._found.append((key, left.t() @ right))
 
-    def _hear(self) -> None:
+    def _handle_messages(self) -> None:
         """Take over what others have computed."""
         while len(self._free) < self._slots and (slot := _take(self._answers)) is not None:
             if slot in self._laid:
@@ -144,7 +144,7 @@ class Desk:
         return any(event & select.POLLIN for _, event in ready)
 
     @contextmanager
-    def shut(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Within, nothing is laid down: what is computed is this worker's own."""
         self._shut = True
         try:

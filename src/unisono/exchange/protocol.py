@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Desk(Protocol):
+class Offload(Protocol):
     """Where a worker lays down matrix products that others compute while they wait for it. Who does changes no bit.
 
     given_seconds: how long this worker has computed for others, in all. taken_seconds: how much longer this one would
@@ -24,7 +24,7 @@ class Desk(Protocol):
     given_seconds: float
     taken_seconds: float
 
-    def lay_down(self, key: Any, left: Tensor, right: Tensor) -> bool:
+    def publish(self, key: Any, left: Tensor, right: Tensor) -> bool:
         """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
         whether this was done. `collect` then has the product."""
         ...
@@ -33,7 +33,7 @@ class Desk(Protocol):
         """The products [i, o] of all that was laid down, with their keys, when they are there."""
         ...
 
-    def shut(self) -> AbstractContextManager[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Within, nothing is laid down: what is computed is this worker's own."""
         ...
 
@@ -51,7 +51,7 @@ class Exchange(Protocol):
     workers: int
 
     @property
-    def desk(self) -> Desk | None: ...
+    def offload(self) -> Offload | None: ...
 
     def new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Return zeros, in memory from which `to_owners` and `gather_shards` send best, on this worker's device."""

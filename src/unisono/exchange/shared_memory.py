@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
-from unisono.exchange.offload import Desk
+from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.padding import gather_padded
 from unisono.exchange.pipes import Pipes
 
@@ -43,10 +43,12 @@ class Shared:
         self._files: dict[int, int] = {}  # address of a buffer of mine → its file descriptor
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, file descriptor there) → its memory here
         self._windows: list[Tensor] = []  # two, used in turn: one may still be read while the other is written
-        self.desk: Desk | None = None
+        self.offload: OffloadQueue | None = None
         try:
             if all(answer for (answer,) in self._pipes.swap(bytes([_can_assist(workers)]))):
-                self.desk = Desk(self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers)
+                self.offload = OffloadQueue(
+                    self.new_buffer, self.name, self._read, self._pipes, rank=rank, workers=workers
+                )
         except BaseException:
             self.close()
             raise
@@ -104,8 +106,8 @@ class Shared:
 
     def close(self) -> None:
         self._pipes.close()
-        if self.desk:
-            self.desk.close()
+        if self.offload:
+            self.offload.close()
         for file in self._files.values():
             os.close(file)
 

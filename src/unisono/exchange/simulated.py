@@ -18,7 +18,7 @@ from unisono.errors import LostPeerError
 Result = TypeVar("Result")
 
 
-class Stage:
+class Simulation:
     """What the played workers share: the baton, and what each has laid down in the current exchange."""
 
     def __init__(self, workers: int) -> None:
@@ -49,12 +49,12 @@ class Stage:
         return self._combined[exchange]
 
 
-class Played:
-    """One of the workers that a `Stage` plays."""
+class Simulated:
+    """One of the workers that a `Simulation` plays."""
 
-    desk = None
+    offload = None
 
-    def __init__(self, stage: Stage, rank: int) -> None:
+    def __init__(self, stage: Simulation, rank: int) -> None:
         self.rank = rank
         self.workers = stage.workers
         self._stage = stage
@@ -89,12 +89,12 @@ class Played:
         return
 
 
-def play(workers: int, act: Callable[[Played], Result]) -> list[Result]:
+def play(workers: int, act: Callable[[Simulated], Result]) -> list[Result]:
     """Run `act` once for each of `workers` played workers; return their results in order of rank.
 
     The first exception ends all of them and is raised.
     """
-    stage = Stage(workers)
+    stage = Simulation(workers)
     results: dict[int, Result] = {}
     failures: list[BaseException] = []
 
@@ -102,7 +102,7 @@ def play(workers: int, act: Callable[[Played], Result]) -> list[Result]:
         with stage.baton:
             try:
                 if not stage.lost:
-                    results[rank] = act(Played(stage, rank))
+                    results[rank] = act(Simulated(stage, rank))
             except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 failures.append(error)
                 stage.lost = True

@@ -13,7 +13,7 @@ class Solo:
 
     rank = 0
     workers = 1
-    desk = None
+    offload = None
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 - immutable
         self._device = device

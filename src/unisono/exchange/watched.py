@@ -20,7 +20,7 @@ class Watched:
     def __init__(self, exchange: Exchange, progress: Progress) -> None:
         self.rank = exchange.rank
         self.workers = exchange.workers
-        self.desk = exchange.desk
+        self.offload = exchange.offload
         self._exchange = exchange
         self._progress = progress
 

@@ -1,1 +1,1 @@
-"""kernels."""
+"""Compiled routines, each beside its reference in operations of torch or NumPy."""

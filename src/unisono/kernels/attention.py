@@ -47,7 +47,7 @@ def attend(projected: Tensor, packing: Packing, heads: int, *, dropout: float = 
         cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
     with torch.autocast(device, enabled=False):
         if device == "cpu" and dropout:
-            mixed: Tensor = _Dropped.apply(cells, grid.rectangles, dropout)
+            mixed: Tensor = _DroppedScores.apply(cells, grid.rectangles, dropout)
         else:
             mixed = _by_torch(cells, grid.rectangles, heads, dropout)
     return grid.gather(mixed)
@@ -121,7 +121,7 @@ def _by_torch(cells: Tensor, rectangles: Rectangles, heads: int, dropout: float)
     return torch.cat(mixed)
 
 
-class _Dropped(torch.autograd.Function):
+class _DroppedScores(torch.autograd.Function):
     """Attention with dropout on a CPU by torch's operations, which have no fused kernel for it: the plain one takes 2.7
     times as long.
 

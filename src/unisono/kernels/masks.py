@@ -4,8 +4,8 @@ A mask is never kept: whoever needs it again, in the backward pass, draws it aga
 number, so the rate is rounded to a multiple of 2⁻¹⁶; the bits are SplitMix64's (Steele, Lea, Flood: Fast Splittable
 Pseudorandom Number Generators, OOPSLA 2014), whose n-th word needs none of those before it.
 
-Drawing, dropping and adding are one compiled loop (`_elementwise.c`). Its reference here gives the same bits and is used
-where there was no C compiler, and for other dtypes than float32.
+Drawing, dropping and adding are one compiled loop (`_elementwise.c`). Its reference here gives the same bits; used
+where there was no C compiler, and for dtypes other than float32.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 from unisono.config.sections import Train
 from unisono.determinism.space import BLOCK
 from unisono.determinism.tree import fold_values
-from unisono.kernels.update_rules import SLOTS, Pieces, update_adam
+from unisono.kernels.update_rules import SLOTS, UpdateSlice, update_adam
 
 try:
     from unisono.kernels import _update as _compiled
@@ -33,9 +33,9 @@ LARGE = 2**20
 
 
 def mean(
-    values: Sequence[Tensor], additions: Sequence[int], weight: int, target: Tensor, squares: Tensor | None = None
+    values: Sequence[Tensor], additions: Sequence[int], terms: int, target: Tensor, squares: Tensor | None = None
 ) -> Tensor:
-    """Write the sum of nodes, divided by `weight`, to `target`, which may be the first of them; they are overwritten.
+    """Write the sum of nodes, divided by `terms`, to `target`, which may be the first of them; they are overwritten.
 
     Args:
         values: one array each. additions: see `tree.additions`.
@@ -43,9 +43,9 @@ def mean(
     """
     if _runs_compiled(target) and len(target) % BLOCK == 0:
         asked = 0 if squares is None else squares.data_ptr()
-        _compiled.mean(len(target), _addresses(values, additions), weight, target.data_ptr(), asked)
+        _compiled.mean(len(target), _addresses(values, additions), terms, target.data_ptr(), asked)
         return target
-    torch.div(fold_values(values, additions, target), weight, out=target)
+    torch.div(fold_values(values, additions, target), terms, out=target)
     if squares is not None:
         squares.copy_(block_squares(target))
     return target
@@ -65,22 +65,22 @@ def block_squares(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """What a walk makes the gradient of: the sum of nodes, divided by `weight`, multiplied by `factor`.
+    """What a walk makes the gradient of: the sum of nodes, divided by `terms`, multiplied by `factor`.
 
     values, additions: as for `mean`. squares: as for `mean`, before the factor.
     """
 
     values: Sequence[Tensor]
     additions: Sequence[int] = (0,)
-    weight: int = 1
+    terms: int = 1
     factor: float = 1.0
     squares: Tensor | None = None
 
     def resolve(self, scratch: Tensor) -> Tensor:
         """The gradient, in the beginning of `scratch`, or in the memory of a single node that is it already."""
         (first, *more), found = self.values, self.values[0]
-        if more or self.weight != 1 or self.squares is not None:
-            found = mean(self.values, self.additions, self.weight, scratch[: len(first)], self.squares)
+        if more or self.terms != 1 or self.squares is not None:
+            found = mean(self.values, self.additions, self.terms, scratch[: len(first)], self.squares)
         return found.mul_(self.factor) if self.factor != 1.0 else found
 
 
@@ -115,7 +115,7 @@ class AdamWalk:
         _compiled.adam(
             len(old[0]),
             _addresses(gradient.values, gradient.additions),
-            gradient.weight,
+            gradient.terms,
             gradient.factor,
             0 if gradient.squares is None else gradient.squares.data_ptr(),
             tuple(value.data_ptr() for value in old),
@@ -169,6 +169,6 @@ def _update(train: Train, gradient: Tensor, old: Sequence[Tensor]) -> list[Tenso
 def _update_with_torch(train: Train, gradient: Tensor, old: Sequence[Tensor]) -> list[Tensor]:
     values = [value.clone() for value in old]
     weights, *slots = ([value] for value in values)
-    pieces = Pieces(weights=weights, gradients=[gradient], slots=tuple(slots), counts=[torch.tensor(3.0)])
+    pieces = UpdateSlice(weights=weights, gradients=[gradient], slots=tuple(slots), counts=[torch.tensor(3.0)])
     update_adam(train, pieces, 0.01, 0.1)
     return values

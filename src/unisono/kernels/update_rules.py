@@ -24,7 +24,7 @@ SLOTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
+class UpdateSlice:
     """Parts of one group's tensors, for one update. Lists run parallel."""
 
     weights: list[Tensor]
@@ -34,7 +34,7 @@ class Pieces:
     """float32 scalars: updates that each parameter has had, this one included."""
 
 
-def update_sgd(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
+def update_sgd(train: Train, pieces: UpdateSlice, rate: float, decay: float) -> None:
     """SGD with momentum, as torch.optim.SGD; the first momentum is the first gradient."""
     torch._fused_sgd_(
         pieces.weights,
@@ -50,7 +50,7 @@ def update_sgd(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
     )
 
 
-def update_adam(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
+def update_adam(train: Train, pieces: UpdateSlice, rate: float, decay: float) -> None:
     """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim has
     them."""
     kernel = torch._fused_adamw_ if train.optimizer == "adamw" else torch._fused_adam_
@@ -71,7 +71,7 @@ def update_adam(train: Train, pieces: Pieces, rate: float, decay: float) -> None
     )
 
 
-def update_lion(train: Train, pieces: Pieces, rate: float, decay: float) -> None:
+def update_lion(train: Train, pieces: UpdateSlice, rate: float, decay: float) -> None:
     """Lion (Chen et al., arXiv 2302.06675, Program 1), with decoupled weight decay."""
     weights, gradients, averages = pieces.weights, pieces.gradients, pieces.slots[0]
     directions = torch._foreach_mul(averages, train.beta1)
@@ -83,7 +83,7 @@ def update_lion(train: Train, pieces: Pieces, rate: float, decay: float) -> None
     torch._foreach_add_(averages, gradients, alpha=1 - train.beta2)
 
 
-RULES: dict[str, Callable[[Train, Pieces, float, float], None]] = {
+RULES: dict[str, Callable[[Train, UpdateSlice, float, float], None]] = {
     "sgd": update_sgd,
     "adam": update_adam,
     "adamw": update_adam,

@@ -4,9 +4,9 @@ Owns the blocks. Both cut the result into blocks that the shape alone decides; a
 one thread. Products are made of copies in aligned, contiguous memory, so that neither the number of workers nor where
 or how the operands lie in memory can move a bit.
 
-- `add`: the parts of a block are added in the fixed binary tree of `unisono.determinism.nodes`, over the parts' numbers.
-  Pairwise summation: the error grows with log2 of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms,
-  2nd ed., section 4.2).
+- `add`: the parts of a block are added in the fixed binary tree of `determinism.nodes`, over the parts' numbers.
+  Pairwise summation: the error grows with log2 of the number of parts (Higham, Accuracy and Stability of Numerical
+  Algorithms, 2nd ed., section 4.2).
 - `matmul`: the blocked algorithm (Golub and Van Loan, Matrix Computations, 4th ed., section 1.5.4). A block of the
   result is the sum of products of panels, up to `PANEL` columns of the left operand by as many rows of the right one,
   added in the same tree; a product is one call of the library's own (NumPy's BLAS for arrays, torch's for tensors).

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from unisono.errors import ParallelError
 from unisono.parallel.executor import Engine
 from unisono.parallel.gathering import Combined, Ordered
-from unisono.parallel.item_batches import Job, describe
+from unisono.parallel.item_batches import MapJob, describe
 from unisono.parallel.sharing import Failure, Sharing, fail_to_combine
 
 Item = TypeVar("Item")
@@ -68,7 +68,7 @@ def map(
         TaskError: a task failed for good: it raised, its item or result cannot be sent, it took too long, or three
             workers ended at it. It tells the item; what the task raised is its cause.
     """
-    job = Job(function=function, seed=seed, threads=threads)
+    job = MapJob(function=function, seed=seed, threads=threads)
     chosen = _check(job, items, workers, retries, quarantine, timeout_seconds, engine)
     return _map(job, items, chosen, workers, retries, quarantine, timeout_seconds, progress)
 
@@ -90,9 +90,9 @@ def map_reduce(
     """Apply a function to each item and combine the results two by two, in a fixed tree.
 
     The tree is that of `unisono.determinism.nodes`, over the items' numbers: `combine` need not be associative
-    (floating-point addition is not) to give the same bits on any number of workers. Workers combine what they have, so that only
-    complete nodes of the tree travel. `combine(left, right)` may reuse `left`. An item in quarantine is a missing leaf:
-    its sibling goes up as it is. An error of `combine` itself ends the call.
+    (floating-point addition is not) to give the same bits on any number of workers. Workers combine what they have, so
+    that only complete nodes of the tree travel. `combine(left, right)` may reuse `left`. An item in quarantine is a
+    missing leaf: its sibling goes up as it is. An error of `combine` itself ends the call.
 
     The other arguments, and the errors, are those of `map`.
 
@@ -101,16 +101,16 @@ def map_reduce(
     """
     if not callable(combine):
         raise ParallelError(f"combine = {combine!r}: not callable. Give a function of two results.")
-    job = Job(function=function, combine=combine, seed=seed, threads=threads)
+    job = MapJob(function=function, combine=combine, seed=seed, threads=threads)
     chosen = _check(job, items, workers, retries, quarantine, timeout_seconds, engine)
     count = chosen.count(workers)
     combined: Combined = Combined(_tell_of(combine))
     failed: Failure | None = None
-    crew = chosen.start(job, count, timeout_seconds)
+    pool = chosen.start(job, count, timeout_seconds)
     done = False
     try:
         with _show(progress, items) as show:
-            sharing = Sharing(crew, items, count, retries)
+            sharing = Sharing(pool, items, count, retries)
             for settled in sharing.settle():
                 for node, value in settled.nodes:
                     combined.put(node, value)
@@ -126,7 +126,7 @@ def map_reduce(
                 show(sharing.given)
         done = True
     finally:
-        crew.close(at_once=not done)
+        pool.close(at_once=not done)
     if failed is not None:
         raise failed.as_error() from failed.exception
     result, some = combined.finish()
@@ -136,7 +136,7 @@ def map_reduce(
 
 
 def _map(
-    job: Job,
+    job: MapJob,
     items: Iterable[Any],
     engine: Engine,
     workers: int | str,
@@ -147,11 +147,11 @@ def _map(
 ) -> Iterator[Any]:
     count = engine.count(workers)
     ordered = Ordered()
-    crew = engine.start(job, count, timeout_seconds)
+    pool = engine.start(job, count, timeout_seconds)
     done = False
     try:
         with _show(progress, items) as show:
-            sharing = Sharing(crew, items, count, retries)
+            sharing = Sharing(pool, items, count, retries)
             for settled in sharing.settle():
                 ordered.put(settled.values)
                 ordered.put((failure.number, failure) for failure in settled.failures)
@@ -168,11 +168,11 @@ def _map(
                 show(sharing.given)
         done = True
     finally:
-        crew.close(at_once=not done)
+        pool.close(at_once=not done)
 
 
 def _check(
-    job: Job,
+    job: MapJob,
     items: object,
     workers: object,
     retries: object,

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from unisono.parallel.item_batches import Batch, Fault, Job, Outcome
+from unisono.parallel.item_batches import ItemBatch, ItemFault, MapJob, Outcome
 
 
-class Crew(Protocol):
+class Pool(Protocol):
     """Workers of one call."""
 
     def capacity(self, ahead: bool) -> int:
@@ -19,7 +19,7 @@ class Crew(Protocol):
         so that it never waits."""
         ...
 
-    def submit(self, batch: Batch) -> list[Fault]:
+    def submit(self, batch: ItemBatch) -> list[ItemFault]:
         """Have some worker run a batch. Returns faults for the items that cannot be sent; the others are sent."""
         ...
 
@@ -43,6 +43,6 @@ class Engine(Protocol):
         """How many workers "auto" are."""
         ...
 
-    def start(self, job: Job, workers: int, timeout_seconds: float | None) -> Crew:
+    def start(self, job: MapJob, workers: int, timeout_seconds: float | None) -> Pool:
         """Start workers for a job."""
         ...

@@ -28,7 +28,7 @@ SECONDS_PER_BATCH = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class MapJob:
     """What all tasks of a call have in common.
 
     combine: puts two results together, where only one for all is wanted.
@@ -42,7 +42,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class ItemBatch:
     """Some tasks for one worker: items and their numbers, rising."""
 
     id: int
@@ -51,7 +51,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
+class ItemFault:
     """What a task raised: in words, with its traceback, and itself where it can travel."""
 
     number: int
@@ -78,8 +78,8 @@ class Outcome:
     done: list[int] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
     nodes: list[tuple[Node, Any]] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    broken: Fault | None = None
+    faults: list[ItemFault] = field(default_factory=list)
+    broken: ItemFault | None = None
     loss: str = ""
     at: int = -1
     suspect: bool = False
@@ -125,7 +125,9 @@ def settle(threads: int) -> None:
     sys.meta_path.insert(0, SeedTorch())
 
 
-def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]) -> Outcome:
+def run(
+    job: MapJob, batch: ItemBatch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]
+) -> Outcome:
     """Run a batch's tasks one after the other, until they have taken long enough.
 
     On the board stands the number of the task at work, and since when (nanoseconds); at the end −1. `send` takes each
@@ -160,10 +162,10 @@ def run(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: 
     return outcome
 
 
-def describe(number: int, error: BaseException) -> Fault:
+def describe(number: int, error: BaseException) -> ItemFault:
     """A task's error as what is told of it."""
     told = "".join(traceback.format_exception_only(error)).strip()
-    return Fault(number=number, error=told, trace="".join(traceback.format_exception(error)), exception=error)
+    return ItemFault(number=number, error=told, trace="".join(traceback.format_exception(error)), exception=error)
 
 
 def _keep(
@@ -182,12 +184,12 @@ def _keep(
         send(value)
     except Exception as error:  # noqa: BLE001 - a user's class
         told = f"its result cannot be sent: {error}"
-        outcome.faults.append(Fault(number=number, error=told, trace=told))
+        outcome.faults.append(ItemFault(number=number, error=told, trace=told))
     else:
         outcome.done.append(number)
 
 
-def _combine(nodes: list[tuple[Node, Any]], combine: Callable[[Any, Any], Any]) -> Fault | None:
+def _combine(nodes: list[tuple[Node, Any]], combine: Callable[[Any, Any], Any]) -> ItemFault | None:
     """Combine siblings at the end of complete nodes, while there are any. Returns what `combine` raised."""
     while len(nodes) > 1 and nodes[-2][0].is_left_of(nodes[-1][0]):
         (left, a), (_, b) = nodes[-2:]

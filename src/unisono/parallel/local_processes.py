@@ -25,7 +25,7 @@ import numpy as np
 
 from unisono.errors import ParallelError
 from unisono.parallel.arena import Arena
-from unisono.parallel.item_batches import Batch, Fault, Job, Outcome, settle
+from unisono.parallel.item_batches import ItemBatch, ItemFault, MapJob, Outcome, settle
 from unisono.parallel.messages import Message, Parcel, pairs, parse, receive
 from unisono.parallel.outcomes import pack_items, perform, restore
 from unisono.processes.forking import (
@@ -52,17 +52,17 @@ class Processes:
         """One per core that this process may use."""
         return count_cores() if workers == "auto" else int(workers)
 
-    def start(self, job: Job, workers: int, timeout_seconds: float | None) -> LocalCrew:
+    def start(self, job: MapJob, workers: int, timeout_seconds: float | None) -> LocalPool:
         """Fork the workers."""
         if not hasattr(os, "fork"):
             raise ParallelError("engine 'processes': this system cannot fork processes. Use Linux, macOS, or 'ray'.")
-        return LocalCrew(job, workers, timeout_seconds)
+        return LocalPool(job, workers, timeout_seconds)
 
 
-class LocalCrew:
+class LocalPool:
     """A call's processes."""
 
-    def __init__(self, job: Job, workers: int, timeout_seconds: float | None) -> None:
+    def __init__(self, job: MapJob, workers: int, timeout_seconds: float | None) -> None:
         self._job = job
         self._timeout_seconds = timeout_seconds
         self._selector = selectors.DefaultSelector()
@@ -81,7 +81,7 @@ class LocalCrew:
         """One batch for each idle worker; with `ahead`, one more for each."""
         return sum(max(0, 1 + ahead - len(worker.batches)) for worker in self._workers)
 
-    def submit(self, batch: Batch) -> list[Fault]:
+    def submit(self, batch: ItemBatch) -> list[ItemFault]:
         """Send a batch to the worker with the least to do."""
         worker = min(self._workers, key=lambda worker: len(worker.batches))
         faults = worker.send(batch)
@@ -158,13 +158,13 @@ class LocalCrew:
 class _Worker:
     """A process, as its parent sees it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: MapJob) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
         self.board = Arena(mmap.PAGESIZE).view[:16].cast("q")  # the task at work (−1: none), since when (nanoseconds)
         self.board[0] = -1
         self._items, self._results = Arena(ARENA_BYTES), Arena(ARENA_BYTES)
-        self.batches: deque[Batch] = deque()
+        self.batches: deque[ItemBatch] = deque()
         self.outgoing: deque[memoryview] = deque()
         self._incoming = bytearray()
         self._freed = array("Q")  # ranges of results that have been read
@@ -173,7 +173,7 @@ class _Worker:
         self.process = fork(_serve, args, "unisono worker", hold=_HELD)
         theirs.close()
 
-    def send(self, batch: Batch) -> list[Fault]:
+    def send(self, batch: ItemBatch) -> list[ItemFault]:
         """Queue a batch for sending; return faults for what cannot be sent."""
         parcel = Parcel(self._items)
         numbers, faults = pack_items(batch, parcel.add)
@@ -239,7 +239,7 @@ class _Worker:
 
 
 def _serve(
-    job: Job, end: socket.socket, other: socket.socket, board: memoryview, items: Arena, results: Arena, parent: int
+    job: MapJob, end: socket.socket, other: socket.socket, board: memoryview, items: Arena, results: Arena, parent: int
 ) -> None:
     """A worker's life: batches in, outcomes out, until the parent closes its end."""
     end_with_parent(parent)
@@ -265,10 +265,10 @@ def _serve(
     os._exit(0)  # no clean-up of what was inherited from the parent
 
 
-def _perform(job: Job, message: Message, arena: Arena, freed: array, board: memoryview, parcel: Parcel) -> None:
+def _perform(job: MapJob, message: Message, arena: Arena, freed: array, board: memoryview, parcel: Parcel) -> None:
     """Run a message's batch; when this returns, nothing but the function itself refers to the items any more."""
     items = message.open(_lend(arena, message.ranges, freed))
-    perform(job, Batch(id=message.id, numbers=message.numbers, items=items), board, parcel.add)
+    perform(job, ItemBatch(id=message.id, numbers=message.numbers, items=items), board, parcel.add)
 
 
 def _lend(arena: Arena, ranges: array, freed: array) -> list[np.ndarray]:

@@ -9,14 +9,14 @@ from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
 from typing import Any
 
-from unisono.parallel.item_batches import Batch, Fault, Job, Outcome, describe, run
+from unisono.parallel.item_batches import ItemBatch, ItemFault, MapJob, Outcome, describe, run
 from unisono.parallel.wire import Unreadable, travels
 
 
-def pack_items(batch: Batch, add: Callable[[Any], None]) -> tuple[list[int], list[Fault]]:
+def pack_items(batch: ItemBatch, add: Callable[[Any], None]) -> tuple[list[int], list[ItemFault]]:
     """Hand a batch's items to `add`; return the numbers of those that it took, and faults for the others."""
     numbers: list[int] = []
-    faults: list[Fault] = []
+    faults: list[ItemFault] = []
     for number, item in zip(batch.numbers, batch.items, strict=True):
         try:
             add(item)
@@ -27,13 +27,15 @@ def pack_items(batch: Batch, add: Callable[[Any], None]) -> tuple[list[int], lis
     return numbers, faults
 
 
-def perform(job: Job, batch: Batch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]) -> None:
+def perform(
+    job: MapJob, batch: ItemBatch, board: MutableSequence[int] | memoryview, send: Callable[[Any], None]
+) -> None:
     """Run a batch at a worker.
 
     `send` takes a result each time, or raises; at last the outcome, with places for them.
     """
     numbers, items, faults = _sort(batch.numbers, batch.items, "its item")
-    outcome = run(job, Batch(id=batch.id, numbers=numbers, items=items), board, send)
+    outcome = run(job, ItemBatch(id=batch.id, numbers=numbers, items=items), board, send)
     outcome.faults = [_lighten(fault) for fault in faults + outcome.faults]
     if outcome.broken:
         outcome.broken = _lighten(outcome.broken)
@@ -65,7 +67,7 @@ def restore(values: Sequence[Any]) -> Outcome:
     return outcome
 
 
-def _sort(numbers: Sequence[int], values: Sequence[Any], what: str) -> tuple[list[int], list[Any], list[Fault]]:
+def _sort(numbers: Sequence[int], values: Sequence[Any], what: str) -> tuple[list[int], list[Any], list[ItemFault]]:
     """Values that could be put together again, and faults for the others."""
     if not any(isinstance(value, Unreadable) for value in values):
         return list(numbers), list(values), []
@@ -79,10 +81,10 @@ def _sort(numbers: Sequence[int], values: Sequence[Any], what: str) -> tuple[lis
     return [number for number, _ in whole], [value for _, value in whole], faults
 
 
-def _tell(number: int, told: str) -> Fault:
-    return Fault(number=number, error=told, trace=told)
+def _tell(number: int, told: str) -> ItemFault:
+    return ItemFault(number=number, error=told, trace=told)
 
 
-def _lighten(fault: Fault) -> Fault:
+def _lighten(fault: ItemFault) -> ItemFault:
     """Without its exception, if that cannot travel."""
     return fault if fault.exception is None or travels(fault.exception) else replace(fault, exception=None)

@@ -23,7 +23,7 @@ import numpy as np
 
 from unisono.errors import ParallelError, WorkerError
 from unisono.parallel.connection import HASH_SEED, connection, import_ray, is_open
-from unisono.parallel.item_batches import Batch, Fault, Job, Outcome, settle
+from unisono.parallel.item_batches import ItemBatch, ItemFault, MapJob, Outcome, settle
 from unisono.parallel.outcomes import pack_items, perform, restore
 from unisono.parallel.wire import Packer, reduce, unpack
 from unisono.processes.forking import count_cores
@@ -69,20 +69,20 @@ class Ray:
         finally:
             connection.close()
 
-    def start(self, job: Job, workers: int, timeout_seconds: float | None) -> RayCrew:
+    def start(self, job: MapJob, workers: int, timeout_seconds: float | None) -> RayPool:
         """Start the actors; returns when the first one is ready."""
         connection.open(self._address, self._token, workers)
         try:
-            return RayCrew(job, workers, timeout_seconds)
+            return RayPool(job, workers, timeout_seconds)
         except BaseException:
             connection.close()
             raise
 
 
-class RayCrew:
+class RayPool:
     """A call's actors."""
 
-    def __init__(self, job: Job, workers: int, timeout_seconds: float | None) -> None:
+    def __init__(self, job: MapJob, workers: int, timeout_seconds: float | None) -> None:
         ray = self._ray = import_ray()
         self._actors: list[_Actor] = []
         self._fruitless = 0
@@ -95,7 +95,7 @@ class RayCrew:
                 "in its process, such as open files, locks, sockets; or use engine = 'processes'."
             ) from error
         seed = {} if connection.seeded else {"env_vars": {HASH_SEED: os.environ.get(HASH_SEED, "0")}}
-        self._class = ray.remote(_Worker).options(num_cpus=1, max_restarts=0, runtime_env=seed)
+        self._class = ray.remote(_RayWorker).options(num_cpus=1, max_restarts=0, runtime_env=seed)
         self._timeout_seconds = timeout_seconds
         try:
             for _ in range(workers):
@@ -110,7 +110,7 @@ class RayCrew:
         """One batch for each idle actor; with `ahead`, one more for each. An actor counts from when it is ready."""
         return sum(max(0, 1 + ahead - len(actor.batches)) for actor in self._actors if actor.ready)
 
-    def submit(self, batch: Batch) -> list[Fault]:
+    def submit(self, batch: ItemBatch) -> list[ItemFault]:
         """Send a batch to the actor with the least to do."""
         actor = min((actor for actor in self._actors if actor.ready), key=lambda actor: len(actor.batches))
         buffers: list[np.ndarray] = []
@@ -206,10 +206,10 @@ class _Actor:
         self.handle = handle
         self.beginning = handle.begin.remote(job)
         self.ready = False
-        self.batches: deque[tuple[Batch, Any]] = deque()
+        self.batches: deque[tuple[ItemBatch, Any]] = deque()
 
 
-class _Worker:
+class _RayWorker:
     """An actor, as it sees itself."""
 
     def __init__(self, path: list[str], timeout_seconds: float | None) -> None:
@@ -217,7 +217,7 @@ class _Worker:
         self._timeout_seconds = timeout_seconds
         self._board = [-1, 0]  # the task at work (−1: none), since when (nanoseconds)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: MapJob) -> None:
         """Take the function; answers when it is there."""
         self._job = job
         settle(job.threads)
@@ -239,7 +239,7 @@ class _Worker:
     def _perform(self, id_: int, numbers: list[int], sent: Sent) -> Sent:
         buffers: list[np.ndarray] = []
         packer = Packer(_keep_in(buffers, copy=True), make_pickler)
-        perform(self._job, Batch(id=id_, numbers=numbers, items=_unpack(sent)), self._board, packer.add)
+        perform(self._job, ItemBatch(id=id_, numbers=numbers, items=_unpack(sent)), self._board, packer.add)
         body, chunks = packer.finish()
         return bytes(body), chunks, buffers
 

@@ -1,6 +1,6 @@
 """Which tasks go to workers next, and what is done about those that fail.
 
-Owns batches, retries and losses. Reads items only as far ahead as it must; knows workers only as a `Crew`. What it
+Owns batches, retries and losses. Reads items only as far ahead as it must; knows workers only as a `Pool`. What it
 decides changes how long a call takes, never its result.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from unisono.determinism.nodes import Node
 from unisono.errors import TaskError, WorkerError
-from unisono.parallel.executor import Crew
-from unisono.parallel.item_batches import Batch, Fault, Outcome
+from unisono.parallel.executor import Pool
+from unisono.parallel.item_batches import ItemBatch, ItemFault, Outcome
 
 AIM_SECONDS = 0.005
 """How long a batch should take: long beside the cost of sending it, short beside the wait for an idle worker."""
@@ -69,11 +69,11 @@ class Sharing:
     `given`: how many items the caller is done with; it bounds how far ahead others are read.
     """
 
-    def __init__(self, crew: Crew, items: Iterable[Any], workers: int, retries: int) -> None:
+    def __init__(self, pool: Pool, items: Iterable[Any], workers: int, retries: int) -> None:
         self.given = 0
         self.taken = 0
         self.exhausted = False
-        self._crew = crew
+        self._pool = pool
         self._items = enumerate(items)
         self._workers = workers
         self._retries = retries
@@ -100,20 +100,20 @@ class Sharing:
                 return
             settled = Settled(values=[], nodes=[], failures=failures)
             waits = bool(self._flying) and not failures
-            for outcome in self._crew.wait(PATIENCE_SECONDS if waits else 0.0):
+            for outcome in self._pool.wait(PATIENCE_SECONDS if waits else 0.0):
                 self._take(outcome, settled)
             yield settled
 
     def _submit(self) -> list[Failure]:
         failures: list[Failure] = []
-        for _ in range(self._crew.capacity(self._ahead)):
+        for _ in range(self._pool.capacity(self._ahead)):
             chosen = self._choose()
             if not chosen:
                 break
             self._batches += 1
-            batch = Batch(id=self._batches, numbers=list(chosen), items=list(chosen.values()))
+            batch = ItemBatch(id=self._batches, numbers=list(chosen), items=list(chosen.values()))
             self._flying[batch.id] = chosen
-            for fault in self._crew.submit(batch):
+            for fault in self._pool.submit(batch):
                 item = chosen.pop(fault.number)
                 told = f"its item cannot be sent to a worker: {fault.error}"
                 failures.append(_fail(fault, item, told))
@@ -187,7 +187,7 @@ class Sharing:
         self._most_ahead = max(2 * self._workers, min(by_batches, AHEAD_BYTES // bytes_per_task))
 
 
-def _fail(fault: Fault, item: Any, told: str = "") -> Failure:
+def _fail(fault: ItemFault, item: Any, told: str = "") -> Failure:
     return Failure(
         number=fault.number, item=item, error=told or fault.error, trace=fault.trace, exception=fault.exception
     )

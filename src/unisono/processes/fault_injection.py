@@ -4,7 +4,7 @@
     hang(worker=0, step=3, phase=contribute, microbatch=2)
     kill(worker=2, step=5, phase=reduce, times=3)
 
-Owns the notation and the harm done. Phases are those of `board.PHASES`; nothing here is active unless asked for.
+Owns the notation and the harm done. Phases are those of `progress_table.PHASES`; nothing is active unless asked for.
 """
 
 from __future__ import annotations

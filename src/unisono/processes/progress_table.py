@@ -102,7 +102,7 @@ class Row:
         return f"{self.phase}{place}{f', in the exchange {self.waiting}' if self.waiting else ''}"
 
 
-class Board:
+class ProgressTable:
     """The whole board. Made by the supervisor before it forks; anonymous, so it ends with the last process."""
 
     def __init__(self, rows: int) -> None:
@@ -162,22 +162,22 @@ class Board:
         self._words[_HEADER + slot * _ROW :][:_ROW] = 0
         self._words[_HEADER + slot * _ROW + _SINCE] = time.monotonic_ns()
 
-    def pen(self, slot: int, faults: tuple[Fault, ...] = ()) -> Pen:
+    def progress_writer(self, slot: int, faults: tuple[Fault, ...] = ()) -> ProgressWriter:
         """With which the worker in `slot` writes."""
-        return Pen(self, self._words[_HEADER + slot * _ROW :][:_ROW], faults)
+        return ProgressWriter(self, self._words[_HEADER + slot * _ROW :][:_ROW], faults)
 
 
-class Pen:
+class ProgressWriter:
     """One worker's hand on the board. Faults that are to be injected strike where it writes."""
 
-    def __init__(self, board: Board, words: np.ndarray, faults: tuple[Fault, ...]) -> None:
-        self.board = board
+    def __init__(self, progress_table: ProgressTable, words: np.ndarray, faults: tuple[Fault, ...]) -> None:
+        self.progress_table = progress_table
         self.rank = -1
         self.generation = -1
         self._words = words
         self._faults = faults
 
-    def seat(self, rank: int, generation: int) -> None:
+    def assignment(self, rank: int, generation: int) -> None:
         """A new generation begins, in which this worker has this rank; rank −1: it waits for one."""
         self.rank, self.generation = rank, generation
         self._words[_ENTERED] = self._words[_LEFT] = 0
@@ -187,7 +187,7 @@ class Pen:
         words[_PHASE], words[_STEP], words[_MICROBATCH] = PHASES.index(phase), step, microbatch
         words[_SINCE] = time.monotonic_ns()
         if self._faults:
-            strike(self._faults, self.board.count_strike, self.rank, phase, step, microbatch)
+            strike(self._faults, self.progress_table.count_strike, self.rank, phase, step, microbatch)
         self._check()
 
     def enter(self, call: str) -> None:
@@ -201,5 +201,5 @@ class Pen:
         self._words[_SINCE] = time.monotonic_ns()
 
     def _check(self) -> None:
-        if self.generation >= 0 and self.board.generation != self.generation:
+        if self.generation >= 0 and self.progress_table.generation != self.generation:
             raise LostPeerError("the group of workers has been dissolved")

@@ -25,7 +25,7 @@ class BackgroundWriter:
     def __init__(self, tell: Callable[[events.Event], None]) -> None:
         self._tell = tell
         self._thread = ThreadPoolExecutor(1, "unisono-checkpoint")
-        self._writing: Future[tuple[Path, float]] | None = None
+        self._checkpoint_writer: Future[tuple[Path, float]] | None = None
         self._waited_seconds = 0.0
 
     def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
@@ -40,14 +40,14 @@ class BackgroundWriter:
                 optimizer=found.optimizer,
                 facts={**found.facts, **facts},
             )
-            self._writing = self._thread.submit(_write, copied, folder, keep)
+            self._checkpoint_writer = self._thread.submit(_write, copied, folder, keep)
             self._waited_seconds = time.perf_counter() - began
 
     def settle(self) -> bool:
         """Wait until what was begun is written; return whether it was."""
-        if self._writing is None:
+        if self._checkpoint_writer is None:
             return True
-        writing, self._writing = self._writing, None
+        writing, self._checkpoint_writer = self._checkpoint_writer, None
         try:
             path, seconds = writing.result()
         except RunFolderError as error:

@@ -28,7 +28,7 @@ NICENESS = 5  # training comes first
 Reply = Callable[[dict[str, Any]], None]
 
 
-class Writing:
+class CheckpointWriter:
     """Writes the run's checkpoints, one at a time. `tell` hears what came of each."""
 
     def __init__(

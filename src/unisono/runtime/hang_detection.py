@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from unisono.processes.progress_table import Board, Row
-from unisono.runtime.worker_pool import Crew, Member
+from unisono.processes.progress_table import ProgressTable, Row
+from unisono.runtime.worker_pool import WorkerHandle, WorkerPool
 
 PATIENCE = {
     "start": 10.0,
@@ -67,12 +67,12 @@ def find_stuck(
     return [stuck for stuck in late if stuck.stopped] or late  # where all are in one exchange, it may be clear who is
 
 
-class Watch:
+class HangDetector:
     """Watches the crew of one run. `factor` is recovery.hang_factor."""
 
-    def __init__(self, crew: Crew, board: Board, folder: Path, factor: float) -> None:
-        self._crew = crew
-        self._board = board
+    def __init__(self, pool: WorkerPool, progress_table: ProgressTable, folder: Path, factor: float) -> None:
+        self._pool = pool
+        self._progress_table = progress_table
         self._folder = folder
         self._factor = factor
         self._longest_step = 0.0
@@ -93,7 +93,7 @@ class Watch:
         """How long a worker may be without progress; 0: for ever."""
         return self._factor * (max(1.0, self._longest_step) if self._longest_step else FIRST_STEP_PATIENCE)
 
-    def find(self) -> list[tuple[Member, Stuck]]:
+    def find(self) -> list[tuple[WorkerHandle, Stuck]]:
         """Who hangs now."""
         now = time.monotonic()
         if now - self._looked > self.limit_seconds / 2:  # the whole run was stopped (Ctrl-Z), and goes on
@@ -101,28 +101,28 @@ class Watch:
         self._looked = now
         if not self.limit_seconds or now < self._not_before:
             return []
-        found: list[tuple[Member, Stuck]] = []
-        at_work = [member for member in self._crew.staying() if not member.waiting]
-        for generation in {member.generation for member in at_work}:
-            group = {member.number: member for member in at_work if member.generation == generation}
-            rows = {number: self._board.row(member.slot) for number, member in group.items()}
+        found: list[tuple[WorkerHandle, Stuck]] = []
+        at_work = [handle for handle in self._pool.staying() if not handle.waiting]
+        for generation in {handle.generation for handle in at_work}:
+            group = {handle.number: handle for handle in at_work if handle.generation == generation}
+            rows = {number: self._progress_table.row(handle.slot) for number, handle in group.items()}
             stuck = find_stuck(
                 rows,
-                stopped=[number for number, member in group.items() if self._crew.is_stopped(member)],
-                answered=[number for number, member in group.items() if member.asking],
+                stopped=[number for number, handle in group.items() if self._pool.is_stopped(handle)],
+                answered=[number for number, handle in group.items() if handle.asking],
                 now=now,
                 limit_seconds=self.limit_seconds,
             )
             found += [(group[one.worker], one) for one in stuck]
         return found
 
-    def describe(self, found: list[tuple[Member, Stuck]], step: int) -> str:
+    def describe(self, found: list[tuple[WorkerHandle, Stuck]], step: int) -> str:
         """Who hangs, in words, after everybody's stacks have been written to a folder of the run."""
         self._found += 1
         told = "; ".join(str(stuck) for _, stuck in found)
         folder = self._folder / "hangs" / f"{self._found:03d}-step-{step + 1:08d}"
         try:
-            self._crew.dump_stacks(folder, told)
+            self._pool.dump_stacks(folder, told)
         except OSError as error:
             return f"{told}; stacks could not be written: {error}"
         return f"{told}; all stacks are in {folder}"

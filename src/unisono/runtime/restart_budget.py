@@ -74,7 +74,7 @@ def find_verdict(ends: Sequence[End]) -> Exception | None:
     return None
 
 
-class Budget:
+class RestartBudget:
     """Counts a run's losses."""
 
     def __init__(self, rules: Recovery) -> None:
@@ -126,7 +126,7 @@ class Change:
     wasted: float = 0.0
     lost: str = ""
     before: int | None = None
-    seated: bool = False
+    assigned: bool = False
     stands_still: bool = False
 
     def stand_still(self, now: float) -> None:

@@ -31,57 +31,64 @@ from unisono.engine.trace import Traced
 from unisono.errors import ContractError, DataError, Interrupted, RecipeError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
-from unisono.runtime.run_inputs import Material
+from unisono.runtime.run_inputs import RunInputs
 from unisono.runtime.setup import Job, Ready, Run, join, make_ready, run_facts
-from unisono.runtime.supervisor_client import Link
+from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
 from unisono.tasks.metrics import summarise
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
 
-OpenMaterial = Callable[[int, Callable[[str], None]], Material]
+OpenInputs = Callable[[int, Callable[[str], None]], RunInputs]
 """How a worker comes to what it trains on: (workers of this host, who is told about it) → material."""
 
 
-class Trainee:
+class Runner:
     """A worker's part in a run, through all the groups of workers that it belongs to."""
 
-    def __init__(self, job: Job, open_material: OpenMaterial) -> None:
+    def __init__(self, job: Job, open_inputs: OpenInputs) -> None:
         self._job = job
-        self._open_material = open_material
-        self._material: Material | None = None
+        self._open_inputs = open_inputs
+        self._inputs: RunInputs | None = None
         self._ready: Ready | None = None
 
-    def warm(self, device: torch.device, workers: int, link: Link) -> None:
+    def warm(self, device: torch.device, workers: int, client: SupervisorClient) -> None:
         """Before it belongs to any: make ready what needs no other worker."""
-        if link.prepared:
+        if client.prepared:
             self._make_ready(device, workers)
 
     def train(
-        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int, again: bool
+        self,
+        exchange: Exchange,
+        device: torch.device,
+        client: SupervisorClient,
+        *,
+        local_rank: int,
+        local_workers: int,
+        again: bool,
     ) -> bool:
         """Take part in a group; as `execute`. The first worker of each host prepares the data, the others open it.
         `again`: there has been a group before."""
-        link.progress.at("prepare")
-        if again and link.memory < 0:  # no snapshot: like a run that is resumed, with a module as it was built
-            link.settle()
+        client.progress.at("prepare")
+        if again and client.memory < 0:  # no snapshot: like a run that is resumed, with a module as it was built
+            client.settle()
             self._ready, self._job = None, dataclasses.replace(self._job, resume="auto")
-        if local_rank == 0 and self._material is None:
-            tell = link.tell if exchange.rank == 0 else lambda event: None
-            self._material = self._open_material(local_workers, lambda line: tell(events.Notice(message=line)))
-            link.prepared = True
+        if local_rank == 0 and self._inputs is None:
+            tell = client.tell if exchange.rank == 0 else lambda event: None
+            self._inputs = self._open_inputs(local_workers, lambda line: tell(events.Notice(message=line)))
+            client.prepared = True
         exchange.wait_for_all()
-        return execute(self._job, self._make_ready(device, local_workers), exchange, link)
+        return execute(self._job, self._make_ready(device, local_workers), exchange, client)
 
     def _make_ready(self, device: torch.device, workers: int) -> Ready:
-        if self._material is None:
-            self._material = self._open_material(workers, lambda line: None)
+        if self._inputs is None:
+            self._inputs = self._open_inputs(workers, lambda line: None)
         if self._ready is None:
-            self._ready = make_ready(self._job, self._material, device)
+            self._ready = make_ready(self._job, self._inputs, device)
         return self._ready
 
 
-def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
+def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> bool:
     """Train, test and export; leave everything in `job.folder`. Every worker of a group calls this.
 
     Returns whether the run is complete; false: the supervisor wants another group of workers to go on.
@@ -92,14 +99,14 @@ def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
         UnisonoError: as its subclasses say.
     """
     if ready.profile:
-        exchange = ready.profile.join(exchange, link.progress, ready.device)
-    run = join(job, ready, exchange, link)
-    link.request()  # from here on an interrupt waits for the end of its step, on every worker
+        exchange = ready.profile.join(exchange, client.progress, ready.device)
+    run = join(job, ready, exchange, client)
+    client.request()  # from here on an interrupt waits for the end of its step, on every worker
     exchange.wait_for_all()
     if exchange.rank == 0 and not run.recovered:
         _open_folder(run)
     _announce(run)
-    feed = Feed(run.material.train, run.order, ready.device, run.progress)
+    feed = Feed(run.inputs.train, run.order, ready.device, run.progress)
     contributor = ready.profile.mark(run.contributor) if ready.profile else run.contributor
     traced = Traced(contributor, job.trace, exchange.rank) if job.trace else None
     try:
@@ -115,7 +122,7 @@ def execute(job: Job, ready: Ready, exchange: Exchange, link: Link) -> bool:
     if request == STOP:  # worker 0 may be lost before the rest have left: nobody does before all know
         if ready.profile:
             _write_profile(run, ready.profile, None)
-        unwritten = exchange.add_integers(torch.tensor([int(not link.settle())]).to(ready.device))
+        unwritten = exchange.add_integers(torch.tensor([int(not client.settle())]).to(ready.device))
         raise Interrupted(_tell_stop(run, not unwritten.item()))
     _finish(run, feed)
     return True
@@ -157,7 +164,7 @@ def _announce(run: Run) -> None:
             threads=train.threads,
             microbatches_each=[len(share) for share in shares(train.microbatches, run.exchange.workers)],
             samples_per_step=train.samples_per_step,
-            train_samples=len(run.material.train),
+            train_samples=len(run.inputs.train),
             steps=run.order.total_steps,
             steps_per_epoch=run.order.steps_per_epoch,
             start_step=state.step,
@@ -181,11 +188,11 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
         run.exchange,
         run.order,
         take=feed.take,
-        tell=lambda found: run.link.tell(events.Corrupted(**dataclasses.asdict(found))),
+        tell=lambda found: run.client.tell(events.Corrupted(**dataclasses.asdict(found))),
         every=run.recipe.train.audit_every,
     )
     last, waited = time.perf_counter(), 0.0
-    train, request, at = run.recipe.train, run.link.request, run.progress.at
+    train, request, at = run.recipe.train, run.client.request, run.progress.at
     watched = run.ready.profile.watch(audit) if run.ready.profile else audit
     for done in steps(state, run.order, feed, watched, train, request, audit.check, at):
         run.samples += done.step.samples
@@ -206,7 +213,7 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
 
 def _attend(run: Run, seconds: float, data_seconds: float) -> None:
     """Do what follows a committed step: report, evaluate, save. Doing it again changes nothing."""
-    state, lengths = run.state, run.material.train.lengths
+    state, lengths = run.state, run.inputs.train.lengths
     assert state.last is not None
     run.progress.at("report", state.step - 1)
     step = run.order.step(state.step - 1)
@@ -256,18 +263,18 @@ def _is_due(run: Run) -> bool:
 def _evaluate(run: Run) -> None:
     """Score the validation samples (or, to look at, the test samples); keep the best weights where the recipe says
     so."""
-    split, source = ("validation", run.material.validation) if run.material.validation else ("test", run.material.test)
+    split, source = ("validation", run.inputs.validation) if run.inputs.validation else ("test", run.inputs.test)
     if source is None:
         return
     scores = _score(run, source)
     best = False
     metric = run.recipe.evaluate.metric
-    if run.material.validation is not None:
+    if run.inputs.validation is not None:
         if metric not in scores:
             raise RecipeError(f"'evaluate.metric' = {metric!r}: measured are {', '.join(scores)}. Name one of them.")
         keep = run.recipe.evaluate.keep_best
         if keep:  # a checkpoint that is being written may still read the best weights
-            run.link.settle()
+            run.client.settle()
             run.exchange.wait_for_all()
         best = run.state.judge(scores[metric], higher=metric != "loss", keep=keep)
     run.tell(events.Evaluated(step=run.state.step, epoch=round(run.epoch(), 6), split=split, scores=scores, best=best))
@@ -278,7 +285,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
     with run.state.averaged_weights():
         results = measure_all(
             run.state.replica.module,
-            run.material.task.measure,
+            run.inputs.task.measure,
             source,
             run.exchange,
             device=run.ready.device,
@@ -295,7 +302,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
 def _save(run: Run) -> None:
     run.progress.at("save", run.state.step - 1)
     facts = run_facts(run.job, run.ready, run.order.total_steps)
-    run.link.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
+    run.client.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
     run.saved_step = run.state.step
 
 
@@ -312,7 +319,7 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
         run.state,
         again if feed else None,
         precision=run.recipe.train.precision,
-        memory=run.link.memory,
+        memory=run.client.memory,
         wait_for_all=run.exchange.wait_for_all,
     )
     contents = run.exchange.gather_bytes(json.dumps(profile.told() | measured).encode())
@@ -328,7 +335,7 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
 
 def _refuse_changed_data(run: Run) -> None:
     """Data that lies in memory which others share may have been written into: what was hashed is not what was seen."""
-    changed = run.exchange.add_integers(torch.tensor([int(run.material.changed())]).to(run.ready.device))
+    changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]).to(run.ready.device))
     if changed.item():
         raise DataError(
             "the data was written into while it was trained on, so the weights are those of no data that there is. "
@@ -340,7 +347,7 @@ def _finish(run: Run, feed: Feed) -> None:
     """Evaluate and test, write model/, tell the summary."""
     state, folder = run.state, run.job.folder
     run.progress.at("finish", state.step - 1)
-    if run.material.validation is not None and not state.evaluated:
+    if run.inputs.validation is not None and not state.evaluated:
         _evaluate(run)
     optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
     seconds = time.perf_counter() - run.started
@@ -348,16 +355,16 @@ def _finish(run: Run, feed: Feed) -> None:
         _write_profile(run, run.ready.profile, feed)
     if run.recipe.evaluate.keep_best:
         state.take_best()
-    test = _score(run, run.material.test) if run.material.test is not None else None
+    test = _score(run, run.inputs.test) if run.inputs.test is not None else None
     run.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
     _refuse_changed_data(run)
     with state.averaged_weights():
         if run.exchange.rank == 0:
-            run.link.settle()  # a checkpoint that fills the disk gives the room back before the model needs it
+            run.client.settle()  # a checkpoint that fills the disk gives the room back before the model needs it
             tensors = state.replica.tensors()
             with whole_folder(folder / "model") as part:
                 save_tensors(part / "model.safetensors", tensors)
-                run.material.export(part)
+                run.inputs.export(part)
             summary = {
                 "name": run.recipe.name,
                 "steps": state.step,
@@ -368,7 +375,7 @@ def _finish(run: Run, feed: Feed) -> None:
                 "device": run.fingerprint["device"],
                 "fingerprint": numerics.digest(run.fingerprint),
                 "pure": run.pure,
-                "train": {"loss": state.last["loss"] if state.last else None, "samples": len(run.material.train)},
+                "train": {"loss": state.last["loss"] if state.last else None, "samples": len(run.inputs.train)},
                 "test": test,
                 "best_step": state.best_step or None,
                 "weights_sha256": tensors_sha256(tensors),

@@ -28,7 +28,7 @@ MEASURED = ("loss", "accuracy", "macro_f1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
+class RunInputs:
     """Everything that a run reads.
 
     data: names and hashes for the numerics fingerprint.
@@ -77,7 +77,7 @@ def import_for_text() -> None:
 
 def open_text(
     recipe: Recipe, workers: int, notify: Callable[[str], None], frames: Mapping[str, object] | None = None
-) -> Material:
+) -> RunInputs:
     """Prepare the dataset that the recipe describes, or open it if nothing has changed; make its task."""
     from unisono.data.prepare import prepare
 
@@ -94,7 +94,7 @@ def open_text(
 
             write_config(Path(recipe.model.folder), folder, dataset.labels)
 
-    return Material(
+    return RunInputs(
         task=text_task(recipe, dataset, train),
         train=train,
         validation=dataset.split("validation"),
@@ -127,7 +127,7 @@ def text_task(recipe: Recipe, dataset: Dataset, train: Any) -> TextClassificatio
     )
 
 
-def open_own(recipe: Recipe, task: Task, train: Any, validation: Any = None, test: Any = None) -> Material:
+def open_own(recipe: Recipe, task: Task, train: Any, validation: Any = None, test: Any = None) -> RunInputs:
     """Take a user's task and data as they are."""
     seed = recipe.train.seed
     sources = [None if data is None else open_source(data, seed) for data in (train, validation, test)]
@@ -137,4 +137,4 @@ def open_own(recipe: Recipe, task: Task, train: Any, validation: Any = None, tes
         for name, source in zip(("train", "validation", "test"), sources, strict=True)
         if source
     }
-    return Material(task=task, train=sources[0], validation=sources[1], test=sources[2], data=hashes)
+    return RunInputs(task=task, train=sources[0], validation=sources[1], test=sources[2], data=hashes)

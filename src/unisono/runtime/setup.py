@@ -30,8 +30,8 @@ from unisono.engine.state import TrainState
 from unisono.errors import DamagedError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import Progress
-from unisono.runtime.run_inputs import Material
-from unisono.runtime.supervisor_client import Link
+from unisono.runtime.run_inputs import RunInputs
+from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage import checkpoints
 from unisono.tracking import events
 
@@ -65,7 +65,7 @@ class Ready:
     at, where it is asked for.
     """
 
-    material: Material
+    inputs: RunInputs
     module: nn.Module
     device: torch.device
     fingerprint: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Run:
     job: Job
     ready: Ready
     exchange: Exchange
-    link: Link
+    client: SupervisorClient
     state: TrainState
     order: Order
     contributor: Contributor
@@ -96,18 +96,18 @@ class Run:
         return self.job.recipe
 
     @property
-    def material(self) -> Material:
-        return self.ready.material
+    def inputs(self) -> RunInputs:
+        return self.ready.inputs
 
     @property
     def progress(self) -> Progress:
         """Who hears what this worker is about to do."""
-        return self.ready.profile or self.link.progress
+        return self.ready.profile or self.client.progress
 
     @property
     def judge(self) -> Contributor:
         """The contributor, without anybody's help."""
-        return replace(self.contributor, desk=None)
+        return replace(self.contributor, offload=None)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -116,7 +116,7 @@ class Run:
     def tell(self, event: events.Event) -> None:
         """Pass an event on; one voice is enough."""
         if self.exchange.rank == 0:
-            self.link.tell(event)
+            self.client.tell(event)
 
     def epoch(self) -> float:
         """Epochs done."""
@@ -134,45 +134,45 @@ def check_workers(recipe: Recipe, workers: int) -> None:
         )
 
 
-def make_ready(job: Job, material: Material, device: torch.device) -> Ready:
+def make_ready(job: Job, inputs: RunInputs, device: torch.device) -> Ready:
     """Build the module, and take the numerics fingerprint."""
     recipe, train = job.recipe, job.recipe.train
-    material.check(recipe)
+    inputs.check(recipe)
     keys.seed_all(keys.key(train.seed, "build"))
-    module = material.task.build().to(device)
-    found = numerics.fingerprint(train, device=device, data=material.data, layout=layout_digest(module))
+    module = inputs.task.build().to(device)
+    found = numerics.fingerprint(train, device=device, data=inputs.data, layout=layout_digest(module))
     profile = Profile() if job.profile else None
-    return Ready(material=material, module=module, device=device, fingerprint=found, profile=profile)
+    return Ready(inputs=inputs, module=module, device=device, fingerprint=found, profile=profile)
 
 
-def join(job: Job, ready: Ready, exchange: Exchange, link: Link) -> Run:
+def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> Run:
     """Take part in a group of workers: compare numerics, probe for purity, and go on from the snapshot, from a
     checkpoint, or begin."""
-    recipe, train, material = job.recipe, job.recipe.train, ready.material
+    recipe, train, inputs = job.recipe, job.recipe.train, ready.inputs
     check_workers(recipe, exchange.workers)
-    link.progress.at("join")
-    replica = Replica(ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=material.task.pretrained)
+    client.progress.at("join")
+    replica = Replica(ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=inputs.task.pretrained)
     warnings = _compare_workers(ready.fingerprint, exchange)
-    total_steps = count_steps(len(material.train), train.samples_per_step, train.epochs, train.max_steps)
+    total_steps = count_steps(len(inputs.train), train.samples_per_step, train.epochs, train.max_steps)
     order = Order(
-        lengths=material.train.lengths,
-        padded=material.train.padded,
+        lengths=inputs.train.lengths,
+        padded=inputs.train.padded,
         samples_per_step=train.samples_per_step,
         microbatches=train.microbatches,
         seed=train.seed,
         total_steps=total_steps,
     )
-    arrays = _open_snapshot(job, ready, replica, exchange, link, total_steps)
+    arrays = _open_snapshot(job, ready, replica, exchange, client, total_steps)
     optimizer = Optimizer(replica, exchange, train, arrays)
     run = Run(
         job=job,
         ready=ready,
         exchange=exchange,
-        link=link,
+        client=client,
         state=TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange),
         order=order,
         contributor=Contributor(
-            replica=replica, task=material.task, precision=train.precision, seed=train.seed, desk=exchange.desk
+            replica=replica, task=inputs.task, precision=train.precision, seed=train.seed, offload=exchange.offload
         ),
         pure=not job.allow_impure,
     )
@@ -192,13 +192,13 @@ def join(job: Job, ready: Ready, exchange: Exchange, link: Link) -> Run:
 
 
 def _open_snapshot(
-    job: Job, ready: Ready, replica: Replica, exchange: Exchange, link: Link, total_steps: int
+    job: Job, ready: Ready, replica: Replica, exchange: Exchange, client: SupervisorClient, total_steps: int
 ) -> SnapshotArrays | None:
     """The run's arrays in its snapshot, where it has one."""
-    if link.memory < 0:
+    if client.memory < 0:
         return None
     return SnapshotArrays(
-        link.memory,
+        client.memory,
         array_names(job.recipe.train),
         replica,
         exchange,
@@ -230,7 +230,7 @@ def _probe(run: Run) -> None:
     """
     first = run.order.step(0).microbatches
     smaller, larger = first[-1][:PROBED], np.concatenate([first[0][:PROBED], first[-1][:1]])
-    take = run.material.train.take
+    take = run.inputs.train.take
     one, other = (
         {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (smaller, larger)
     )

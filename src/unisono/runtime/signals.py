@@ -17,21 +17,21 @@ ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 terminal is closed."""
 
 
-class Interrupts:
+class StopSignals:
     """Within: signals are collected in `asked`, in order; each makes `descriptor` readable."""
 
     def __init__(self) -> None:
         self.asked: list[signal.Signals] = []
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupts:
-        self.descriptor, self._writing = os.pipe()
-        for end in (self.descriptor, self._writing):
+    def __enter__(self) -> StopSignals:
+        self.descriptor, self._checkpoint_writer = os.pipe()
+        for end in (self.descriptor, self._checkpoint_writer):
             os.set_blocking(end, False)
         for signum in ASKING:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
                 self._before[signum] = signal.signal(signum, self._note)
-        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._wakeup_before = signal.set_wakeup_fd(self._checkpoint_writer, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -39,7 +39,7 @@ class Interrupts:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         os.close(self.descriptor)
-        os.close(self._writing)
+        os.close(self._checkpoint_writer)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.asked.append(signal.Signals(signum))

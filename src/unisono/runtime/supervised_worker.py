@@ -27,12 +27,12 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import end_with_parent
-from unisono.processes.progress_table import Board, Pen
+from unisono.processes.progress_table import ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.signals import ASKING
-from unisono.runtime.supervisor_client import Link
+from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.runtime.worker import guarded, keep_memory
 from unisono.tracking import events
 
@@ -40,15 +40,22 @@ DUMP = signal.SIGUSR2
 """Makes a worker write all its stacks down, whatever it is at."""
 
 
-class Part(Protocol):
-    """What a supervised worker does; `run.Trainee` is one."""
+class Workload(Protocol):
+    """What a supervised worker does; `run.Runner` is one."""
 
-    def warm(self, device: torch.device, workers: int, link: Link) -> None:
+    def warm(self, device: torch.device, workers: int, client: SupervisorClient) -> None:
         """Make ready what needs no other worker."""
         ...
 
     def train(
-        self, exchange: Exchange, device: torch.device, link: Link, *, local_rank: int, local_workers: int, again: bool
+        self,
+        exchange: Exchange,
+        device: torch.device,
+        client: SupervisorClient,
+        *,
+        local_rank: int,
+        local_workers: int,
+        again: bool,
     ) -> bool:
         """Take part in a group of workers, the first one or `again`; return whether all is done, or another group is
         to go on."""
@@ -56,13 +63,13 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Post:
+class WorkerSpec:
     """What a worker's process is given when it is forked. memory: file of the run's snapshot. workers: how many there
     are to be. report, stacks: files without a name, for what it raises, and for what it is at."""
 
     slot: int
     channel: Channel
-    board: Board
+    progress_table: ProgressTable
     memory: int
     threads: int
     device: str
@@ -73,27 +80,27 @@ class Post:
     faults: tuple[Fault, ...] = ()
 
 
-class Supervised:
+class SupervisedClient:
     """The link of a worker to its supervisor."""
 
-    def __init__(self, post: Post, pen: Pen) -> None:
-        self.progress: Pen = pen
-        self.memory = post.memory
-        self._channel = post.channel
-        self._board = post.board
+    def __init__(self, spec: WorkerSpec, progress_writer: ProgressWriter) -> None:
+        self.progress: ProgressWriter = progress_writer
+        self.memory = spec.memory
+        self._channel = spec.channel
+        self._progress_table = spec.progress_table
         # without a snapshot, the worker has to write checkpoints itself
-        self._writer = BackgroundWriter(self.tell) if post.memory < 0 else None
+        self._writer = BackgroundWriter(self.tell) if spec.memory < 0 else None
 
     @property
     def prepared(self) -> bool:
-        return self._board.prepared
+        return self._progress_table.prepared
 
     @prepared.setter
     def prepared(self, done: bool) -> None:
-        self._board.prepared = done
+        self._progress_table.prepared = done
 
     def request(self) -> int:
-        return self._board.request
+        return self._progress_table.request
 
     def tell(self, event: events.Event) -> None:
         self._channel.send({"event": type(event).__name__, "fields": dataclasses.asdict(event)})
@@ -121,76 +128,82 @@ class Supervised:
         return self._channel.receive()[0]
 
 
-def serve(post: Post, part: Part) -> None:
+def serve(spec: WorkerSpec, workload: Workload) -> None:
     """Live a worker's life, until all is done or the supervisor lets it go."""
-    end_with_parent(post.parent)
+    end_with_parent(spec.parent)
     gc.freeze()  # what was inherited is nobody's garbage: collecting, after a loss, need not look at it
-    faulthandler.enable(post.stacks)
-    faulthandler.register(DUMP, post.stacks, all_threads=True)
+    faulthandler.enable(spec.stacks)
+    faulthandler.register(DUMP, spec.stacks, all_threads=True)
     for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-    code = guarded(lambda: _serve(post, part), post.report.write, post.slot)
-    post.report.flush()
+    code = guarded(lambda: _serve(spec, workload), spec.report.write, spec.slot)
+    spec.report.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 
-def _serve(post: Post, part: Part) -> None:
-    pen = post.board.pen(post.slot, post.faults)
-    link = Supervised(post, pen)
-    pen.at("start")
+def _serve(spec: WorkerSpec, workload: Workload) -> None:
+    progress_writer = spec.progress_table.progress_writer(spec.slot, spec.faults)
+    client = SupervisedClient(spec, progress_writer)
+    progress_writer.at("start")
     keep_memory()
-    place = Seat(rank=post.slot, workers=post.workers, local_rank=post.slot, local_workers=post.workers)
-    device = place.device(post.device)
-    numerics.settle(threads=post.threads, device=device)
-    part.warm(device, post.workers, link)
+    place = RankAssignment(rank=spec.slot, workers=spec.workers, local_rank=spec.slot, local_workers=spec.workers)
+    device = place.device(spec.device)
+    numerics.settle(threads=spec.threads, device=device)
+    workload.warm(device, spec.workers, client)
     why = ""
-    _stand_up(pen)
+    _leave_group(progress_writer)
     while True:
-        post.channel.send({"waiting": why})
-        seat, listener = post.channel.receive()
-        if "leave" in seat:
+        spec.channel.send({"waiting": why})
+        assignment, listener = spec.channel.receive()
+        if "leave" in assignment:
             return
         try:
-            if _sit(Seat(**seat, listener=listener), pen, part, device, link):
+            if _take_part(RankAssignment(**assignment, listener=listener), progress_writer, workload, device, client):
                 break
             why = ""
         except LostPeerError as error:
             why = str(error)
         except BaseException:
-            link.close()
+            client.close()
             raise
-        _stand_up(pen)
+        _leave_group(progress_writer)
         gc.collect()  # the last group's memory, before the next one's is made; it may take longer than a step
-    link.close()
+    client.close()
 
 
-def _stand_up(pen: Pen) -> None:
+def _leave_group(progress_writer: ProgressWriter) -> None:
     """Belong to no group. Nobody suspects who waits for a seat."""
-    pen.seat(-1, -1)
-    pen.at("wait")
+    progress_writer.assignment(-1, -1)
+    progress_writer.at("wait")
 
 
-def _sit(seat: Seat, pen: Pen, part: Part, device: torch.device, link: Link) -> bool:
+def _take_part(
+    assignment: RankAssignment,
+    progress_writer: ProgressWriter,
+    workload: Workload,
+    device: torch.device,
+    client: SupervisorClient,
+) -> bool:
     """Belong to one group of workers. Return whether all is done; false: another group is to go on."""
-    pen.seat(seat.rank, seat.generation)
-    pen.at("join")
-    pen.enter("join")
+    progress_writer.assignment(assignment.rank, assignment.generation)
+    progress_writer.at("join")
+    progress_writer.enter("join")
     try:
-        exchange: Exchange = Watched(seat.join(device), pen)
+        exchange: Exchange = Watched(assignment.join(device), progress_writer)
     except RuntimeError as error:  # whatever a store or a backend says of others that do not come
         raise LostPeerError(f"the workers could not meet: {error}") from error
-    pen.leave()
+    progress_writer.leave()
     try:
-        return part.train(
+        return workload.train(
             exchange,
             device,
-            link,
-            local_rank=seat.local_rank,
-            local_workers=seat.local_workers,
-            again=seat.generation > 1,
+            client,
+            local_rank=assignment.local_rank,
+            local_workers=assignment.local_workers,
+            again=assignment.generation > 1,
         )
     finally:
         with suppress(RuntimeError):  # what a backend says of a broken connection; the group is over all the same

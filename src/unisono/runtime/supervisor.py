@@ -3,7 +3,7 @@
     a worker ends, hangs, or another number of them is wanted → the group is dissolved: everybody drops the unfinished
     step → who is missing is replaced → all who wait get seats in a new group → it goes on from the last commit
 
-Owns what is decided, and when. The processes are `crew.py`'s, checkpoints `writing.py`'s, hangs `watch.py`'s, the
+Owns what is decided, and when. The processes are `pool.py`'s, checkpoints `writing.py`'s, hangs `watch.py`'s, the
 budget `losses.py`'s. It computes nothing, holds no lock that a worker needs, and starts no thread, so it can fork at
 any time.
 """
@@ -24,16 +24,16 @@ from unisono.engine.snapshot import Snapshot, new_file
 from unisono.errors import Interrupted, Preempted, RecipeError, WorkerError
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import forget_kernel_buffers
-from unisono.processes.progress_table import MOST_FAULTS, REGROUP, RUNNING, STOP, Board
+from unisono.processes.progress_table import MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
 from unisono.runtime.channel import Message
-from unisono.runtime.checkpoint_writer import Writing
-from unisono.runtime.hang_detection import Watch
-from unisono.runtime.restart_budget import Budget, Change, Loss, find_verdict, name_loss
+from unisono.runtime.checkpoint_writer import CheckpointWriter
+from unisono.runtime.hang_detection import HangDetector
+from unisono.runtime.restart_budget import Change, Loss, RestartBudget, find_verdict, name_loss
 from unisono.runtime.run import remove_begun
-from unisono.runtime.signals import Interrupts
-from unisono.runtime.supervised_worker import Part
-from unisono.runtime.worker_pool import Crew, Member
-from unisono.storage.run_lock import Claim
+from unisono.runtime.signals import StopSignals
+from unisono.runtime.supervised_worker import Workload
+from unisono.runtime.worker_pool import WorkerHandle, WorkerPool
+from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
 MOST_WORKERS = 4096
@@ -46,11 +46,11 @@ LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --
 
 
 class Supervisor:
-    """Runs `part` in `workers` processes, whatever happens to them. `observer` hears of everything."""
+    """Runs `workload` in `workers` processes, whatever happens to them. `observer` hears of everything."""
 
     def __init__(
         self,
-        part: Part,
+        workload: Workload,
         *,
         recipe: Recipe,
         folder: Path,
@@ -58,7 +58,7 @@ class Supervisor:
         workers: int,
         faults: Sequence[Fault] = (),
     ) -> None:
-        self._part = part
+        self._workload = workload
         self._recipe = recipe
         self._folder = folder
         self._observer = observer
@@ -67,17 +67,17 @@ class Supervisor:
         if len(faults) > MOST_FAULTS:
             raise RecipeError(f"--fault: {len(faults)} faults are given; allowed are {MOST_FAULTS}. Inject fewer.")
         self._on_gpus = recipe.train.device != "cpu" and torch.cuda.device_count() > 0
-        self._board = Board(min(recipe.train.microbatches, MOST_WORKERS))
+        self._progress_table = ProgressTable(min(recipe.train.microbatches, MOST_WORKERS))
         self._memory = new_file()
-        self._budget = Budget(recipe.recovery)
-        self._claim: Claim | None = None
+        self._budget = RestartBudget(recipe.recovery)
+        self._run_lock: RunLock | None = None
         self._error: Exception | None = None  # what ends the run
         self._has_ended = False  # the result has been told
         self._training = False  # the first group of workers has begun
         self._change: Change | None = None  # that has not been overcome yet
-        self._hire_at = 0.0
+        self._start_at = 0.0
         self._dissolved_at: float | None = None
-        self._orphan: tuple[Member, str, float] | None = None  # who lost others that have not ended, why and when
+        self._orphan: tuple[WorkerHandle, str, float] | None = None  # who lost others that have not ended, why and when
         self._stop_at: float | None = None
         self._last_event = time.monotonic()
         self._look_at = 0.0
@@ -95,28 +95,30 @@ class Supervisor:
         sys.stderr.flush()
         forget_kernel_buffers()
         if self._folder.exists():
-            self._claim = Claim(self._folder)
-        with Interrupts() as self._interrupts:
+            self._run_lock = RunLock(self._folder)
+        with StopSignals() as self._interrupts:
             train, keep = self._recipe.train, self._recipe.checkpoint.keep
-            self._writing = Writing(self._folder / "checkpoints", keep, self._memory, self._tell)
-            self._crew = Crew(
-                self._part,
-                self._board,
+            self._checkpoint_writer = CheckpointWriter(self._folder / "checkpoints", keep, self._memory, self._tell)
+            self._pool = WorkerPool(
+                self._workload,
+                self._progress_table,
                 memory=self._memory,
                 threads=train.threads,
                 device=train.device,
                 faults=self._faults,
                 wake=self._interrupts.descriptor,
             )
-            self._watch = Watch(self._crew, self._board, self._folder, self._recipe.recovery.hang_factor)
+            self._hang_detector = HangDetector(
+                self._pool, self._progress_table, self._folder, self._recipe.recovery.hang_factor
+            )
             try:
-                while self._error is None and (self._crew.members or not self._has_ended):
-                    self._hear(self._crew.listen())
-                    self._bury()
-                    self._look()
-                    self._form()
-                    self._crew.wait(LOOK_SECONDS, self._writing.sentinels)
-                self._dismiss(self._crew.staying())
+                while self._error is None and (self._pool.handles or not self._has_ended):
+                    self._handle_messages(self._pool.listen())
+                    self._reap()
+                    self._check()
+                    self._form_group()
+                    self._pool.wait(LOOK_SECONDS, self._checkpoint_writer.sentinels)
+                self._terminate(self._pool.staying())
             finally:
                 self._leave()
         if self._error is not None:
@@ -124,60 +126,62 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Leave nothing behind."""
-        self._crew.end()
-        self._writing.finish(self._watch.limit_seconds or LAST_WRITING_SECONDS)
-        if self._claim is not None:
-            self._claim.release()
+        self._pool.end()
+        self._checkpoint_writer.finish(self._hang_detector.limit_seconds or LAST_WRITING_SECONDS)
+        if self._run_lock is not None:
+            self._run_lock.release()
         if self._memory >= 0:
             os.close(self._memory)
 
     # What members say, and how they end
 
-    def _hear(self, said: Sequence[tuple[Member, Message]]) -> None:
-        for member, message in said:
+    def _handle_messages(self, said: Sequence[tuple[WorkerHandle, Message]]) -> None:
+        for handle, message in said:
             if "event" in message:
                 self._tell(getattr(events, message["event"])(**message["fields"]))
             elif "waiting" in message:
-                self._welcome(member, message["waiting"])
+                self._on_ready(handle, message["waiting"])
             elif "ask" in message:
-                member.asking = True
-                (self._writing.ask if message["ask"] == "save" else self._writing.settle)(member.answer)
+                handle.asking = True
+                (self._checkpoint_writer.ask if message["ask"] == "save" else self._checkpoint_writer.settle)(
+                    handle.answer
+                )
 
-    def _dismiss(self, members: Iterable[Member]) -> None:
+    def _terminate(self, handles: Iterable[WorkerHandle]) -> None:
         """End members at once; what they had said before is heard."""
-        words, _ = self._crew.dismiss(members)
-        self._hear(words)
+        words, _ = self._pool.terminate(handles)
+        self._handle_messages(words)
 
-    def _welcome(self, member: Member, why: str) -> None:
+    def _on_ready(self, handle: WorkerHandle, why: str) -> None:
         """A member waits for a seat. If its group was not dissolved, another worker is about to end, or something has
         come between them."""
-        member.waiting = True
-        if self._board.request == REGROUP and self._change is not None and member.generation >= 0:
+        handle.waiting = True
+        if self._progress_table.request == REGROUP and self._change is not None and handle.generation >= 0:
             self._change.stand_still(time.monotonic())
-        if why and self._orphan is None and member.generation == self._board.generation:
-            self._orphan = member, why, time.monotonic()
+        if why and self._orphan is None and handle.generation == self._progress_table.generation:
+            self._orphan = handle, why, time.monotonic()
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """See to the members that have ended."""
-        words, ends = self._crew.reap()
-        self._hear(words)
-        missed = [(member, end) for member, end in ends if not (member.leaving or (self._has_ended and not end.code))]
+        words, ends = self._pool.reap()
+        self._handle_messages(words)
+        missed = [(handle, end) for handle, end in ends if not (handle.leaving or (self._has_ended and not end.code))]
         if not missed or self._has_ended:
             return
         if verdict := find_verdict([end for _, end in missed]):
             self._fail(self._named(str(verdict)) if isinstance(verdict, Interrupted) else verdict)
             return
-        fresh = any(member.generation < 0 for member, _ in missed)
+        fresh = any(handle.generation < 0 for handle, _ in missed)
         self._lose(name_loss([end for _, end in missed], self._step), fresh=fresh)
 
     def _lose(self, loss: Loss, *, fresh: bool = False) -> None:
         """Workers have been lost: end the run, or dissolve the group and go on. `fresh`: some had no seat yet."""
         change, now = self._change, time.monotonic()
-        if change is not None and change.lost and not change.seated and not fresh:
+        if change is not None and change.lost and not change.assigned and not fresh:
             change.lost += f"; {loss.what}"  # the same loss, noticed bit by bit
             return
         if end := self._budget.spend(loss):
-            self._dismiss(self._crew.staying())
+            self._terminate(self._pool.staying())
             trace = f"\n{loss.trace}" if loss.trace else ""
             self._fail(WorkerError(f"{end}. {self._rescue()}{trace}"))
             return
@@ -185,59 +189,59 @@ class Supervisor:
             change = self._change = Change(since=now)
         change.lost += f"; {loss.what}" if change.lost else loss.what
         change.wasted += now - self._last_event if self._training else 0.0
-        change.seated = False
+        change.assigned = False
         self._last_event = now
-        self._hire_at = now + self._budget.backoff_seconds
-        self._board.generation += 1  # everybody leaves the present group, at the next mark on the board
+        self._start_at = now + self._budget.backoff_seconds
+        self._progress_table.generation += 1  # everybody leaves the present group, at the next mark on the board
         self._dissolved_at, self._orphan = now, None
-        self._watch.spare()
+        self._hang_detector.spare()
         if self._on_gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
-            self._dismiss(member for member in self._crew.staying() if member.generation >= 0)
+            self._terminate(handle for handle in self._pool.staying() if handle.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:
-            self._wanted = max(1, min(self._wanted, len(self._crew.staying())))
+            self._wanted = max(1, min(self._wanted, len(self._pool.staying())))
 
     # What is to be done by now
 
-    def _look(self) -> None:
-        self._writing.look(self._watch.limit_seconds)
+    def _check(self) -> None:
+        self._checkpoint_writer.look(self._hang_detector.limit_seconds)
         if self._has_ended:
-            self._crew.let_go(self._crew.members.values())
+            self._pool.release(self._pool.handles.values())
             return
         if self._interrupts.asked:
-            self._heed()
+            self._handle_signals()
         now = time.monotonic()
         if self._error is not None or now < self._look_at:
             return
         self._look_at = now + LOOK_SECONDS
-        if self._claim is not None and (wanted := self._claim.wanted_workers()):
-            self._resize(self._claim, wanted)
+        if self._run_lock is not None and (wanted := self._run_lock.wanted_workers()):
+            self._resize(self._run_lock, wanted)
         if self._dissolved_at is not None and now > self._dissolved_at + MEETING_SECONDS:
-            at_work = [member for member in self._crew.staying() if not member.waiting]
-            self._dismiss(member for member in at_work if self._board.row(member.slot).waiting == "join")
+            at_work = [handle for handle in self._pool.staying() if not handle.waiting]
+            self._terminate(handle for handle in at_work if self._progress_table.row(handle.slot).waiting == "join")
         if self._orphan is not None and now > self._orphan[2] + ORPHAN_SECONDS:
-            member, why, _ = self._orphan
-            self._lose(Loss(step=self._step, what=f"worker {member.number} lost the others ({why})"))
-        if self._error is None and (found := self._watch.find()):
-            told = self._watch.describe(found, self._step)
-            self._dismiss(member for member, _ in found)
+            handle, why, _ = self._orphan
+            self._lose(Loss(step=self._step, what=f"worker {handle.number} lost the others ({why})"))
+        if self._error is None and (found := self._hang_detector.find()):
+            told = self._hang_detector.describe(found, self._step)
+            self._terminate(handle for handle, _ in found)
             self._lose(Loss(step=self._step, what=told))
 
-    def _heed(self) -> None:
+    def _handle_signals(self) -> None:
         """A signal has asked for the end."""
         if signal.SIGINT in self._interrupts.asked[1:]:
-            self._writing.kill()
+            self._checkpoint_writer.kill()
             self._fail(self._named(f"stopped at once. {LAST_CHECKPOINT}"))
         elif not self._training:
-            self._dismiss(self._crew.staying())
+            self._terminate(self._pool.staying())
             if self._training:  # it had just begun
                 return
             remove_begun(self._folder)
             self._fail(self._named("stopped before the first step; nothing was left behind."))
         elif self._stop_at is None:
-            self._board.request = STOP
+            self._progress_table.request = STOP
             self._stop_at = time.monotonic() + self._recipe.recovery.grace_seconds * (1 - WRITING_SHARE)
         elif self._change is not None or time.monotonic() > self._stop_at:
-            self._dismiss(self._crew.staying())  # the step does not end in time
+            self._terminate(self._pool.staying())  # the step does not end in time
             self._fail(self._named(f"stopped in the middle of a step. {self._rescue()}"))
 
     def _rescue(self) -> str:
@@ -245,7 +249,7 @@ class Supervisor:
         step, seconds = self._step, self._recipe.recovery.grace_seconds * WRITING_SHARE
         if step < 1:
             return "Nothing had been committed." if self._memory >= 0 else LAST_CHECKPOINT
-        if not self._writing.write_now(seconds):
+        if not self._checkpoint_writer.write_now(seconds):
             return f"Step {step} could not be saved. {LAST_CHECKPOINT}"
         return (
             f"Everything up to step {step} is saved. Go on with the same command and `--run-folder {self._folder} "
@@ -257,41 +261,45 @@ class Supervisor:
         wanted_back = bool(self._interrupts.asked) and self._interrupts.asked[0] != signal.SIGINT
         return Preempted(message) if wanted_back else Interrupted(message)
 
-    def _resize(self, claim: Claim, wanted: int) -> None:
+    def _resize(self, run_lock: RunLock, wanted: int) -> None:
         """Somebody wants another number of workers."""
-        most = self._board.rows
+        most = self._progress_table.rows
         if wanted > most:
-            claim.answer(f"at most {most} workers can share a step", done=False)
+            run_lock.answer(f"at most {most} workers can share a step", done=False)
         elif self._change is not None or not self._training or self._stop_at is not None:
-            claim.answer("workers are being started, replaced or stopped just now; ask again in a moment", done=False)
+            run_lock.answer(
+                "workers are being started, replaced or stopped just now; ask again in a moment", done=False
+            )
         elif wanted == self._wanted:
-            claim.answer(f"{wanted} workers are at work already", done=True)
+            run_lock.answer(f"{wanted} workers are at work already", done=True)
         else:
             self._change = Change(since=time.monotonic(), before=self._wanted)
             self._wanted = wanted
 
     # Groups of workers
 
-    def _form(self) -> None:
+    def _form_group(self) -> None:
         """Hire who is missing; when everybody waits, give out seats."""
         if self._error is not None or self._has_ended or self._orphan is not None:
             return
-        if time.monotonic() >= self._hire_at:
-            self._crew.hire(self._wanted)
-        staying = self._crew.staying()
+        if time.monotonic() >= self._start_at:
+            self._pool.start_workers(self._wanted)
+        staying = self._pool.staying()
         change = self._change
-        resizing = change is not None and not change.lost and not change.seated and self._board.request == RUNNING
+        resizing = (
+            change is not None and not change.lost and not change.assigned and self._progress_table.request == RUNNING
+        )
         if change is not None and resizing and all(one.waiting for one in staying if one.generation < 0):
-            self._board.request = REGROUP  # newcomers are warm
-        if len(staying) < self._wanted or not all(member.waiting for member in staying):
+            self._progress_table.request = REGROUP  # newcomers are warm
+        if len(staying) < self._wanted or not all(handle.waiting for handle in staying):
             return
-        self._crew.let_go(staying[self._wanted :])
-        self._board.generation += 1
-        self._board.request = RUNNING if self._stop_at is None else STOP
+        self._pool.release(staying[self._wanted :])
+        self._progress_table.generation += 1
+        self._progress_table.request = RUNNING if self._stop_at is None else STOP
         self._dissolved_at = None
-        self._crew.seat(self._board.generation, staying[: self._wanted])
+        self._pool.assignment(self._progress_table.generation, staying[: self._wanted])
         if change is not None:
-            change.seated = True
+            change.assigned = True
 
     def _tell(self, event: events.Event) -> None:
         """Tell the observer; a group that has begun anew ends what had changed."""
@@ -304,23 +312,23 @@ class Supervisor:
                 self._observe(told)
             return
         if isinstance(event, events.StepDone):
-            self._watch.learn(event.seconds)
+            self._hang_detector.learn(event.seconds)
         self._has_ended |= isinstance(event, events.RunEnded)
         self._observe(event)
 
     def _begin_training(self) -> None:
         self._training, self._change = True, None
-        if self._claim is None:
-            self._claim = Claim(self._folder)
-        self._claim.tell(workers=self._wanted, most_workers=self._board.rows)
+        if self._run_lock is None:
+            self._run_lock = RunLock(self._folder)
+        self._run_lock.tell(workers=self._wanted, most_workers=self._progress_table.rows)
 
     def _observe(self, event: events.Event) -> None:
         if not isinstance(event, events.CheckpointWritten | events.Notice):  # they come from beside
             self._last_event = time.monotonic()
         self._observer.observe(event)
-        if isinstance(event, events.Resized) and self._claim is not None:
+        if isinstance(event, events.Resized) and self._run_lock is not None:
             sizes = f"{event.before} → {event.workers} workers"
-            self._claim.answer(f"{sizes} after step {event.step}, in {event.seconds:.2f} s", done=True)
+            self._run_lock.answer(f"{sizes} after step {event.step}, in {event.seconds:.2f} s", done=True)
 
     @property
     def _step(self) -> int:

@@ -1,7 +1,7 @@
 """What ties a worker to whoever watches over it: where events go, who writes checkpoints, what is asked of it.
 
-Owns the interface, and `Alone`, the link of a worker that nobody watches over (under torchrun): it tells its own
-observers, writes checkpoints in a thread of its own, and is asked by signals. The other one is in `launch/member.py`.
+Owns the interface, and `UnsupervisedClient`, for a worker without a supervisor (under torchrun): it tells its own
+observers, writes checkpoints in a thread of its own, and is asked by signals. The other one is in `launch/handle.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unisono.runtime.background_writer import BackgroundWriter
 from unisono.tracking import events
 
 
-class Link(Protocol):
+class SupervisorClient(Protocol):
     """A worker's tie to its supervisor, or to nobody.
 
     progress: where it says what it is about to do. memory: file descriptor of the run's snapshot; −1: there is none.
@@ -52,7 +52,7 @@ class Link(Protocol):
         ...
 
 
-class Alone:
+class UnsupervisedClient:
     """The link of a worker without a supervisor. `observers` listen on worker 0 only."""
 
     progress: Progress = UNWATCHED

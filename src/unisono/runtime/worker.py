@@ -22,7 +22,7 @@ from unisono.engine import numerics
 from unisono.errors import Interrupted, LostPeerError, UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING, STOP
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """What asks a run to stop."""
@@ -53,10 +53,10 @@ class Stop:
 class Act(Protocol):
     """What a worker does once it has joined the others."""
 
-    def __call__(self, seat: Seat, exchange: Exchange, device: torch.device, stop: Stop) -> None: ...
+    def __call__(self, assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None: ...
 
 
-def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
+def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: str) -> None:
     """Do one worker's part, in this process."""
     stop = Stop()
     for signum in (signal.SIGTERM, signal.SIGUSR1):
@@ -64,10 +64,10 @@ def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
-    device = seat.device(wanted_device)
+    device = assignment.device(wanted_device)
     numerics.settle(threads=threads, device=device)
-    exchange = seat.join(device)
-    act(seat, exchange, device, stop)
+    exchange = assignment.join(device)
+    act(assignment, exchange, device, stop)
     exchange.close()
 
 

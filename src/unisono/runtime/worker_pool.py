@@ -21,17 +21,17 @@ from typing import Any, TextIO
 
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import fork
-from unisono.processes.progress_table import Board
+from unisono.processes.progress_table import ProgressTable
 from unisono.runtime.channel import Channel, Message, pair
 from unisono.runtime.restart_budget import End
 from unisono.runtime.signals import ASKING
-from unisono.runtime.supervised_worker import DUMP, Part, Post, serve
+from unisono.runtime.supervised_worker import DUMP, WorkerSpec, Workload, serve
 
 DUMP_SECONDS = 1.0  # to write stacks down
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Member:
+class WorkerHandle:
     """A worker's process. rank, generation: of the seat that it has, or had last; −1: none yet. waiting: for a seat.
     asking: it waits for an answer."""
 
@@ -62,13 +62,13 @@ class Member:
         return self.process.pid
 
 
-class Crew:
+class WorkerPool:
     """All members of a run on this host. `wake` is a descriptor that ends a wait."""
 
     def __init__(
         self,
-        part: Part,
-        board: Board,
+        workload: Workload,
+        progress_table: ProgressTable,
         *,
         memory: int,
         threads: int,
@@ -76,30 +76,30 @@ class Crew:
         faults: Sequence[Fault],
         wake: int,
     ) -> None:
-        self.members: dict[int, Member] = {}
-        self._part = part
-        self._board = board
+        self.handles: dict[int, WorkerHandle] = {}
+        self._workload = workload
+        self._progress_table = progress_table
         self._memory = memory
         self._threads = threads
         self._device = device
         self._faults = tuple(faults)
         self._wake = wake
 
-    def staying(self) -> list[Member]:
+    def staying(self) -> list[WorkerHandle]:
         """Members that have not been told to leave, by slot."""
-        return [member for slot, member in sorted(self.members.items()) if not member.leaving]
+        return [handle for slot, handle in sorted(self.handles.items()) if not handle.leaving]
 
-    def hire(self, count: int) -> None:
+    def start_workers(self, count: int) -> None:
         """Fork workers until `count` are staying, in the lowest slots that are free."""
         for _ in range(count - len(self.staying())):
-            slot = next(slot for slot in range(len(self.members) + 1) if slot not in self.members)
-            self._board.clear(slot)
+            slot = next(slot for slot in range(len(self.handles) + 1) if slot not in self.handles)
+            self._progress_table.clear(slot)
             mine, theirs = pair()
             report, stacks = _new_file(), _new_file()
-            post = Post(
+            spec = WorkerSpec(
                 slot=slot,
                 channel=theirs,
-                board=self._board,
+                progress_table=self._progress_table,
                 memory=self._memory,
                 threads=self._threads,
                 device=self._device,
@@ -109,19 +109,19 @@ class Crew:
                 parent=os.getpid(),
                 faults=self._faults,
             )
-            process = fork(serve, (post, self._part), f"worker {slot}", hold=ASKING)
+            process = fork(serve, (spec, self._workload), f"worker {slot}", hold=ASKING)
             theirs.close()
-            self.members[slot] = Member(slot=slot, process=process, channel=mine, report=report, stacks=stacks)
+            self.handles[slot] = WorkerHandle(slot=slot, process=process, channel=mine, report=report, stacks=stacks)
 
-    def seat(self, generation: int, chosen: Sequence[Member]) -> None:
+    def assignment(self, generation: int, chosen: Sequence[WorkerHandle]) -> None:
         """Give the chosen members seats in a new group."""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(len(chosen))
             port = listener.getsockname()[1] if len(chosen) > 1 else 0
-            for rank, member in enumerate(chosen):
-                member.rank, member.generation, member.waiting = rank, generation, False
-                seat: Message = {
+            for rank, handle in enumerate(chosen):
+                handle.rank, handle.generation, handle.waiting = rank, generation, False
+                assignment: Message = {
                     "rank": rank,
                     "workers": len(chosen),
                     "local_rank": rank,
@@ -129,67 +129,69 @@ class Crew:
                     "port": port,
                     "generation": generation,
                 }
-                member.channel.send(seat, listener.fileno() if port and rank == 0 else -1)
+                handle.channel.send(assignment, listener.fileno() if port and rank == 0 else -1)
 
-    def let_go(self, members: Iterable[Member]) -> None:
+    def release(self, handles: Iterable[WorkerHandle]) -> None:
         """Tell waiting members that they are not needed any more."""
-        for member in members:
-            if member.waiting:
-                member.waiting, member.leaving = False, True
-                member.channel.send({"leave": True})
+        for handle in handles:
+            if handle.waiting:
+                handle.waiting, handle.leaving = False, True
+                handle.channel.send({"leave": True})
 
     def wait(self, seconds: float, others: Iterable[int]) -> None:
         """Return when something may have happened to a member, or to `others` (descriptors), at the latest after
         `seconds`."""
         watched: list[Any] = [self._wake, *others]
-        for member in self.members.values():
-            watched += [member.process.sentinel, member.channel]
+        for handle in self.handles.values():
+            watched += [handle.process.sentinel, handle.channel]
         if self._wake in wait(watched, seconds):
             with suppress(BlockingIOError):
                 os.read(self._wake, 4096)
 
-    def listen(self) -> list[tuple[Member, Message]]:
+    def listen(self) -> list[tuple[WorkerHandle, Message]]:
         """What members have said since."""
-        return [(member, message) for member in list(self.members.values()) for message in member.channel.drain()]
+        return [(handle, message) for handle in list(self.handles.values()) for message in handle.channel.drain()]
 
-    def reap(self) -> tuple[list[tuple[Member, Message]], list[tuple[Member, End]]]:
+    def reap(self) -> tuple[list[tuple[WorkerHandle, Message]], list[tuple[WorkerHandle, End]]]:
         """Take out the members that have ended; return their last words, and how they ended."""
-        words: list[tuple[Member, Message]] = []
-        ends: list[tuple[Member, End]] = []
-        for member in list(self.members.values()):
-            code = member.process.exitcode
+        words: list[tuple[WorkerHandle, Message]] = []
+        ends: list[tuple[WorkerHandle, End]] = []
+        for handle in list(self.handles.values()):
+            code = handle.process.exitcode
             if code is None:
                 continue
-            words += [(member, message) for message in member.channel.drain()]
-            member.channel.close()
-            del self.members[member.slot]
-            written = _read(member.report)
+            words += [(handle, message) for message in handle.channel.drain()]
+            handle.channel.close()
+            del self.handles[handle.slot]
+            written = _read(handle.report)
             report = json.loads(written) if written else None
-            stacks = "" if code == -signal.SIGKILL else _read(member.stacks)
-            member.report.close()
-            member.stacks.close()
-            ends.append((member, End(worker=member.number, code=code, report=report, stacks=stacks)))
+            stacks = "" if code == -signal.SIGKILL else _read(handle.stacks)
+            handle.report.close()
+            handle.stacks.close()
+            ends.append((handle, End(worker=handle.number, code=code, report=report, stacks=stacks)))
         return words, ends
 
-    def dismiss(self, members: Iterable[Member]) -> tuple[list[tuple[Member, Message]], list[tuple[Member, End]]]:
+    def terminate(
+        self, handles: Iterable[WorkerHandle]
+    ) -> tuple[list[tuple[WorkerHandle, Message]], list[tuple[WorkerHandle, End]]]:
         """End members at once; return the last words of who has ended, and how."""
-        chosen = list(members)
-        for member in chosen:
-            member.leaving = True
-            member.process.kill()
-        for member in chosen:
-            member.process.join()
+        chosen = list(handles)
+        for handle in chosen:
+            handle.leaving = True
+            handle.process.kill()
+        for handle in chosen:
+            handle.process.join()
         return self.reap()
 
     def end(self) -> None:
         """Make sure that no child is left."""
-        self.dismiss(self.members.values())
+        self.terminate(self.handles.values())
 
     @staticmethod
-    def is_stopped(member: Member) -> bool:
+    def is_stopped(handle: WorkerHandle) -> bool:
         """Whether a member's process is stopped by a signal."""
         try:
-            stat = Path(f"/proc/{member.pid}/stat").read_text(encoding="ascii")
+            stat = Path(f"/proc/{handle.pid}/stat").read_text(encoding="ascii")
         except OSError:
             return False
         return stat.rpartition(")")[2].split()[0] in ("T", "t")
@@ -199,24 +201,24 @@ class Crew:
 
         A stopped one has to be continued for that; who is lost anyhow may be.
         """
-        sizes = {slot: len(_read(member.stacks)) for slot, member in self.members.items()}
-        rows = {slot: str(self._board.row(slot)) for slot in self.members}
-        for member in self.members.values():
+        sizes = {slot: len(_read(handle.stacks)) for slot, handle in self.handles.items()}
+        rows = {slot: str(self._progress_table.row(slot)) for slot in self.handles}
+        for handle in self.handles.values():
             with suppress(ProcessLookupError):
-                os.kill(member.pid, DUMP)
-                if self.is_stopped(member):
-                    os.kill(member.pid, signal.SIGCONT)
+                os.kill(handle.pid, DUMP)
+                if self.is_stopped(handle):
+                    os.kill(handle.pid, signal.SIGCONT)
         deadline = time.monotonic() + DUMP_SECONDS
         while time.monotonic() < deadline and any(
-            len(_read(member.stacks)) <= sizes[slot] for slot, member in self.members.items()
+            len(_read(handle.stacks)) <= sizes[slot] for slot, handle in self.handles.items()
         ):
             time.sleep(0.01)
         time.sleep(0.05)  # the rest of what has begun
         folder.mkdir(parents=True, exist_ok=True)
-        for slot, member in self.members.items():
-            stacks = _read(member.stacks)[sizes[slot] :] or "it wrote no stacks down\n"
-            text = f"{told}\nworker {member.number}, process {member.pid}, was at {rows[slot]}\n\n{stacks}"
-            (folder / f"worker-{member.number}.txt").write_text(text, encoding="utf-8")
+        for slot, handle in self.handles.items():
+            stacks = _read(handle.stacks)[sizes[slot] :] or "it wrote no stacks down\n"
+            text = f"{told}\nworker {handle.number}, process {handle.pid}, was at {rows[slot]}\n\n{stacks}"
+            (folder / f"worker-{handle.number}.txt").write_text(text, encoding="utf-8")
 
 
 def _new_file() -> TextIO:

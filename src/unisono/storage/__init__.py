@@ -1,1 +1,1 @@
-"""A run's state on disk."""
+"""Files that are whole or absent, the run folder, its lock, checkpoints."""

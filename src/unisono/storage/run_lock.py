@@ -28,7 +28,7 @@ DYING_SECONDS = 3.0  # for the workers of a killed supervisor, which have the lo
 ANSWER_SECONDS = 600.0
 
 
-class Claim:
+class RunLock:
     """The hold of this process on a run folder, which must exist. Where it cannot be written, there is none, and nobody
     can ask for anything.
 

@@ -1,1 +1,1 @@
-"""What can be trained: the task interface, and presets."""
+"""What is learned: the interface of a task, its metrics, and the presets."""

@@ -1,1 +1,1 @@
-"""What a person or a program sees of a run: the screen, the metrics, the curves."""
+"""What is recorded and shown of a run: events, the ledger, the terminal, where the time went."""

@@ -35,7 +35,7 @@ MEMORY = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class StepShare:
     """One worker's part of one step. `told`: number of the worker's report; `first`: the group's first step."""
 
     rank: int
@@ -45,7 +45,7 @@ class Part:
     spans: list[Span]
 
 
-Steps = dict[int, list[Part]]
+Steps = dict[int, list[StepShare]]
 """Step → its parts, in order of rank; calls of the exchange are split into wait and exchange."""
 
 
@@ -55,7 +55,7 @@ def merge(reports: Sequence[Told]) -> Steps:
     for number, told in enumerate(reports):
         for step, one in told["steps"].items():
             spans = [(str(phase), int(place), int(start), int(end)) for phase, place, start, end in one["spans"]]
-            part = Part(rank=one["rank"], told=number, workers=one["workers"], first=one["first"], spans=spans)
+            part = StepShare(rank=one["rank"], told=number, workers=one["workers"], first=one["first"], spans=spans)
             steps.setdefault(int(step), []).append(part)
     behind = _clocks([told["host"] for told in reports], steps)
     return {
@@ -77,17 +77,17 @@ def _clocks(hosts: Sequence[str], steps: Steps) -> list[int]:
     return ahead
 
 
-def _calls(part: Part) -> list[tuple[int, int]]:
+def _calls(part: StepShare) -> list[tuple[int, int]]:
     """Start and end of each call of the exchange."""
     return [(start, end) for phase, _, start, end in part.spans if phase in CALLS]
 
 
-def _shift(part: Part, ahead: int) -> Part:
+def _shift(part: StepShare, ahead: int) -> StepShare:
     spans = [(phase, place, start - ahead, end - ahead) for phase, place, start, end in part.spans]
-    return Part(rank=part.rank, told=part.told, workers=part.workers, first=part.first, spans=spans)
+    return StepShare(rank=part.rank, told=part.told, workers=part.workers, first=part.first, spans=spans)
 
 
-def _split(parts: list[Part]) -> list[Part]:
+def _split(parts: list[StepShare]) -> list[StepShare]:
     """Cut each call where the last worker had come to it. Calls of workers of whom some are missing, or that made
     different ones, cannot be compared, and are all exchange."""
     calls = [_calls(part) for part in parts]
@@ -104,7 +104,7 @@ def _split(parts: list[Part]) -> list[Part]:
             all_there = min(max(next(coming, start), start), end)
             spans += [("wait", place, start, all_there)] if all_there > start else []
             spans.append(("exchange", place, all_there, end))
-        result.append(Part(rank=part.rank, told=part.told, workers=part.workers, first=part.first, spans=spans))
+        result.append(StepShare(rank=part.rank, told=part.told, workers=part.workers, first=part.first, spans=spans))
     return result
 
 
@@ -152,7 +152,7 @@ def summarise(reports: Sequence[Told], facts: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _add_up(part: Part) -> dict[str, int]:
+def _add_up(part: StepShare) -> dict[str, int]:
     """Nanoseconds of each phase; what followed the step is none of them."""
     found = dict.fromkeys(PHASES, 0)
     for phase, _, start, end in part.spans:

@@ -1,1 +1,1 @@
-"""data/encoding."""
+"""From texts to numbers."""

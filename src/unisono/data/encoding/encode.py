@@ -14,7 +14,7 @@ from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.ngrams import NGrams
-from unisono.data.encoding.tokens import Pieces, read_tokenizer, train_bpe, train_wordpiece
+from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
 
 VERSION = 2
@@ -69,7 +69,7 @@ def choose_encoder(recipe: Recipe, texts: Iterable[Sequence[str]], *, workers: i
     else:
         train = train_wordpiece if kind == "wordpiece" else train_bpe
         tokenizer = train(texts, encode.vocabulary_size, encode.lowercase)
-    return Pieces(tokenizer, kind=kind, max_tokens=encode.max_tokens)
+    return SubwordEncoder(tokenizer, kind=kind, max_tokens=encode.max_tokens)
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -86,7 +86,7 @@ def load_encoder(folder: Path) -> Encoder:
         raise ModelError(message) from None
     if not isinstance(fields, dict):
         raise ModelError(f"{str(path)!r}: not an object with a kind. Give a folder that unisono wrote.")
-    return NGrams.load(folder, fields) if fields.get("kind") == "ngrams" else Pieces.load(folder, fields)
+    return NGrams.load(folder, fields) if fields.get("kind") == "ngrams" else SubwordEncoder.load(folder, fields)
 
 
 def _find_tokenizer(recipe: Recipe) -> Path:

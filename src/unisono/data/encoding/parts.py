@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encoding.encoder import Encoder
-from unisono.data.ingest.staging import Spooled
-from unisono.data.samples import Chunk, make_chunk
+from unisono.data.ingest.staging import StagedRecords
+from unisono.data.samples import SampleChunk, make_chunk
 from unisono.data.screening.review import EXAMPLES, Review
 from unisono.data.screening.screen import KEPT, SPLITS
 from unisono.data.store import SCHEMA, read_chunk, write_chunk
@@ -42,23 +42,23 @@ class Fates:
     place: tuple[int, int]
 
 
-def write_part(path: Path, spooled: Spooled, number: int, fates: Fates, encoder: Encoder, limit: int) -> None:
+def write_part(path: Path, staged: StagedRecords, number: int, fates: Fates, encoder: Encoder, limit: int) -> None:
     """Encode what is kept of a record batch, and review all of it.
 
     Args:
         limit: of the tokens of a sample, for the review.
     """
-    batch = spooled.batch(number)
-    review = _review(batch, spooled.facts.name, fates)
+    batch = staged.batch(number)
+    review = _review(batch, staged.facts.name, fates)
     kept = fates.reasons == 0
-    chunks: dict[str, Chunk] = {}
+    chunks: dict[str, SampleChunk] = {}
     for split, name in enumerate(SPLITS):
         chosen = np.flatnonzero(kept & (fates.splits == split))
         if len(chosen):
             texts = batch.column("text").take(as_array(chosen)).to_pylist()
             chunks[name] = make_chunk(encoder, texts, fates.labels[chosen])
             review.count_tokens(name, chunks[name].lengths, limit)
-    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in list_quarantined(spooled, number, fates)]
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in list_quarantined(staged, number, fates)]
     facts = {
         "splits": json.dumps(list(chunks)),
         "review": json.dumps(review.to_dict()),
@@ -77,7 +77,7 @@ class Parts:
     paths: Sequence[Path]
     split: str
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[SampleChunk]:
         for path in self.paths:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             splits = json.loads(reader.schema.metadata[b"splits"])
@@ -100,17 +100,17 @@ def add_reviews(paths: Sequence[Path]) -> Review:
     return total
 
 
-def list_quarantined(spooled: Spooled, number: int, fates: Fates) -> Iterator[dict[str, object]]:
+def list_quarantined(staged: StagedRecords, number: int, fates: Fates) -> Iterator[dict[str, object]]:
     """Return the records of a record batch that did not stay, as lines of `quarantine.jsonl`."""
     chosen = np.flatnonzero(fates.reasons != 0)
     if not len(chosen):
         return
-    batch = spooled.batch(number)
+    batch = staged.batch(number)
     columns = [batch.column(name).take(as_array(chosen)).to_pylist() for name in ("file", "label", "text")]
     for row, file, label, text in zip(chosen.tolist(), *columns, strict=True):
         yield {
             "split": SPLITS[fates.splits[row]],
-            "file": file or spooled.facts.name,
+            "file": file or staged.facts.name,
             "row": fates.first_row + row,
             "reason": fates.names[fates.reasons[row]],
             "label": label,
@@ -129,13 +129,13 @@ def _review(batch: pa.RecordBatch, name: str, fates: Fates) -> Review:
         reason_names=[KEPT, *fates.names[1:]],
         label_names=fates.classes,
     )
-    piece, first = fates.place
+    input_split, first = fates.place
     for reason in np.unique(fates.reasons[fates.reasons != 0]).tolist():
         for row in np.flatnonzero(fates.reasons == reason)[:EXAMPLES].tolist():
             review.show(
                 fates.names[reason],
                 batch.column("text")[row].as_py(),
-                place=(piece, first + row),
+                place=(input_split, first + row),
                 split=SPLITS[fates.splits[row]],
                 file=batch.column("file")[row].as_py() or name,
                 row=fates.first_row + row,

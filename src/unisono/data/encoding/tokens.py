@@ -30,7 +30,7 @@ KINDS = ("wordpiece", "bpe", "tokenizer")
 _PADDING, _UNKNOWN, _FIRST, _LAST = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
-class Pieces:
+class SubwordEncoder:
     """A pure function from a text to the numbers of its tokens, cut to `max_tokens`, special ones included.
 
     Args:
@@ -78,7 +78,7 @@ class Pieces:
         return [np.array(ids or [self.padding], np.int32) for ids in found]
 
     def save(self, folder: Path) -> None:
-        """Write `encoder.json` and `tokenizer.json`, from which `Pieces.load` makes an equal encoder."""
+        """Write `encoder.json` and `tokenizer.json`, from which `SubwordEncoder.load` makes an equal encoder."""
         fields = {"kind": self.kind, "max_tokens": self.max_tokens, "padding": self.padding}
         (folder / "encoder.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -166,9 +166,9 @@ def _find_characters(tokenizer: Tokenizer, texts: Iterable[Sequence[str]]) -> li
     go_on: set[str] = set()
     for some in texts:
         for word in {word for text in some for word in text.split(" ")}:
-            for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word)):
-                begin.add(piece[0])
-                go_on.update(piece[1:])
+            for input_split, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word)):
+                begin.add(input_split[0])
+                go_on.update(input_split[1:])
     return [*sorted(begin), *(f"##{character}" for character in sorted(go_on))]
 
 

@@ -1,1 +1,1 @@
-"""data/ingest."""
+"""Sources of all kinds and formats, read as column batches."""

@@ -1,4 +1,4 @@
-"""Sheets: some rows of a source, as columns of equal length.
+"""Column batches: some rows of a source, as columns of equal length.
 
 Owns what readers hand on, and how sheets are cut and joined. Knows no format and no file.
 """
@@ -16,15 +16,15 @@ import pyarrow.compute as pc
 
 from unisono.errors import DataError
 
-SHEET_BYTES = 2 * 2**20
+COLUMN_BATCH_BYTES = 2 * 2**20
 """A sheet that is read from a file ends with the row that reaches this size."""
-SHEET_ROWS = 65_536
+COLUMN_BATCH_ROWS = 65_536
 
 Column: TypeAlias = list[object] | pa.ChunkedArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
+class FieldFault:
     """Why a row could not be cut into fields, and the row as it stood (of a very large one, its beginning)."""
 
     reason: str
@@ -42,45 +42,49 @@ class Foreign:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sheet:
+class ColumnBatch:
     """Some rows of one source, as columns of equal length."""
 
     name: str
     rows: int
     columns: Mapping[str, Column]
     """JSONL: those that some row of the sheet has, in order of first appearance."""
-    faults: Mapping[int, Fault] = field(default_factory=dict)
+    faults: Mapping[int, FieldFault] = field(default_factory=dict)
     """By row number from 0; such a row's fields are filled with None."""
     files: Sequence[str] | None = None
     """The file of each row, where rows come from many."""
 
 
-def cut_sheet(sheet: Sheet, rows: int = SHEET_ROWS) -> Iterator[Sheet]:
+def cut_column_batch(column_batch: ColumnBatch, rows: int = COLUMN_BATCH_ROWS) -> Iterator[ColumnBatch]:
     """Cut a sheet into sheets of at most `rows` rows, in order. Arrow columns are not copied, lists by reference."""
-    for start in range(0, sheet.rows, rows):
-        yield _slice(sheet, start, min(start + rows, sheet.rows))
+    for start in range(0, column_batch.rows, rows):
+        yield _slice(column_batch, start, min(start + rows, column_batch.rows))
 
 
-def _slice(sheet: Sheet, start: int, stop: int) -> Sheet:
-    return Sheet(
-        name=sheet.name,
+def _slice(column_batch: ColumnBatch, start: int, stop: int) -> ColumnBatch:
+    return ColumnBatch(
+        name=column_batch.name,
         rows=stop - start,
-        columns={name: column[start:stop] for name, column in sheet.columns.items()},
-        faults={row - start: fault for row, fault in sheet.faults.items() if start <= row < stop},
-        files=sheet.files[start:stop] if sheet.files else None,
+        columns={name: column[start:stop] for name, column in column_batch.columns.items()},
+        faults={row - start: fault for row, fault in column_batch.faults.items() if start <= row < stop},
+        files=column_batch.files[start:stop] if column_batch.files else None,
     )
 
 
-def cut_by_size(sheet: Sheet, name: str, size_bytes: int = SHEET_BYTES) -> Iterator[Sheet]:
+def cut_by_size(column_batch: ColumnBatch, name: str, size_bytes: int = COLUMN_BATCH_BYTES) -> Iterator[ColumnBatch]:
     """Cut a sheet after each row with which the texts of column `name` reach `size_bytes` as UTF-8.
 
     So the same content is cut in the same places, whatever it is held in.
     """
-    ends = np.cumsum(_measure(sheet.columns.get(name, [])))
+    ends = np.cumsum(_measure(column_batch.columns.get(name, [])))
     start = reached = 0
-    while start < sheet.rows:
-        stop = min(int(np.searchsorted(ends, reached + size_bytes)) + 1, sheet.rows) if len(ends) else sheet.rows
-        yield _slice(sheet, start, stop)
+    while start < column_batch.rows:
+        stop = (
+            min(int(np.searchsorted(ends, reached + size_bytes)) + 1, column_batch.rows)
+            if len(ends)
+            else column_batch.rows
+        )
+        yield _slice(column_batch, start, stop)
         start, reached = stop, int(ends[stop - 1]) if len(ends) else 0
 
 
@@ -112,30 +116,35 @@ def _count_bytes(value: object) -> int:
     return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
 
 
-def join_sheets(sheets: Sequence[Sheet], name: str) -> Sheet:
+def join_column_batches(column_batches: Sequence[ColumnBatch], name: str) -> ColumnBatch:
     """Put sheets one below the other. A column that one of them lacks is None there."""
-    if len(sheets) == 1:
-        return sheets[0]
-    names = dict.fromkeys(column for sheet in sheets for column in sheet.columns)
-    faults: dict[int, Fault] = {}
+    if len(column_batches) == 1:
+        return column_batches[0]
+    names = dict.fromkeys(column for column_batch in column_batches for column in column_batch.columns)
+    faults: dict[int, FieldFault] = {}
     files: list[str] = []
     rows = 0
-    for sheet in sheets:
-        faults.update({rows + row: fault for row, fault in sheet.faults.items()})
-        files += sheet.files or [sheet.name] * sheet.rows
-        rows += sheet.rows
-    many = len({sheet.name for sheet in sheets}) > 1 or any(sheet.files for sheet in sheets)
-    columns = {column: _join([sheet.columns.get(column) for sheet in sheets], sheets) for column in names}
-    return Sheet(name=name, rows=rows, columns=columns, faults=faults, files=files if many else None)
+    for column_batch in column_batches:
+        faults.update({rows + row: fault for row, fault in column_batch.faults.items()})
+        files += column_batch.files or [column_batch.name] * column_batch.rows
+        rows += column_batch.rows
+    many = len({column_batch.name for column_batch in column_batches}) > 1 or any(
+        column_batch.files for column_batch in column_batches
+    )
+    columns = {
+        column: _join([column_batch.columns.get(column) for column_batch in column_batches], column_batches)
+        for column in names
+    }
+    return ColumnBatch(name=name, rows=rows, columns=columns, faults=faults, files=files if many else None)
 
 
-def _join(parts: Sequence[Column | None], sheets: Sequence[Sheet]) -> Column:
+def _join(parts: Sequence[Column | None], column_batches: Sequence[ColumnBatch]) -> Column:
     kinds = {part.type if isinstance(part, pa.ChunkedArray) else None for part in parts}
     if len(kinds) == 1 and None not in kinds:
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], kinds.pop())  # type: ignore[union-attr]
     joined: list[object] = []
-    for part, sheet in zip(parts, sheets, strict=True):
-        joined += [None] * sheet.rows if part is None else list_values(part)
+    for part, column_batch in zip(parts, column_batches, strict=True):
+        joined += [None] * column_batch.rows if part is None else list_values(part)
     return joined
 
 

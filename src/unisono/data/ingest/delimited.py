@@ -20,49 +20,57 @@ from typing import Any
 import numpy as np
 
 from unisono.config.sections import Data
-from unisono.data.ingest.column_batch import SHEET_BYTES, SHEET_ROWS, Column, Fault, Sheet, check_names, transpose
+from unisono.data.ingest.column_batch import (
+    COLUMN_BATCH_BYTES,
+    COLUMN_BATCH_ROWS,
+    Column,
+    ColumnBatch,
+    FieldFault,
+    check_names,
+    transpose,
+)
 from unisono.data.ingest.lines import Long, decode, decode_head
 from unisono.errors import DataError
 
 TOO_LARGE = "larger than data.max_record_bytes"
 TOO_DEEP = "nested deeper than data.max_depth"
-SHEET_CELLS = 64 * SHEET_ROWS
+COLUMN_BATCH_CELLS = 64 * COLUMN_BATCH_ROWS
 """Objects of all different keys would make columns of their number squared."""
 SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
-def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator[Sheet]:
-    """Sheets of a line's object each."""
+def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator[ColumnBatch]:
+    """Column batches of a line's object each."""
     rows: list[Mapping[object, object]] = []
-    faults: dict[int, Fault] = {}
+    faults: dict[int, FieldFault] = {}
     names: set[object] = set()
     size, depth = 0, data.max_depth
     for line in lines:
         if isinstance(line, Long):
-            row: Any = Fault(reason=TOO_LARGE, raw=decode_head(line.head))
+            row: Any = FieldFault(reason=TOO_LARGE, raw=decode_head(line.head))
         else:
             text = decode(line)
             if not text or text.isspace():
                 continue
             size += len(line)
             if text.count("{") + text.count("[") > depth and measure_depth(text) > depth:
-                row = Fault(reason=TOO_DEEP, raw=text)
+                row = FieldFault(reason=TOO_DEEP, raw=text)
             else:
                 row = _parse(text)
-        if isinstance(row, Fault):
+        if isinstance(row, FieldFault):
             faults[len(rows)] = row
             row = {}
         rows.append(row)
         names.update(row)
-        if size >= SHEET_BYTES or len(rows) >= SHEET_ROWS or len(rows) * len(names) >= SHEET_CELLS:
-            yield Sheet(name=name, rows=len(rows), columns=transpose(rows), faults=faults)
+        if size >= COLUMN_BATCH_BYTES or len(rows) >= COLUMN_BATCH_ROWS or len(rows) * len(names) >= COLUMN_BATCH_CELLS:
+            yield ColumnBatch(name=name, rows=len(rows), columns=transpose(rows), faults=faults)
             rows, faults, names, size = [], {}, set(), 0
     if rows:
-        yield Sheet(name=name, rows=len(rows), columns=transpose(rows), faults=faults)
+        yield ColumnBatch(name=name, rows=len(rows), columns=transpose(rows), faults=faults)
 
 
-def _parse(text: str) -> dict[object, object] | Fault:
+def _parse(text: str) -> dict[object, object] | FieldFault:
     """Parse an object, as json.loads does, which spends a third of its time on the spaces around it."""
     try:
         row, end = SCAN(text, 0)
@@ -73,7 +81,7 @@ def _parse(text: str) -> dict[object, object] | Fault:
             row = json.loads(text)
         except (ValueError, RecursionError):
             row = None
-    return row if isinstance(row, dict) else Fault(reason="not JSON", raw=text)
+    return row if isinstance(row, dict) else FieldFault(reason="not JSON", raw=text)
 
 
 def measure_depth(text: str) -> int:
@@ -84,19 +92,19 @@ def measure_depth(text: str) -> int:
     return int(np.cumsum(opened - closed).max(initial=0))
 
 
-def read_tsv(lines: Iterable[bytes | Long], name: str, columns: Sequence[str]) -> Iterator[Sheet]:
-    """Sheets of rows that must have as many fields as there are columns; the header lines have been taken off."""
+def read_tsv(lines: Iterable[bytes | Long], name: str, columns: Sequence[str]) -> Iterator[ColumnBatch]:
+    """Column batches of rows that must have as many fields as there are columns; without the header lines."""
     return _read_fields(cut_tsv(lines), name, columns, "\t")
 
 
-def read_csv(lines: Iterable[bytes | Long], name: str, told: str, data: Data) -> Iterator[Sheet]:
-    """Sheets of CSV, from its header on. Raises DataError for a bad header and a quote that never closes."""
+def read_csv(lines: Iterable[bytes | Long], name: str, told: str, data: Data) -> Iterator[ColumnBatch]:
+    """Column batches of CSV, from its header on. Raises DataError for a bad header and a quote that never closes."""
     rows = cut_csv(lines, told, data)
     columns = read_header((row for row, _ in rows), told, data)
     return _read_fields(rows, name, columns, ",")
 
 
-def read_header(rows: Iterable[Sequence[str] | Fault], told: str, data: Data) -> list[str]:
+def read_header(rows: Iterable[Sequence[str] | FieldFault], told: str, data: Data) -> list[str]:
     """Take the header lines off rows, and return the columns' names. Raises DataError."""
     header = list(islice(rows, data.header_lines))
     if not header and data.header_lines:
@@ -110,7 +118,7 @@ def read_header(rows: Iterable[Sequence[str] | Fault], told: str, data: Data) ->
         names = list(data.columns)
     elif not header:
         raise DataError(f"{told}: with data.header_lines = 0 no line names the columns. Set data.columns.")
-    elif isinstance(header[0], Fault):
+    elif isinstance(header[0], FieldFault):
         raise DataError(f"{told}: the first line does not name columns: {header[0].reason}. Set data.columns.")
     else:
         names = [name.strip() or f"column {number}" for number, name in enumerate(header[0], 1)]
@@ -119,43 +127,45 @@ def read_header(rows: Iterable[Sequence[str] | Fault], told: str, data: Data) ->
 
 
 def _read_fields(
-    cut: Iterable[tuple[Sequence[str] | Fault, int]], name: str, columns: Sequence[str], separator: str
-) -> Iterator[Sheet]:
+    cut: Iterable[tuple[Sequence[str] | FieldFault, int]], name: str, columns: Sequence[str], separator: str
+) -> Iterator[ColumnBatch]:
     rows: list[Sequence[str | None]] = []
-    faults: dict[int, Fault] = {}
+    faults: dict[int, FieldFault] = {}
     size, width = 0, len(columns)
     blank = [None] * width
     for row, row_bytes in cut:
-        if isinstance(row, Fault):
+        if isinstance(row, FieldFault):
             faults[len(rows)] = row
             rows.append(blank)
         elif not row:
             continue
         elif len(row) != width:
-            faults[len(rows)] = Fault(reason=f"{len(row)} fields, not {width}", raw=separator.join(row))
+            faults[len(rows)] = FieldFault(reason=f"{len(row)} fields, not {width}", raw=separator.join(row))
             rows.append(blank)
         else:
             rows.append(row)
         size += row_bytes
-        if size >= SHEET_BYTES or len(rows) >= SHEET_ROWS:
+        if size >= COLUMN_BATCH_BYTES or len(rows) >= COLUMN_BATCH_ROWS:
             yield _stand(rows, faults, name, columns)
             rows, faults, size = [], {}, 0
     if rows:
         yield _stand(rows, faults, name, columns)
 
 
-def _stand(rows: list[Sequence[str | None]], faults: Mapping[int, Fault], name: str, columns: Sequence[str]) -> Sheet:
+def _stand(
+    rows: list[Sequence[str | None]], faults: Mapping[int, FieldFault], name: str, columns: Sequence[str]
+) -> ColumnBatch:
     fields: dict[str, Column] = {
         column: list(values) for column, values in zip(columns, zip(*rows, strict=True), strict=True)
     }
-    return Sheet(name=name, rows=len(rows), columns=fields, faults=faults)
+    return ColumnBatch(name=name, rows=len(rows), columns=fields, faults=faults)
 
 
-def cut_tsv(lines: Iterable[bytes | Long]) -> Iterator[tuple[list[str] | Fault, int]]:
+def cut_tsv(lines: Iterable[bytes | Long]) -> Iterator[tuple[list[str] | FieldFault, int]]:
     """Rows, each with its size in bytes; a blank line is an empty one."""
     for line in lines:
         if isinstance(line, Long):
-            yield Fault(reason=TOO_LARGE, raw=decode_head(line.head)), 0
+            yield FieldFault(reason=TOO_LARGE, raw=decode_head(line.head)), 0
         else:
             text = decode(line)
             yield text.split("\t") if text else [], len(line)
@@ -207,7 +217,7 @@ class _Feed:
         self.size = 0
 
 
-def cut_csv(lines: Iterable[bytes | Long], told: str, data: Data) -> Iterator[tuple[list[str] | Fault, int]]:
+def cut_csv(lines: Iterable[bytes | Long], told: str, data: Data) -> Iterator[tuple[list[str] | FieldFault, int]]:
     """Cut CSV into rows, each with its size in bytes; a bad one into a fault.
 
     Raises:
@@ -224,10 +234,10 @@ def cut_csv(lines: Iterable[bytes | Long], told: str, data: Data) -> Iterator[tu
         except StopIteration:
             return
         except _Large:
-            yield Fault(reason=TOO_LARGE, raw=decode_head(b"\n".join(feed.consumed))), 0
+            yield FieldFault(reason=TOO_LARGE, raw=decode_head(b"\n".join(feed.consumed))), 0
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 message = f"{told}: a quote in the row from line {start} never closes. Close or double it."
                 raise DataError(message) from None
             raw = b"\n".join(feed.consumed).decode("utf-8", "surrogateescape").rstrip("\r\n")
-            yield Fault(reason="not CSV", raw=raw), feed.size
+            yield FieldFault(reason="not CSV", raw=raw), feed.size

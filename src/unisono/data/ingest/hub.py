@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from unisono.config.sections import Data
-from unisono.data.ingest.column_batch import SHEET_ROWS, Sheet
+from unisono.data.ingest.column_batch import COLUMN_BATCH_ROWS, ColumnBatch
 from unisono.data.ingest.parquet import cut_table
 from unisono.errors import DataError
 
@@ -46,8 +46,8 @@ def measure_dataset(location: str) -> tuple[int, int, str, tuple[str, ...]]:
 
 def read_dataset(
     location: str, name: str, rows: range, fingerprint: str, data: Data, columns: Sequence[str] | None = None
-) -> Iterator[Sheet]:
-    """Sheets of a range of rows, of all columns or those of `columns` that there are.
+) -> Iterator[ColumnBatch]:
+    """Column batches of a range of rows, of all columns or those of `columns` that there are.
 
     Raises:
         DataError: the dataset has gone, or is another than that with this fingerprint.
@@ -60,8 +60,8 @@ def read_dataset(
     if columns is not None:
         dataset = dataset.select_columns([column for column in dataset.column_names if column in columns])
     tables = dataset.with_format("arrow")
-    for start in range(rows.start, rows.stop, SHEET_ROWS):
-        table = tables[start : min(start + SHEET_ROWS, rows.stop)]
+    for start in range(rows.start, rows.stop, COLUMN_BATCH_ROWS):
+        table = tables[start : min(start + COLUMN_BATCH_ROWS, rows.stop)]
         yield from cut_table(_name_classes(table, dataset.features), name, data)
 
 

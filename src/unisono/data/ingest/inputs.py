@@ -15,12 +15,18 @@ from unisono.config.recipe import Recipe
 from unisono.config.sections import Data
 from unisono.data import store
 from unisono.data.encoding import encode
-from unisono.data.ingest.column_batch import SHEET_BYTES, SHEET_ROWS, Sheet, cut_by_size, cut_sheet
+from unisono.data.ingest.column_batch import (
+    COLUMN_BATCH_BYTES,
+    COLUMN_BATCH_ROWS,
+    ColumnBatch,
+    cut_by_size,
+    cut_column_batch,
+)
 from unisono.data.ingest.hub import is_dataset
+from unisono.data.ingest.input_splits import INPUT_SPLIT_BYTES, InputSplit, find_input_splits, hash_input_split
 from unisono.data.ingest.locations import hide_secrets
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import Record, take_records
-from unisono.data.ingest.splits import PIECE_BYTES, Piece, find_pieces, hash_piece
 from unisono.data.screening import rules, screen
 from unisono.data.share import Share
 from unisono.errors import DataError, RecipeError
@@ -46,7 +52,7 @@ class Input:
 
     name: str
     kind: str
-    parts: tuple[Piece | Sheet, ...]
+    parts: tuple[InputSplit | ColumnBatch, ...]
     sha256: str
 
 
@@ -90,7 +96,7 @@ def make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
             "format": store.FORMAT,
             "screening": screen.VERSION,
             "encoding": encode.VERSION,
-            "cuts": [PIECE_BYTES, SHEET_BYTES, SHEET_ROWS],
+            "cuts": [INPUT_SPLIT_BYTES, COLUMN_BATCH_BYTES, COLUMN_BATCH_ROWS],
             "tokenizers": tokenizers.__version__,
             **rules.find_versions(recipe.screen),
         },
@@ -108,24 +114,29 @@ def _hash_records(records: Iterable[Record]) -> str:
 
 
 def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Share) -> Input:
-    parts: list[Piece] | list[Sheet]
+    parts: list[InputSplit] | list[ColumnBatch]
     if split in frames:
         name = f"{split} frame"
-        blocks = [tuple(cut_by_size(block, data.text)) for block in cut_sheet(read_frame(frames[split], data, name))]
+        blocks = [
+            tuple(cut_by_size(block, data.text)) for block in cut_column_batch(read_frame(frames[split], data, name))
+        ]
 
         def hash_block(number: int) -> str:
-            return _hash_records(record for sheet in blocks[number] for record in take_records(sheet, data))
+            return _hash_records(
+                record for column_batch in blocks[number] for record in take_records(column_batch, data)
+            )
 
         hashes = list(share.map(hash_block, range(len(blocks))))
-        parts = [sheet for block in blocks for sheet in block]
+        parts = [column_batch for block in blocks for column_batch in block]
         return Input(name=name, kind="frame", parts=tuple(parts), sha256=facts_sha256(hashes))
     location = getattr(data, split)
-    parts = find_pieces(location, data)
-    kind = "+".join(sorted({piece.kind for piece in parts}))
+    parts = find_input_splits(location, data)
+    kind = "+".join(sorted({input_split.kind for input_split in parts}))
     if not parts:
         raise DataError(f"{hide_secrets(location)!r}: there is no record in it. Give a file with at least one.")
     sources: list[list[object]] = [
-        [piece.source, digest] for piece, digest in zip(parts, share.map(hash_piece, parts), strict=True)
+        [input_split.source, digest]
+        for input_split, digest in zip(parts, share.map(hash_input_split, parts), strict=True)
     ]
     name = location if is_dataset(location) else Path(hide_secrets(location)).name
     return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources))

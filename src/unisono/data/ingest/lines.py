@@ -26,7 +26,7 @@ class Stream(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class File(Stream, Protocol):
+class SeekableStream(Stream, Protocol):
     """The part that reading a range needs."""
 
     def seek(self, offset: int, /) -> int: ...
@@ -65,7 +65,7 @@ def refuse_utf16(head: bytes, name: str) -> None:
         raise DataError(f"{name} is UTF-16. Save it as UTF-8.")
 
 
-def own_blocks(file: File, start: int, stop: int, *, first: bool) -> Iterator[bytes]:
+def own_blocks(file: SeekableStream, start: int, stop: int, *, first: bool) -> Iterator[bytes]:
     """The lines whose first byte lies in [start, stop), in blocks.
 
     `first`: a line begins at `start`. Otherwise one does only if the byte before ends a line.

@@ -39,7 +39,7 @@ _CREDENTIALS = " Set the store's credentials (for S3 AWS_ACCESS_KEY_ID and AWS_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class File:
+class SourceFile:
     """A file that was found: where, how large, and which version of it."""
 
     location: str
@@ -68,7 +68,7 @@ def is_pattern(location: str) -> bool:
     return bool(MAGIC.search(location)) and not Path(location).exists()
 
 
-def find_files(location: str) -> list[File]:
+def find_files(location: str) -> list[SourceFile]:
     """Return the file at a location, or those that match a pattern, sorted by path.
 
     Raises:
@@ -93,7 +93,7 @@ def find_files(location: str) -> list[File]:
     return [_local(one, one.relative_to(root).as_posix()) for one in files]
 
 
-def list_folder(location: str) -> list[File]:
+def list_folder(location: str) -> list[SourceFile]:
     """Return the files below a folder, sorted by path. Hidden ones are none.
 
     Links to folders are followed; a folder that several lead to is read once, under its own name if it lies below
@@ -113,7 +113,7 @@ def list_folder(location: str) -> list[File]:
 
 
 def find_version(file: str) -> str:
-    """Return the version of a file as it is now, as in `File.version`."""
+    """Return the version of a file as it is now, as in `SourceFile.version`."""
     if not is_url(file):
         return _local(Path(file), "").version
     system, path = _connect(file)
@@ -204,7 +204,7 @@ def _connect(location: str) -> tuple[Any, str]:
     return system, path
 
 
-def _find_remote(location: str) -> list[File]:
+def _find_remote(location: str) -> list[SourceFile]:
     with explain(location):
         system, path = _connect(location)
         if not is_pattern(location):
@@ -221,12 +221,12 @@ def _find_remote(location: str) -> list[File]:
         return [_remote(system, path, info, path[len(root) :].lstrip("/")) for path, info in files.items()]
 
 
-def _remote(system: Any, path: str, info: dict[str, Any], name: str) -> File:
+def _remote(system: Any, path: str, info: dict[str, Any], name: str) -> SourceFile:
     if info.get("type") == "directory":
         raise FileNotFoundError(path)
     http = "http" in system.protocol or "https" in system.protocol
     size = info.get("size")
-    return File(
+    return SourceFile(
         location=path if http else system.unstrip_protocol(path),
         name=name,
         size=size or 0,
@@ -250,11 +250,11 @@ def _has_ranges(system: Any, path: str, size: int) -> bool:
         return False
 
 
-def _local(path: Path, name: str) -> File:
+def _local(path: Path, name: str) -> SourceFile:
     facts = path.stat()
     regular = stat.S_ISREG(facts.st_mode)
     version = f"{facts.st_size} {facts.st_mtime_ns}"
-    return File(location=str(path), name=name, size=facts.st_size, version=version, ranged=regular)
+    return SourceFile(location=str(path), name=name, size=facts.st_size, version=version, ranged=regular)
 
 
 def _until_magic(parts: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unisono.config.sections import Data
-from unisono.data.ingest.column_batch import SHEET_BYTES, SHEET_ROWS, Column, Fault, Sheet, check_names, transpose
+from unisono.data.ingest.column_batch import (
+    COLUMN_BATCH_BYTES,
+    COLUMN_BATCH_ROWS,
+    Column,
+    ColumnBatch,
+    FieldFault,
+    check_names,
+    transpose,
+)
 from unisono.data.ingest.delimited import TOO_LARGE
 from unisono.data.ingest.frames import take_column, take_columns
 from unisono.errors import DataError
@@ -47,8 +55,8 @@ class Footer:
     groups: tuple[Groups, ...]
 
 
-def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
-    """Read the footer of a Parquet file, and cut its row groups into runs of about `piece_bytes` when unpacked.
+def read_footer(file: BinaryIO, told: str, input_split_bytes: int) -> Footer:
+    """Read the footer of a Parquet file, and cut its row groups into runs of about `input_split_bytes` when unpacked.
 
     Raises:
         DataError: the file is no Parquet, its numbers of rows do not add up, or two columns have one name.
@@ -64,7 +72,7 @@ def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
     for number in range(facts.num_row_groups):
         rows -= facts.row_group(number).num_rows
         unpacked += facts.row_group(number).total_byte_size
-        if unpacked >= piece_bytes or number + 1 == facts.num_row_groups:
+        if unpacked >= input_split_bytes or number + 1 == facts.num_row_groups:
             lasts.append(number + 1)
             unpacked = 0
     if rows:
@@ -78,14 +86,14 @@ def read_footer(file: BinaryIO, told: str, piece_bytes: int) -> Footer:
 
 def read_parquet(
     file: BinaryIO, name: str, told: str, data: Data, groups: range, columns: Sequence[str] | None = None
-) -> Iterator[Sheet]:
-    """Sheets of some row groups, of all columns or those of `columns` that there are. Raises DataError if damaged."""
+) -> Iterator[ColumnBatch]:
+    """Column batches of some row groups, of all columns or those in `columns`. Raises DataError if damaged."""
     parquet = _open(file, told)
     facts = parquet.metadata
     names = None if columns is None else [one for one in parquet.schema_arrow.names if one in columns]
     for group in groups:
         rows, size = facts.row_group(group).num_rows, facts.row_group(group).total_byte_size
-        step = max(1, min(SHEET_ROWS, rows * SHEET_BYTES // max(size, 1)))
+        step = max(1, min(COLUMN_BATCH_ROWS, rows * COLUMN_BATCH_BYTES // max(size, 1)))
         try:
             for batch in parquet.iter_batches(step, row_groups=[group], columns=names, use_threads=False):
                 rows -= batch.num_rows
@@ -105,30 +113,30 @@ def _open(file: BinaryIO, told: str) -> Any:
         raise DataError(f"{told}: not readable as Parquet: {error}.") from None
 
 
-def cut_table(table: pa.Table, name: str, data: Data) -> Iterator[Sheet]:
+def cut_table(table: pa.Table, name: str, data: Data) -> Iterator[ColumnBatch]:
     """Cut an Arrow table into sheets of bounded size, without copying; a row that is too large becomes a fault."""
-    if table.num_rows > SHEET_ROWS or (table.num_rows > 1 and table.nbytes > 2 * SHEET_BYTES):
-        half = min(SHEET_ROWS, table.num_rows // 2) or 1
+    if table.num_rows > COLUMN_BATCH_ROWS or (table.num_rows > 1 and table.nbytes > 2 * COLUMN_BATCH_BYTES):
+        half = min(COLUMN_BATCH_ROWS, table.num_rows // 2) or 1
         yield from cut_table(table.slice(0, half), name, data)
         yield from cut_table(table.slice(half), name, data)
     elif table.num_rows:
         yield _stand(table, name, data)
 
 
-def _stand(table: pa.Table, name: str, data: Data) -> Sheet:
+def _stand(table: pa.Table, name: str, data: Data) -> ColumnBatch:
     columns = dict(zip(table.column_names, table.columns, strict=True))
     faults = {}
     if table.nbytes > data.max_record_bytes:
         sizes = [table.slice(row, 1).nbytes for row in range(table.num_rows)]
         large = [row for row, size in enumerate(sizes) if size > data.max_record_bytes]
         if large:
-            faults = {row: Fault(reason=TOO_LARGE, raw="") for row in large}
+            faults = {row: FieldFault(reason=TOO_LARGE, raw="") for row in large}
             usable = pa.chunked_array([[row not in faults for row in range(table.num_rows)]])
             columns = {key: pc.if_else(usable, column, None) for key, column in columns.items()}
-    return Sheet(name=name, rows=table.num_rows, columns=columns, faults=faults)
+    return ColumnBatch(name=name, rows=table.num_rows, columns=columns, faults=faults)
 
 
-def read_frame(frame: object, data: Data, name: str) -> Sheet:
+def read_frame(frame: object, data: Data, name: str) -> ColumnBatch:
     """Read a pandas or Polars frame, an Arrow table (anything with `__arrow_c_stream__`), or lists.
 
     Lists are a mapping of column names to lists (arrays, Series), a list of mappings, a list of texts, or a pair
@@ -154,4 +162,4 @@ def read_frame(frame: object, data: Data, name: str) -> Sheet:
     rows = max(lengths.values(), default=0)
     if not rows:
         raise DataError(f"{name}: there is no record in it. Give at least one row.")
-    return Sheet(name=name, rows=rows, columns=columns)
+    return ColumnBatch(name=name, rows=rows, columns=columns)

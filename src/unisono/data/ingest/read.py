@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from unisono.config.sections import Data
-from unisono.data.ingest.column_batch import Column, Foreign, Sheet, check_names, list_values
+from unisono.data.ingest.column_batch import Column, ColumnBatch, Foreign, check_names, list_values
+from unisono.data.ingest.input_splits import find_input_splits, read_file, read_input_split
 from unisono.data.ingest.lines import escape
 from unisono.data.ingest.parquet import read_frame
-from unisono.data.ingest.splits import find_pieces, read_file, read_piece
 from unisono.errors import DataError
 
 
@@ -74,31 +74,37 @@ def read_records(source: object, data: Data, name: str = "frame") -> list[Record
     """
     if not isinstance(source, (str, Path)):
         return list(take_records(read_frame(source, data, name), data))
-    sheets = (sheet for piece in find_pieces(source, data) for sheet in read_piece(piece, data))
-    records = list(_number(sheets, data))
+    column_batches = (
+        column_batch
+        for input_split in find_input_splits(source, data)
+        for column_batch in read_input_split(input_split, data)
+    )
+    records = list(_number(column_batches, data))
     if not records:
         read_file(source, data)  # says so
     return records
 
 
-def _number(sheets: Iterable[Sheet], data: Data) -> Iterator[Record]:
+def _number(column_batches: Iterable[ColumnBatch], data: Data) -> Iterator[Record]:
     """Records of sheets, their rows numbered within each source."""
     name, row = "", 1
-    lacking: Sheet | None = None
+    lacking: ColumnBatch | None = None
     found = {data.text: False, data.label: False}
-    for sheet in sheets:
-        name, row = sheet.name, row if sheet.name == name else 1
+    for column_batch in column_batches:
+        name, row = column_batch.name, row if column_batch.name == name else 1
         for column in found:
-            found[column] |= column in sheet.columns
-        if not found.keys() <= sheet.columns.keys():
-            lacking = lacking or sheet
-        yield from take_records(sheet, data, first_row=row, lenient=True)
-        row += sheet.rows
+            found[column] |= column in column_batch.columns
+        if not found.keys() <= column_batch.columns.keys():
+            lacking = lacking or column_batch
+        yield from take_records(column_batch, data, first_row=row, lenient=True)
+        row += column_batch.rows
     if lacking and not all(found.values()):
         list(take_records(lacking, data))  # says which
 
 
-def take_records(sheet: Sheet, data: Data, *, first_row: int = 1, lenient: bool = False) -> Iterator[Record]:
+def take_records(
+    column_batch: ColumnBatch, data: Data, *, first_row: int = 1, lenient: bool = False
+) -> Iterator[Record]:
     """Every row of a sheet as a record, in order.
 
     Args:
@@ -111,15 +117,16 @@ def take_records(sheet: Sheet, data: Data, *, first_row: int = 1, lenient: bool 
     """
     if lenient:
         texts, labels = (
-            list_values(sheet.columns.get(column, [None] * sheet.rows)) for column in (data.text, data.label)
+            list_values(column_batch.columns.get(column, [None] * column_batch.rows))
+            for column in (data.text, data.label)
         )
     else:
-        texts, labels = find_column(sheet, data.text, "text"), find_column(sheet, data.label, "label")
+        texts, labels = find_column(column_batch, data.text, "text"), find_column(column_batch, data.label, "label")
     for row, (given_text, given_label) in enumerate(zip(texts, labels, strict=True)):
-        file = sheet.files[row] if sheet.files else sheet.name
+        file = column_batch.files[row] if column_batch.files else column_batch.name
         number = first_row + row
-        if row in sheet.faults:
-            fault = sheet.faults[row]
+        if row in column_batch.faults:
+            fault = column_batch.faults[row]
             yield Record(file=file, row=number, text=as_text(fault.raw)[0], label=None, fault=fault.reason)
             continue
         text, text_fault = as_text(given_text)
@@ -133,34 +140,34 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
     Raises:
         DataError: the source cannot be read, is empty, or lacks the column of the texts.
     """
-    sheet = read_file(source, data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
+    column_batch = read_file(source, data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
     texts, faults = [], []
-    for row, value in enumerate(find_column(sheet, data.text, "text")):
+    for row, value in enumerate(find_column(column_batch, data.text, "text")):
         text, fault = as_text(value)
-        if row in sheet.faults:
-            text, fault = as_text(sheet.faults[row].raw)[0], sheet.faults[row].reason
+        if row in column_batch.faults:
+            text, fault = as_text(column_batch.faults[row].raw)[0], column_batch.faults[row].reason
         texts.append(text)
         faults.append(fault or ("" if text.strip() else "empty"))
     labels = None
-    if data.label in sheet.columns:
-        labels = tuple(as_text(value)[0].strip() or None for value in find_column(sheet, data.label, "label"))
-    names = [escape(name) for name in sheet.columns]
-    check_names(sheet.name, names)
-    columns = dict(zip(names, sheet.columns.values(), strict=True))
+    if data.label in column_batch.columns:
+        labels = tuple(as_text(value)[0].strip() or None for value in find_column(column_batch, data.label, "label"))
+    names = [escape(name) for name in column_batch.columns]
+    check_names(column_batch.name, names)
+    columns = dict(zip(names, column_batch.columns.values(), strict=True))
     return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), columns=columns)
 
 
-def find_column(sheet: Sheet, name: str, key: str) -> list[object]:
+def find_column(column_batch: ColumnBatch, name: str, key: str) -> list[object]:
     """Return the values of a column, named by data.`key`. Raises DataError if there is none."""
-    if name not in sheet.columns:
-        names = list(sheet.columns)
+    if name not in column_batch.columns:
+        names = list(column_batch.columns)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         folded = [other for other in names if other.casefold() == name.casefold()]
         guess = f" Did you mean {(folded or near)[0]!r}?" if folded or near else ""
         there = ", ".join(map(repr, names))
-        message = f"{sheet.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
+        message = f"{column_batch.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
         raise DataError(message)
-    return list_values(sheet.columns[name])
+    return list_values(column_batch.columns[name])
 
 
 def as_text(value: object) -> tuple[str, str]:

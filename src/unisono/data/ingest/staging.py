@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from unisono.config.sections import Data
 from unisono.data.arrow import as_array, as_strings
-from unisono.data.ingest.column_batch import Sheet
+from unisono.data.ingest.column_batch import ColumnBatch
 from unisono.data.ingest.read import Record, take_records
 from unisono.data.screening.near_duplicates import BANDS, sketch
 from unisono.data.screening.rules import Examiner
@@ -59,8 +59,15 @@ class Facts:
         return sum(self.batches)
 
 
-def spool(
-    path: Path, sheets: Iterable[Sheet], name: str, data: Data, examiner: Examiner, *, place: bool, near: bool
+def stage(
+    path: Path,
+    column_batches: Iterable[ColumnBatch],
+    name: str,
+    data: Data,
+    examiner: Examiner,
+    *,
+    place: bool,
+    near: bool,
 ) -> None:
     """Examine the records of sheets and write them, a record batch per sheet.
 
@@ -75,18 +82,18 @@ def spool(
     rows: list[int] = []
     with whole_file(path, durable=False) as part, part.open("wb") as file:
         with pa.ipc.new_file(file, _SCHEMA) as writer:
-            for sheet in sheets:
-                names |= dict.fromkeys(sheet.columns)
-                rows.append(sheet.rows)
-                writer.write_batch(_stand(sheet, data, examiner, place=place, near=near))
+            for column_batch in column_batches:
+                names |= dict.fromkeys(column_batch.columns)
+                rows.append(column_batch.rows)
+                writer.write_batch(_stand(column_batch, data, examiner, place=place, near=near))
         facts = json.dumps({"name": name, "batches": rows, "names": list(names)}).encode()
         file.write(facts + len(facts).to_bytes(8, "little"))
 
 
-def _stand(sheet: Sheet, data: Data, examiner: Examiner, *, place: bool, near: bool) -> pa.RecordBatch:
+def _stand(column_batch: ColumnBatch, data: Data, examiner: Examiner, *, place: bool, near: bool) -> pa.RecordBatch:
     records: list[Record] = []
     reasons: list[str | None] = []
-    for record in take_records(sheet, data, lenient=True):
+    for record in take_records(column_batch, data, lenient=True):
         treated, reason = examiner.examine(record)
         records.append(treated)
         reasons.append(reason or None)
@@ -105,7 +112,7 @@ def _stand(sheet: Sheet, data: Data, examiner: Examiner, *, place: bool, near: b
         as_strings([record.text for record in records]),
         as_strings([record.label for record in records]),
         as_strings(reasons),
-        as_strings([record.file for record in records]) if sheet.files else empty.cast(pa.string()),
+        as_strings([record.file for record in records]) if column_batch.files else empty.cast(pa.string()),
         as_array(np.array([len(record.text) for record in records], np.int32)),
         as_array(hashes[:, 0]),
         as_array(hashes[:, 1]),
@@ -119,8 +126,8 @@ def _hash(content: bytes, size: int) -> bytes:
     return hashlib.blake2b(content, digest_size=size).digest()
 
 
-class Spooled:
-    """A piece's records, as `spool` wrote them. Nothing of the file stays in memory when a batch is no longer used."""
+class StagedRecords:
+    """A piece's records, as `stage` wrote them. Nothing of the file stays in memory when a batch is no longer used."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -16,25 +16,25 @@ import pyarrow as pa
 
 from unisono.data.arrow import as_array, as_numbers, find_nulls
 from unisono.data.encoding.parts import Fates, list_quarantined
-from unisono.data.ingest.staging import HASHES, PLACE, Spooled
+from unisono.data.ingest.staging import HASHES, PLACE, StagedRecords
 from unisono.data.screening import near_duplicates as near
 from unisono.data.screening.screen import KEPT, SPLITS, TRAIN, Records
 from unisono.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class StagedBatch:
     """A record batch of the spool: which file, which one in it, which of all records, and what they are called."""
 
-    spooled: int
+    staged: int
     number: int
     records: slice
     first_row: int
-    first_of_piece: int
+    first_of_input_split: int
 
 
 def load_records(
-    spooled: Sequence[Spooled], splits: Sequence[str], *, cut: bool, near_ones: bool
+    staged: Sequence[StagedRecords], splits: Sequence[str], *, cut: bool, near_ones: bool
 ) -> tuple[Records, list[str]]:
     """Return what is known of all records, and the classes that there are, by number.
 
@@ -44,7 +44,7 @@ def load_records(
     """
     classes: dict[str, int] = {}
     reasons: dict[str, int] = {KEPT: 0}
-    rows_of_files = [file.facts.rows for file in spooled]
+    rows_of_files = [file.facts.rows for file in staged]
     total = sum(rows_of_files)
     records = Records(
         splits=np.repeat(np.array([SPLITS.index(split) for split in splits], np.int8), rows_of_files),
@@ -56,7 +56,7 @@ def load_records(
         names=[],
     )
     start = 0
-    for file in spooled:
+    for file in staged:
         for number, rows in enumerate(file.facts.batches):
             here, batch = slice(start, start + rows), file.batch(number)
             for row, name in enumerate(HASHES):
@@ -81,15 +81,15 @@ def _number(strings: pa.Array, known: dict[str, int], missing: int) -> np.ndarra
     return np.array([*numbers, missing], np.int32)[indices]
 
 
-class Decided:
+class Decisions:
     """All records, spooled and decided on."""
 
     def __init__(
-        self, spooled: Sequence[Spooled], splits: Sequence[str], records: Records, classes: Sequence[str]
+        self, staged: Sequence[StagedRecords], splits: Sequence[str], records: Records, classes: Sequence[str]
     ) -> None:
-        self.spooled = spooled
+        self.staged = staged
         self.records = records
-        self.batches = _list_batches(spooled, splits)
+        self.batches = _list_batches(staged, splits)
         self.labels: tuple[str, ...] = ()
         self._classes = classes
         self._numbers = np.full(len(classes) + 1, -1, np.int32)  # of the class in `labels`; the last one: none
@@ -137,7 +137,7 @@ class Decided:
         self._numbers[: len(self._classes)] = [places.get(name, -1) for name in self._classes]
         return labels
 
-    def fates(self, batch: Batch) -> Fates:
+    def fates(self, batch: StagedBatch) -> Fates:
         """What was decided of a batch's records."""
         return Fates(
             splits=self.records.splits[batch.records],
@@ -146,13 +146,13 @@ class Decided:
             names=self.records.names,
             classes=self.labels,
             first_row=batch.first_row,
-            place=(batch.spooled, batch.first_of_piece),
+            place=(batch.staged, batch.first_of_input_split),
         )
 
     def list_quarantined(self) -> Iterator[dict[str, object]]:
         """Return the records that are not learned from, as lines of `quarantine.jsonl`, in the order of the input."""
         for batch in self.batches:
-            yield from list_quarantined(self.spooled[batch.spooled], batch.number, self.fates(batch))
+            yield from list_quarantined(self.staged[batch.staged], batch.number, self.fates(batch))
 
     def training_texts(self) -> TrainingTexts:
         """The texts that an encoder may learn from."""
@@ -162,7 +162,7 @@ class Decided:
 class TrainingTexts:
     """Texts in lists, one for each record batch of the spool; they can be gone through more than once."""
 
-    def __init__(self, decided: Decided) -> None:
+    def __init__(self, decided: Decisions) -> None:
         self._decided = decided
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -170,25 +170,25 @@ class TrainingTexts:
         for batch in decided.batches:
             fates = decided.fates(batch)
             chosen = np.flatnonzero((fates.reasons == 0) & (fates.splits == TRAIN))
-            texts = decided.spooled[batch.spooled].batch(batch.number).column("text")
+            texts = decided.staged[batch.staged].batch(batch.number).column("text")
             yield texts.take(as_array(chosen)).to_pylist()
 
 
-def _list_batches(spooled: Sequence[Spooled], splits: Sequence[str]) -> list[Batch]:
-    batches: list[Batch] = []
+def _list_batches(staged: Sequence[StagedRecords], splits: Sequence[str]) -> list[StagedBatch]:
+    batches: list[StagedBatch] = []
     source, first_row, start = ("", ""), 1, 0
-    for place, (file, split) in enumerate(zip(spooled, splits, strict=True)):
+    for place, (file, split) in enumerate(zip(staged, splits, strict=True)):
         if source != (split, file.facts.name):
             source, first_row = (split, file.facts.name), 1
         first = start
         for number, rows in enumerate(file.facts.batches):
             batches.append(
-                Batch(
-                    spooled=place,
+                StagedBatch(
+                    staged=place,
                     number=number,
                     records=slice(start, start + rows),
                     first_row=first_row,
-                    first_of_piece=start - first,
+                    first_of_input_split=start - first,
                 )
             )
             start += rows

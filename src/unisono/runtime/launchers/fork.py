@@ -25,7 +25,7 @@ from typing import Any
 from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
 from unisono.processes.forking import count_cores, describe_end, end_with_parent, forget_kernel_buffers
-from unisono.runtime.launchers.rank_assignment import Seat
+from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import STOPPING, Act, guarded, work
 
 GRACE_SECONDS = 5.0  # for the others, after one has failed
@@ -57,10 +57,10 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         fork = multiprocessing.get_context("fork")
         forget_kernel_buffers()
         children: list[BaseProcess] = []
-        with _Interrupts(children) as interrupts:
+        with _StopSignals(children) as interrupts:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # they wait until every child is there, and listens
             for rank in range(workers):
-                seat = Seat(
+                assignment = RankAssignment(
                     rank=rank,
                     workers=workers,
                     local_rank=rank,
@@ -69,31 +69,33 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
                     listener=listener.fileno(),
                 )
                 child = fork.Process(
-                    target=_child, args=(seat, act, threads, device, Path(scratch), os.getpid()), name=f"worker {rank}"
+                    target=_child,
+                    args=(assignment, act, threads, device, Path(scratch), os.getpid()),
+                    name=f"worker {rank}",
                 )
                 child.start()
                 children.append(child)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             try:
-                _watch(children)
+                _hang_detector(children)
             finally:
                 _end(children)
         _raise_first_failure(children, Path(scratch), interrupts.asked)
 
 
-def _child(seat: Seat, act: Act, threads: int, device: str, scratch: Path, parent: int) -> None:
+def _child(assignment: RankAssignment, act: Act, threads: int, device: str, scratch: Path, parent: int) -> None:
     end_with_parent(parent)
     code = guarded(
-        lambda: work(seat, act, threads=threads, wanted_device=device),
-        (scratch / f"{seat.rank}.json").write_text,
-        seat.rank,
+        lambda: work(assignment, act, threads=threads, wanted_device=device),
+        (scratch / f"{assignment.rank}.json").write_text,
+        assignment.rank,
     )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 
-def _watch(children: Sequence[BaseProcess]) -> None:
+def _hang_detector(children: Sequence[BaseProcess]) -> None:
     """Return when all have ended, or soon after one has failed."""
     deadline: float | None = None
     running = list(children)
@@ -113,7 +115,7 @@ def _end(children: Sequence[BaseProcess]) -> None:
         child.join()
 
 
-class _Interrupts:
+class _StopSignals:
     """Within: the first Ctrl-C or SIGTERM asks the workers to stop after their step, the second one kills them."""
 
     def __init__(self, children: Sequence[BaseProcess]) -> None:
@@ -121,7 +123,7 @@ class _Interrupts:
         self._children = children
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Interrupts:
+    def __enter__(self) -> _StopSignals:
         for signum in STOPPING:
             self._before[signum] = signal.signal(signum, self._handle)
         return self

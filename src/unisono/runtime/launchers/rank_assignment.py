@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class RankAssignment:
     """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
     `port` (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of
     workers."""
@@ -83,14 +83,14 @@ class Seat:
         return dist.PrefixStore(f"unisono-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def seat_from_torchrun() -> Seat | None:
+def assignment_from_torchrun() -> RankAssignment | None:
     """The seat that torchrun's environment describes; None where there is none."""
     try:
         rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank, local_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     except KeyError:
         return None
-    return Seat(rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers)
+    return RankAssignment(rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers)
 
 
 def restarted_by_torchrun() -> bool:

@@ -1,1 +1,1 @@
-"""Text classifiers."""
+"""Tasks on texts."""

@@ -146,7 +146,7 @@ def run(exchange: Exchange, settings: Train, module: nn.Module) -> tuple[Replica
     norms = []
     for step, rate in enumerate(RATES):
         slope, used = gradient(replica, step)
-        totals = Totals(loss=1.0, weight=3, used=used, integers=replica.integer_values(), request=RUNNING)
+        totals = Totals(loss=1.0, terms=3, used=used, integers=replica.integer_values(), request=RUNNING)
         norms.append(optimizer.update(slope, totals, step=step, rate=rate))
         optimizer.publish(totals.integers)
     found = {name: value.clone() for name, value in replica.all_tensors().items()}
@@ -213,7 +213,7 @@ def test_a_lazy_step_is_that_of_a_table_of_the_touched_rows(rule: dict[str, Any]
             tables = {0: {0: Rows(numbers=numbers, values=values)}} if module.sparse else {}
             if not module.sparse:
                 replica.space.parameters[0].view(flat).copy_(values)
-            totals = Totals(loss=1.0, weight=1, used=[True], integers=torch.empty(0), request=RUNNING)
+            totals = Totals(loss=1.0, terms=1, used=[True], integers=torch.empty(0), request=RUNNING)
             optimizer.update(Sum([(Node(0, 0), flat)], tables), totals, step=step, rate=rate)
             optimizer.publish(torch.empty(0, dtype=torch.int64))
         return module.weight.detach()

@@ -15,7 +15,7 @@ from worlds import Forked
 
 from unisono.engine.audit import Audit
 from unisono.engine.contribution import Contribution, Contributor
-from unisono.exchange.offload import Desk
+from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
 from unisono.kernels import linear
@@ -48,9 +48,9 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(linear, "multiplies_bf16", lambda: False)  # else torch's own layers are used
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     served: list[int] = []
-    serve, honest, turns = Desk.serve, Contributor._go_back, itertools.count()
+    serve, honest, turns = OffloadQueue.serve, Contributor._go_back, itertools.count()
 
-    def count(self: Desk, file: int) -> None:
+    def count(self: OffloadQueue, file: int) -> None:
         before = self.given_seconds
         serve(self, file)
         if self.given_seconds > before:
@@ -61,7 +61,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             time.sleep(0.02)
         honest(self, loss)
 
-    monkeypatch.setattr(Desk, "serve", count)
+    monkeypatch.setattr(OffloadQueue, "serve", count)
     monkeypatch.setattr(Contributor, "_go_back", go_back)
     return served
 
@@ -89,14 +89,14 @@ def test_an_audited_microbatch_is_its_workers_own(
     contribute = Audit.contribute
 
     def watch(self: Audit, step: int, number: int, microbatch: Any) -> Contribution:
-        desk = self._exchange.desk
-        assert desk is not None
+        offload = self._exchange.offload
+        assert offload is not None
         if number == self._choose(step):
             time.sleep(0.1)  # so the other one waits
-        before = desk.taken_seconds
+        before = offload.taken_seconds
         found = contribute(self, step, number, microbatch)
         if number == self._choose(step):
-            helped.append(desk.taken_seconds > before)
+            helped.append(offload.taken_seconds > before)
         return found
 
     monkeypatch.setattr(Audit, "contribute", watch)

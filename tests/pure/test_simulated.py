@@ -1,4 +1,4 @@
-"""Played workers give the bits of a single one, even a thousand of them."""
+"""Simulated workers give the bits of a single one, even a thousand of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unisono.engine.optimizer import Optimizer
 from unisono.engine.replica import Replica, tensors_sha256
 from unisono.engine.state import TrainState
 from unisono.exchange.protocol import Exchange
-from unisono.exchange.simulated import Played, play
+from unisono.exchange.simulated import Simulated, play
 from unisono.exchange.solo import Solo
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -91,7 +91,7 @@ def test_results_come_in_order_of_rank() -> None:
 @pytest.mark.parametrize("failing", [0, 1, 3])
 @pytest.mark.parametrize("exchanges_before", [0, 1, 2])
 def test_an_error_in_one_worker_ends_all_and_surfaces(failing: int, exchanges_before: int) -> None:
-    def act(exchange: Played) -> None:
+    def act(exchange: Simulated) -> None:
         for number in range(4):
             if exchange.rank == failing and number == exchanges_before:
                 raise ZeroDivisionError("planted")
@@ -105,7 +105,7 @@ def test_workers_take_turns() -> None:
     """Between two exchanges a worker has the process to itself: global generators are its own."""
     running: list[int] = []
 
-    def act(exchange: Played) -> list[Tensor]:
+    def act(exchange: Simulated) -> list[Tensor]:
         drawn = []
         for number in range(3):
             running.append(exchange.rank)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from unisono.errors import LostPeerError
 from unisono.exchange import offload as desks
-from unisono.exchange.offload import Desk
+from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.shared_memory import Shared
 
-Act = Callable[[Shared, Desk], Any]
+Act = Callable[[Shared, OffloadQueue], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,14 @@ def in_threads(workers: int, work: Callable[[int], None]) -> None:
 
 
 def act_together(*acts: Act) -> list[Any]:
-    """What `act(exchange, desk)` of each worker, a thread, returned or raised."""
+    """What `act(exchange, offload)` of each worker, a thread, returned or raised."""
     store, found = dist.HashStore(), [None] * len(acts)
 
     def work(rank: int) -> None:
         exchange = Shared(store, rank=rank, workers=len(acts), timeout_seconds=20)
         try:
-            assert exchange.desk is not None
-            found[rank] = acts[rank](exchange, exchange.desk)
+            assert exchange.offload is not None
+            found[rank] = acts[rank](exchange, exchange.offload)
         except BaseException as error:  # noqa: BLE001 - looked at below
             found[rank] = error
         finally:
@@ -68,10 +68,10 @@ def product(number: int) -> Tensor:
     return left.t() @ right
 
 
-def wait(exchange: Shared, desk: Desk) -> float:
+def wait(exchange: Shared, offload: OffloadQueue) -> float:
     """Of a worker that has nothing to do: until the others come. Returns the seconds that it gave."""
     exchange.wait_for_all()
-    return desk.given_seconds
+    return offload.given_seconds
 
 
 def until_waiting(exchange: Shared, others: int = 1) -> None:
@@ -90,14 +90,14 @@ def test_who_waits_computes(workers: int) -> None:
     """More than there are slots, so each is used again."""
     products = 3 * desks.MOST_SLOTS
 
-    def late(exchange: Shared, desk: Desk) -> float:
+    def late(exchange: Shared, offload: OffloadQueue) -> float:
         until_waiting(exchange, workers - 1)
         for number in range(products):
-            while not desk.lay_down(number, *operands(number)):
+            while not offload.publish(number, *operands(number)):
                 time.sleep(1e-3)
-        check(desk.collect(), range(products))
+        check(offload.collect(), range(products))
         exchange.wait_for_all()
-        return desk.taken_seconds
+        return offload.taken_seconds
 
     taken, *given = act_together(late, *[wait] * (workers - 1))
     assert sum(given) > 0
@@ -107,14 +107,14 @@ def test_who_waits_computes(workers: int) -> None:
 def test_nobody_waits() -> None:
     asked = threading.Event()
 
-    def busy(exchange: Shared, desk: Desk) -> bool:
-        taken = desk.lay_down(0, *operands(0))
+    def busy(exchange: Shared, offload: OffloadQueue) -> bool:
+        taken = offload.publish(0, *operands(0))
         asked.set()
-        assert desk.collect() == []
+        assert offload.collect() == []
         exchange.wait_for_all()
         return taken
 
-    def late(exchange: Shared, desk: Desk) -> None:
+    def late(exchange: Shared, offload: OffloadQueue) -> None:
         assert asked.wait(10)
         exchange.wait_for_all()
 
@@ -126,19 +126,19 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.
     """Who waits takes its time: it sets the first event when it has begun a job, and goes on after the second. The
     owner's own products are noted in the list, by their slots."""
     begun, go_on = threading.Event(), threading.Event()
-    multiply, compute, own = torch.mm, Desk._compute, []
+    multiply, compute, own = torch.mm, OffloadQueue._compute, []
 
     def mm(*both: Tensor, out: Tensor) -> Tensor:
         begun.set()
         assert go_on.wait(10)
         return multiply(*both, out=out)
 
-    def note(self: Desk, slot: int) -> None:
+    def note(self: OffloadQueue, slot: int) -> None:
         own.append(slot)
         compute(self, slot)
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(Desk, "_compute", note)
+    monkeypatch.setattr(OffloadQueue, "_compute", note)
     return begun, go_on, own
 
 
@@ -149,16 +149,16 @@ def test_what_nobody_has_begun_is_taken_back(slowly: Slowly, monkeypatch: pytest
     monkeypatch.setattr(desks, "PATIENCE_SECONDS", 1000)
     begun, go_on, own = slowly
 
-    def late(exchange: Shared, desk: Desk) -> None:
+    def late(exchange: Shared, offload: OffloadQueue) -> None:
         until_waiting(exchange)
-        assert desk.lay_down(0, *operands(0))
+        assert offload.publish(0, *operands(0))
         assert begun.wait(10)
-        assert desk.lay_down(1, *operands(1))
-        assert not desk.lay_down(2, *operands(2)), "two lie there"
+        assert offload.publish(1, *operands(1))
+        assert not offload.publish(2, *operands(2)), "two lie there"
         threading.Timer(0.1, go_on.set).start()
-        check(desk.collect(), range(2))
+        check(offload.collect(), range(2))
         assert len(own) == 1, "the first was computed by who had begun it, the second by its owner"
-        assert sorted(desk._free) == [0, 1]
+        assert sorted(offload._free) == [0, 1]
         exchange.wait_for_all()
 
     act_together(late, wait)
@@ -169,20 +169,20 @@ def test_who_takes_too_long_is_not_waited_for(slowly: Slowly, monkeypatch: pytes
     monkeypatch.setattr(desks, "PATIENCE_SECONDS", 0.02)
     begun, go_on, own = slowly
 
-    def late(exchange: Shared, desk: Desk) -> None:
+    def late(exchange: Shared, offload: OffloadQueue) -> None:
         until_waiting(exchange)
-        assert desk.lay_down(0, *operands(0))
+        assert offload.publish(0, *operands(0))
         assert begun.wait(10)
-        check(desk.collect(), range(1))
+        check(offload.collect(), range(1))
         assert len(own) == 1
-        assert len(desk._free) == 1, "somebody may still write there"
+        assert len(offload._free) == 1, "somebody may still write there"
         go_on.set()
-        while len(desk._free) < 2:
-            desk._hear()
+        while len(offload._free) < 2:
+            offload._handle_messages()
         begun.clear()
-        assert desk.lay_down(0, *operands(0))
+        assert offload.publish(0, *operands(0))
         assert begun.wait(10)
-        check(desk.collect(), range(1))
+        check(offload.collect(), range(1))
         assert len(own) == 1
         exchange.wait_for_all()
 
@@ -194,18 +194,18 @@ def test_who_is_lost_with_a_job_takes_nothing_with_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(desks, "PATIENCE_SECONDS", 1000)
     begun = threading.Event()
 
-    def serve(self: Desk, file: int) -> None:
+    def serve(self: OffloadQueue, file: int) -> None:
         os.read(file, 1)
         begun.set()
         raise LostPeerError("this worker goes")
 
-    monkeypatch.setattr(Desk, "serve", serve)
+    monkeypatch.setattr(OffloadQueue, "serve", serve)
 
-    def late(exchange: Shared, desk: Desk) -> None:
+    def late(exchange: Shared, offload: OffloadQueue) -> None:
         until_waiting(exchange)
-        assert desk.lay_down(0, *operands(0))
+        assert offload.publish(0, *operands(0))
         assert begun.wait(10)
-        check(desk.collect(), range(1))
+        check(offload.collect(), range(1))
         exchange.wait_for_all()
 
     told = act_together(late, wait)
@@ -221,10 +221,10 @@ def unfit() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("left", "right"), unfit())
 def test_what_could_get_other_bits_or_does_not_fit_is_not_taken(left: Tensor, right: Tensor) -> None:
-    def late(exchange: Shared, desk: Desk) -> list[bool]:
+    def late(exchange: Shared, offload: OffloadQueue) -> list[bool]:
         until_waiting(exchange)
-        taken = [desk.lay_down(0, left, right), desk.lay_down(1, *operands(1))]
-        check(desk.collect(), range(1, 2))
+        taken = [offload.publish(0, left, right), offload.publish(1, *operands(1))]
+        check(offload.collect(), range(1, 2))
         exchange.wait_for_all()
         return taken
 
@@ -232,12 +232,12 @@ def test_what_could_get_other_bits_or_does_not_fit_is_not_taken(left: Tensor, ri
 
 
 def test_shut() -> None:
-    def late(exchange: Shared, desk: Desk) -> list[bool]:
+    def late(exchange: Shared, offload: OffloadQueue) -> list[bool]:
         until_waiting(exchange)
-        with desk.shut():
-            taken = [desk.lay_down(0, *operands(0))]
-        taken.append(desk.lay_down(1, *operands(1)))
-        check(desk.collect(), range(1, 2))
+        with offload.paused():
+            taken = [offload.publish(0, *operands(0))]
+        taken.append(offload.publish(1, *operands(1)))
+        check(offload.collect(), range(1, 2))
         exchange.wait_for_all()
         return taken
 
@@ -253,7 +253,7 @@ def join_with(affinities: list[int], monkeypatch: pytest.MonkeyPatch) -> list[An
     def work(rank: int) -> None:
         mine.processors = affinities[rank]
         exchange = Shared(store, rank=rank, workers=len(affinities), timeout_seconds=20)
-        found[rank] = (exchange.desk, exchange.gather_bytes(bytes([rank]) * (rank + 1)))
+        found[rank] = (exchange.offload, exchange.gather_bytes(bytes([rank]) * (rank + 1)))
         exchange.close()
 
     in_threads(len(affinities), work)

@@ -21,7 +21,7 @@ from unisono.config.sections import Data
 from unisono.data.ingest import delimited as rows
 from unisono.data.ingest import hub, locations
 from unisono.data.ingest import parquet as tables
-from unisono.data.ingest.column_batch import SHEET_BYTES, Column, Fault, Sheet, join_sheets
+from unisono.data.ingest.column_batch import COLUMN_BATCH_BYTES, Column, ColumnBatch, FieldFault, join_column_batches
 from unisono.data.ingest.compressed import Unpacked, find_compression
 from unisono.data.ingest.formats import Format, find_suffix_format
 from unisono.data.ingest.lines import (
@@ -37,15 +37,15 @@ from unisono.data.ingest.lines import (
     refuse_utf16,
     strip_mark,
 )
-from unisono.data.ingest.locations import File, explain, hide_secrets, open_file, tell
+from unisono.data.ingest.locations import SourceFile, explain, hide_secrets, open_file, tell
 from unisono.errors import DataError
 
-PIECE_BYTES = 8 * 2**20
-PIECE_FILES = 4_096
+INPUT_SPLIT_BYTES = 8 * 2**20
+INPUT_SPLIT_FILES = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class InputSplit:
     """What one task reads: a part of a source that is fixed by its bytes, never by workers. Small and picklable."""
 
     source: str
@@ -78,7 +78,9 @@ class Piece:
         return locations.is_url(self.location) and not hub.is_dataset(self.location)
 
 
-def find_pieces(location: str | Path, data: Data, *, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+def find_input_splits(
+    location: str | Path, data: Data, *, input_split_bytes: int = INPUT_SPLIT_BYTES
+) -> list[InputSplit]:
     """Cut what a location names (a path, folder, pattern, URL or dataset) into pieces, in order.
 
     Reads lists and sizes, the header of TSV and the footer of Parquet. An empty list, or pieces without a row, mean
@@ -90,14 +92,20 @@ def find_pieces(location: str | Path, data: Data, *, piece_bytes: int = PIECE_BY
     location = str(location)
     location = location.removeprefix("file://") if location.startswith("file:///") else location
     if hub.is_dataset(location):
-        return _cut_dataset(location, piece_bytes)
+        return _cut_dataset(location, input_split_bytes)
     if locations.is_folder(location):
-        return _cut_folder(location, piece_bytes)
-    return [piece for file in locations.find_files(location) for piece in _cut_file(file, data, piece_bytes)]
+        return _cut_folder(location, input_split_bytes)
+    return [
+        input_split
+        for file in locations.find_files(location)
+        for input_split in _cut_file(file, data, input_split_bytes)
+    ]
 
 
-def read_piece(piece: Piece, data: Data, columns: Sequence[str] | None = None) -> Iterator[Sheet]:
-    """Sheets of bounded size of a piece's rows, each row once, in order.
+def read_input_split(
+    input_split: InputSplit, data: Data, columns: Sequence[str] | None = None
+) -> Iterator[ColumnBatch]:
+    """Column batches of bounded size of a piece's rows, each row once, in order.
 
     Args:
         columns: read these only, of those that there are; None: all.
@@ -105,31 +113,35 @@ def read_piece(piece: Piece, data: Data, columns: Sequence[str] | None = None) -
     Raises:
         DataError: the file has gone, is damaged or unreadable, or has changed since it was cut.
     """
-    if piece.kind == "dataset":
-        numbers = range(piece.start, piece.stop)
-        yield from hub.read_dataset(piece.location, piece.source, numbers, piece.version, data, columns)
-    elif piece.kind == "folder":
-        yield from _read_folder(piece, data)
+    if input_split.kind == "dataset":
+        numbers = range(input_split.start, input_split.stop)
+        yield from hub.read_dataset(
+            input_split.location, input_split.source, numbers, input_split.version, data, columns
+        )
+    elif input_split.kind == "folder":
+        yield from _read_folder(input_split, data)
     else:
-        _refuse_change(piece)
-        with open_file(piece.location, ranged=piece.ranged) as file:
-            told = tell(piece.location)
-            if piece.kind == "parquet":
-                yield from tables.read_parquet(file, piece.source, told, data, range(*piece.groups), columns)
-            elif piece.stream:
-                packed = piece.compression
+        _refuse_change(input_split)
+        with open_file(input_split.location, ranged=input_split.ranged) as file:
+            told = tell(input_split.location)
+            if input_split.kind == "parquet":
+                yield from tables.read_parquet(
+                    file, input_split.source, told, data, range(*input_split.groups), columns
+                )
+            elif input_split.stream:
+                packed = input_split.compression
                 stream = Unpacked(file, packed, told, data.max_expansion) if packed else file
-                yield from _read_stream(piece, stream, told, data)
+                yield from _read_stream(input_split, stream, told, data)
             else:
-                blocks = own_blocks(file, piece.start, piece.stop, first=piece.first)
+                blocks = own_blocks(file, input_split.start, input_split.stop, first=input_split.first)
                 lines = cut_lines(blocks, data.max_record_bytes)
-                if piece.kind == "jsonl":
-                    yield from rows.read_jsonl(lines, piece.source, data)
+                if input_split.kind == "jsonl":
+                    yield from rows.read_jsonl(lines, input_split.source, data)
                 else:
-                    yield from rows.read_tsv(lines, piece.source, piece.columns)
+                    yield from rows.read_tsv(lines, input_split.source, input_split.columns)
 
 
-def hash_piece(piece: Piece) -> str:
+def hash_input_split(input_split: InputSplit) -> str:
     """SHA-256 that identifies a piece's content: kind, columns, and bytes.
 
     Instead of the bytes of a remote file it takes the store's own version of it (ETag …), where the store has one, and
@@ -138,20 +150,29 @@ def hash_piece(piece: Piece) -> str:
     Raises:
         DataError: a file has gone, is unreadable, or has changed since it was cut.
     """
-    facts = [piece.kind, piece.columns, piece.compression, piece.groups, piece.files, piece.digest]
+    facts = [
+        input_split.kind,
+        input_split.columns,
+        input_split.compression,
+        input_split.groups,
+        input_split.files,
+        input_split.digest,
+    ]
     result = hashlib.sha256(json.dumps(facts).encode())
-    if piece.kind == "dataset" or (piece.remote and piece.version):
-        result.update(json.dumps([piece.version, piece.start, piece.stop]).encode())
-    elif piece.kind == "folder":
-        for name, size in piece.files:
-            with open_file(f"{piece.location.rstrip('/')}/{name}") as file:
+    if input_split.kind == "dataset" or (input_split.remote and input_split.version):
+        result.update(json.dumps([input_split.version, input_split.start, input_split.stop]).encode())
+    elif input_split.kind == "folder":
+        for name, size in input_split.files:
+            with open_file(f"{input_split.location.rstrip('/')}/{name}") as file:
                 result.update(hash_stream(file, size).encode())
     else:
-        _refuse_change(piece)
-        with open_file(piece.location, ranged=piece.ranged) as file:
-            if not piece.stream:
-                file.seek(piece.start)
-            result.update(hash_stream(file, None if piece.stream else piece.stop - piece.start).encode())
+        _refuse_change(input_split)
+        with open_file(input_split.location, ranged=input_split.ranged) as file:
+            if not input_split.stream:
+                file.seek(input_split.start)
+            result.update(
+                hash_stream(file, None if input_split.stream else input_split.stop - input_split.start).encode()
+            )
     return result.hexdigest()
 
 
@@ -164,26 +185,32 @@ def hash_stream(file: Stream, size: int | None) -> str:
     return result.hexdigest()
 
 
-def read_file(location: str | Path, data: Data) -> Sheet:
+def read_file(location: str | Path, data: Data) -> ColumnBatch:
     """Read all of a location, as one sheet.
 
     Raises:
         DataError: it is missing, unreadable, empty or damaged, or its header is not what the recipe says.
     """
-    sheets = [sheet for piece in find_pieces(location, data) for sheet in read_piece(piece, data)]
-    if not sheets:
+    column_batches = [
+        column_batch
+        for input_split in find_input_splits(location, data)
+        for column_batch in read_input_split(input_split, data)
+    ]
+    if not column_batches:
         raise DataError(f"{tell(str(location))}: there is no record in it. Give a file with at least one.")
-    return join_sheets(sheets, sheets[0].name)
+    return join_column_batches(column_batches, column_batches[0].name)
 
 
-def _refuse_change(piece: Piece) -> None:
-    if piece.version:
-        with explain(piece.location):
-            if locations.find_version(piece.location) != piece.version:
-                raise DataError(f"{tell(piece.location)}: changed while it was read. Start again when it is complete.")
+def _refuse_change(input_split: InputSplit) -> None:
+    if input_split.version:
+        with explain(input_split.location):
+            if locations.find_version(input_split.location) != input_split.version:
+                raise DataError(
+                    f"{tell(input_split.location)}: changed while it was read. Start again when it is complete."
+                )
 
 
-def _cut_file(file: File, data: Data, piece_bytes: int) -> list[Piece]:
+def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[InputSplit]:
     name, told = escape(file.name), tell(file.location)
     inner, compression = find_compression(hide_secrets(file.location).rpartition("/")[2])
     kind = find_suffix_format(inner, told, data)
@@ -191,7 +218,7 @@ def _cut_file(file: File, data: Data, piece_bytes: int) -> list[Piece]:
         raise DataError(
             f"{told}: Parquet is compressed in itself, and cannot be read through {compression}. Unpack it."
         )
-    whole = Piece(
+    whole = InputSplit(
         source=name,
         kind=kind,
         location=file.location,
@@ -204,11 +231,11 @@ def _cut_file(file: File, data: Data, piece_bytes: int) -> list[Piece]:
     if kind == "csv" or compression or not (file.ranged or kind == "parquet"):
         return [whole]
     if kind == "parquet":
-        return _cut_parquet(whole, told, piece_bytes)
-    return _cut_lines(whole, told, data, piece_bytes)
+        return _cut_parquet(whole, told, input_split_bytes)
+    return _cut_lines(whole, told, data, input_split_bytes)
 
 
-def _cut_lines(whole: Piece, told: str, data: Data, piece_bytes: int) -> list[Piece]:
+def _cut_lines(whole: InputSplit, told: str, data: Data, input_split_bytes: int) -> list[InputSplit]:
     """Cut a text file by bytes, behind its mark and its header."""
     columns: list[str] = []
     with open_file(whole.location) as file:
@@ -221,22 +248,22 @@ def _cut_lines(whole: Piece, told: str, data: Data, piece_bytes: int) -> list[Pi
             header, start = _take_header(lines, start, data.header_lines)
             columns = rows.read_header(header, told, data)
     pieces = []
-    for number, begin in enumerate(range(start, whole.stop, piece_bytes)):
-        piece = Piece(
+    for number, begin in enumerate(range(start, whole.stop, input_split_bytes)):
+        input_split = InputSplit(
             source=whole.source,
             kind=whole.kind,
             location=whole.location,
             start=begin,
-            stop=min(begin + piece_bytes, whole.stop),
+            stop=min(begin + input_split_bytes, whole.stop),
             first=number == 0,
             columns=tuple(columns),
             version=whole.version,
         )
-        pieces.append(piece)
+        pieces.append(input_split)
     return pieces
 
 
-def _take_header(lines: Iterator[bytes | Long], start: int, count: int) -> tuple[list[list[str] | Fault], int]:
+def _take_header(lines: Iterator[bytes | Long], start: int, count: int) -> tuple[list[list[str] | FieldFault], int]:
     """Return the first `count` lines as fields, and where the line after them begins."""
     header = []
     for line in islice(lines, count):
@@ -246,9 +273,9 @@ def _take_header(lines: Iterator[bytes | Long], start: int, count: int) -> tuple
     return header, start
 
 
-def _cut_parquet(whole: Piece, told: str, piece_bytes: int) -> list[Piece]:
+def _cut_parquet(whole: InputSplit, told: str, input_split_bytes: int) -> list[InputSplit]:
     with open_file(whole.location, ranged=whole.ranged) as file:
-        footer = tables.read_footer(file, told, piece_bytes)
+        footer = tables.read_footer(file, told, input_split_bytes)
     return [
         replace(
             whole,
@@ -263,9 +290,9 @@ def _cut_parquet(whole: Piece, told: str, piece_bytes: int) -> list[Piece]:
     ]
 
 
-def _cut_folder(location: str, piece_bytes: int) -> list[Piece]:
+def _cut_folder(location: str, input_split_bytes: int) -> list[InputSplit]:
     """Put the files of a folder into groups by their sizes."""
-    pieces: list[Piece] = []
+    pieces: list[InputSplit] = []
     group: list[tuple[str, int]] = []
     size = 0
     files = locations.list_folder(location)
@@ -273,29 +300,29 @@ def _cut_folder(location: str, piece_bytes: int) -> list[Piece]:
     for number, file in enumerate(files, 1):
         group.append((file.name, file.size))
         size += file.size
-        if size >= piece_bytes or len(group) == PIECE_FILES or number == len(files):
-            pieces.append(Piece(source=name, kind="folder", location=location, stop=size, files=tuple(group)))
+        if size >= input_split_bytes or len(group) == INPUT_SPLIT_FILES or number == len(files):
+            pieces.append(InputSplit(source=name, kind="folder", location=location, stop=size, files=tuple(group)))
             group, size = [], 0
     return pieces
 
 
-def _read_folder(piece: Piece, data: Data) -> Iterator[Sheet]:
+def _read_folder(input_split: InputSplit, data: Data) -> Iterator[ColumnBatch]:
     """One record per file; its class is its first folder below the piece's location."""
     group: list[tuple[str, int]] = []
     size = 0
-    for number, file in enumerate(piece.files, 1):
+    for number, file in enumerate(input_split.files, 1):
         group.append(file)
         size += min(file[1], data.max_record_bytes)
-        if size >= SHEET_BYTES or number == len(piece.files):
-            yield _stand_files(piece, group, data)
+        if size >= COLUMN_BATCH_BYTES or number == len(input_split.files):
+            yield _stand_files(input_split, group, data)
             group, size = [], 0
 
 
-def _stand_files(piece: Piece, files: list[tuple[str, int]], data: Data) -> Sheet:
-    heads = locations.read_heads(piece.location, files, data.max_record_bytes + 1)
+def _stand_files(input_split: InputSplit, files: list[tuple[str, int]], data: Data) -> ColumnBatch:
+    heads = locations.read_heads(input_split.location, files, data.max_record_bytes + 1)
     names = [name for name, _ in files]
     faults = {
-        row: Fault(reason=rows.TOO_LARGE, raw=decode_head(head))
+        row: FieldFault(reason=rows.TOO_LARGE, raw=decode_head(head))
         for row, head in enumerate(heads)
         if len(head) > data.max_record_bytes
     }
@@ -303,15 +330,15 @@ def _stand_files(piece: Piece, files: list[tuple[str, int]], data: Data) -> Shee
     labels = [name.split("/")[0] if "/" in name and row not in faults else None for row, name in enumerate(names)]
     shown = [escape(name) for name in names]
     columns: dict[str, Column] = {"file": list(shown), data.text: list(texts), data.label: list(labels)}
-    return Sheet(name=piece.source, rows=len(names), columns=columns, faults=faults, files=shown)
+    return ColumnBatch(name=input_split.source, rows=len(names), columns=columns, faults=faults, files=shown)
 
 
-def _cut_dataset(location: str, piece_bytes: int) -> list[Piece]:
+def _cut_dataset(location: str, input_split_bytes: int) -> list[InputSplit]:
     count, size, fingerprint, columns = hub.measure_dataset(location)
-    step = max(1, count * piece_bytes // max(size, 1))
+    step = max(1, count * input_split_bytes // max(size, 1))
     name = location.rstrip("/").rpartition("/")[2]
     return [
-        Piece(
+        InputSplit(
             source=name,
             kind="dataset",
             location=location,
@@ -324,13 +351,13 @@ def _cut_dataset(location: str, piece_bytes: int) -> list[Piece]:
     ]
 
 
-def _read_stream(piece: Piece, stream: Stream, told: str, data: Data) -> Iterator[Sheet]:
+def _read_stream(input_split: InputSplit, stream: Stream, told: str, data: Data) -> Iterator[ColumnBatch]:
     """Read a file from its beginning to its end: mark, header, rows."""
     lines = cut_lines(strip_mark(read_blocks(stream), told), data.max_record_bytes)
-    if piece.kind == "jsonl":
-        yield from rows.read_jsonl(lines, piece.source, data)
-    elif piece.kind == "csv":
-        yield from rows.read_csv(lines, piece.source, told, data)
+    if input_split.kind == "jsonl":
+        yield from rows.read_jsonl(lines, input_split.source, data)
+    elif input_split.kind == "csv":
+        yield from rows.read_csv(lines, input_split.source, told, data)
     else:
         header, _ = _take_header(lines, 0, data.header_lines)
-        yield from rows.read_tsv(lines, piece.source, rows.read_header(header, told, data))
+        yield from rows.read_tsv(lines, input_split.source, rows.read_header(header, told, data))

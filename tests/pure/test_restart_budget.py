@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from unisono.config.sections import Recovery
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
-from unisono.runtime.restart_budget import MOST_BACKOFF_SECONDS, Budget, Change, End, Loss, find_verdict, name_loss
+from unisono.runtime.restart_budget import (
+    MOST_BACKOFF_SECONDS,
+    Change,
+    End,
+    Loss,
+    RestartBudget,
+    find_verdict,
+    name_loss,
+)
 from unisono.tracking import events
 
 
@@ -31,24 +39,24 @@ def report(kind: str = "ValueError", message: str = "made for the test", **more:
 
 
 def test_a_loss_here_and_there_is_overcome() -> None:
-    budget = Budget(rules())
+    budget = RestartBudget(rules())
     assert [budget.spend(lost(step)) for step in (-1, 3, 4, 9, 9, 12, 12)] == [""] * 7
     assert budget.attempts == 2
 
 
 def test_no_restart() -> None:
-    end = Budget(rules(restarts=0)).spend(lost(4))
+    end = RestartBudget(rules(restarts=0)).spend(lost(4))
     assert end == "worker 1 was killed by SIGKILL; this was loss 1, and recovery.restarts = 0"
 
 
 def test_restarts_are_counted_over_the_run() -> None:
-    budget = Budget(rules(restarts=2))
+    budget = RestartBudget(rules(restarts=2))
     assert budget.spend(lost(4)) == "" == budget.spend(lost(5))
     assert "this was loss 3, and recovery.restarts = 2" in budget.spend(lost(6))
 
 
 def test_a_fault_that_repeats() -> None:
-    budget = Budget(rules())
+    budget = RestartBudget(rules())
     assert budget.spend(lost(4)) == "" == budget.spend(lost(4))
     assert budget.spend(lost(4)) == (
         "worker 1 was killed by SIGKILL; this was loss 3 in a row at step 5, so the fault repeats"
@@ -56,17 +64,17 @@ def test_a_fault_that_repeats() -> None:
 
 
 def test_a_fault_that_repeats_before_any_step() -> None:
-    budget = Budget(rules(attempts=2))
+    budget = RestartBudget(rules(attempts=2))
     assert budget.spend(lost(-1)) == ""
     assert "2 in a row at the start, so the fault repeats" in budget.spend(lost(-1))
 
 
 def test_one_attempt_only() -> None:
-    assert "the fault repeats" in Budget(rules(attempts=1)).spend(lost(7))
+    assert "the fault repeats" in RestartBudget(rules(attempts=1)).spend(lost(7))
 
 
 def test_an_exception_is_tried_again_once() -> None:
-    budget = Budget(rules(attempts=9))
+    budget = RestartBudget(rules(attempts=9))
     assert budget.spend(lost(4, "ValueError: no", "worker 1 failed")) == ""
     assert budget.spend(lost(4, "ValueError: no", "worker 1 failed")) == (
         "worker 1 failed twice with the same error at step 5: it would come again"
@@ -75,21 +83,21 @@ def test_an_exception_is_tried_again_once() -> None:
 
 @pytest.mark.parametrize("second", [lost(5, "ValueError: no"), lost(4, "ValueError: other"), lost(4)])
 def test_another_exception_or_step_is_another_fault(second: Loss) -> None:
-    budget = Budget(rules(attempts=9))
+    budget = RestartBudget(rules(attempts=9))
     assert budget.spend(lost(4, "ValueError: no")) == "" == budget.spend(second)
 
 
 def test_an_exception_before_anything_was_done_is_not_tried_again() -> None:
     """It may be any mistake of the user's own code, and is told at once."""
-    assert Budget(rules()).spend(lost(-1, "ValueError: no", "worker 0 failed")) == (
+    assert RestartBudget(rules()).spend(lost(-1, "ValueError: no", "worker 0 failed")) == (
         "worker 0 failed before anything was done"
     )
-    assert Budget(rules()).spend(lost(0, "ValueError: no", "worker 0 failed")) == ""
+    assert RestartBudget(rules()).spend(lost(0, "ValueError: no", "worker 0 failed")) == ""
 
 
 @given(st.lists(st.integers(-1, 4), min_size=1, max_size=30))
 def test_attempts_are_losses_in_a_row(steps: list[int]) -> None:
-    budget = Budget(rules(attempts=100))
+    budget = RestartBudget(rules(attempts=100))
     for step in steps:
         assert budget.spend(lost(step)) == ""
     ahead = [step != steps[-1] for step in reversed(steps)]
@@ -97,7 +105,7 @@ def test_attempts_are_losses_in_a_row(steps: list[int]) -> None:
 
 
 def test_backoff_doubles_up_to_a_minute() -> None:
-    budget = Budget(rules(attempts=100, backoff_seconds=1.5))
+    budget = RestartBudget(rules(attempts=100, backoff_seconds=1.5))
     waits = []
     for _ in range(9):
         assert budget.spend(lost(4)) == ""

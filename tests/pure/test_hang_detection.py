@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.processes.progress_table import PHASES, Board, Row
-from unisono.runtime.hang_detection import FIRST_STEP_PATIENCE, PATIENCE, Stuck, Watch, find_stuck
-from unisono.runtime.worker_pool import Crew
+from unisono.processes.progress_table import PHASES, ProgressTable, Row
+from unisono.runtime.hang_detection import FIRST_STEP_PATIENCE, PATIENCE, HangDetector, Stuck, find_stuck
+from unisono.runtime.worker_pool import WorkerPool
 
 NOW, LIMIT = 1000.0, 10.0
 
@@ -155,23 +155,23 @@ class Someone:
     asking: bool = False
 
 
-def make_watch(factor: float, folder: Path, *members: Someone) -> tuple[Watch, Board]:
-    board = Board(max(1, len(members)))
-    crew: Any = SimpleNamespace(staying=lambda: members, is_stopped=Crew.is_stopped)
-    for member in members:
-        pen = board.pen(member.slot)
-        pen.seat(member.number, member.generation)
-        board.generation = member.generation
-        pen.at("contribute", 3, 0)
-    return Watch(crew, board, folder, factor), board
+def make_watch(factor: float, folder: Path, *handles: Someone) -> tuple[HangDetector, ProgressTable]:
+    progress_table = ProgressTable(max(1, len(handles)))
+    pool: Any = SimpleNamespace(staying=lambda: handles, is_stopped=WorkerPool.is_stopped)
+    for handle in handles:
+        progress_writer = progress_table.progress_writer(handle.slot)
+        progress_writer.assignment(handle.number, handle.generation)
+        progress_table.generation = handle.generation
+        progress_writer.at("contribute", 3, 0)
+    return HangDetector(pool, progress_table, folder, factor), progress_table
 
 
-def look(watch: Watch, *, until_found: bool = True) -> list[int]:
+def look(watch: HangDetector, *, until_found: bool = True) -> list[int]:
     """Who hangs; the watch has to look several times, since it excuses all where it was asleep itself."""
     deadline = time.monotonic() + (10.0 if until_found else 0.12)
     while not (found := watch.find()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert all(member.number == stuck.worker for member, stuck in found)
+    assert all(handle.number == stuck.worker for handle, stuck in found)
     return sorted(stuck.worker for _, stuck in found)
 
 
@@ -216,12 +216,12 @@ def test_groups_do_not_excuse_each_other(tmp_path: Path) -> None:
     """One that is being started has been in no exchange yet; that is no reason to wait for it in the present group."""
     with children(3) as pids:
         present = Someone(0, 0, pids[0], generation=3), Someone(1, 1, pids[1], generation=3)
-        watch, board = make_watch(0.05, tmp_path, *present, Someone(2, 2, pids[2], generation=-1))
-        for member in present:
-            pen = board.pen(member.slot)
-            pen.generation = board.generation
-            pen.enter("add_integers")
-        board.clear(2)
+        watch, progress_table = make_watch(0.05, tmp_path, *present, Someone(2, 2, pids[2], generation=-1))
+        for handle in present:
+            progress_writer = progress_table.progress_writer(handle.slot)
+            progress_writer.generation = progress_table.generation
+            progress_writer.enter("add_integers")
+        progress_table.clear(2)
         watch.learn(0.001)
         assert look(watch) == [0, 1]
 
@@ -242,9 +242,9 @@ def test_stacks_that_cannot_be_written_cost_nothing_else(tmp_path: Path) -> None
         assert folder == tmp_path / "hangs" / "001-step-00000008"
         raise OSError("the disk is full")
 
-    crew: Any = SimpleNamespace(dump_stacks=dump_stacks)
+    pool: Any = SimpleNamespace(dump_stacks=dump_stacks)
     place = Row(phase="load", step=7, microbatch=1, since=0.0, entered=0, left=0, waiting="")
     found: Any = [(None, Stuck(worker=0, seconds=9.0, row=place, stopped=False))]
-    told = Watch(crew, Board(1), tmp_path, 1.0).describe(found, 7)
+    told = HangDetector(pool, ProgressTable(1), tmp_path, 1.0).describe(found, 7)
     assert told.startswith("worker 0 made no progress for 9 s (at load (microbatch 1 of step 8))")
     assert "the disk is full" in told

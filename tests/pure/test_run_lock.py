@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from unisono.errors import RecipeError, RunFolderError
-from unisono.storage import run_lock as claims
-from unisono.storage.run_lock import ANSWER, RUNNING, WANTED, Claim, ask_for_workers
+from unisono.storage import run_lock as run_locks
+from unisono.storage.run_lock import ANSWER, RUNNING, WANTED, RunLock, ask_for_workers
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "DYING_SECONDS", 0.1)
-    monkeypatch.setattr(claims, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 0.1)
+    monkeypatch.setattr(run_locks, "POLL_SECONDS", 0.005)
 
 
 def begin_elsewhere(act: Callable[[], Any]) -> int:
@@ -50,42 +50,42 @@ def end(pid: int) -> None:
 
 
 def test_exclusive_while_it_is_held(tmp_path: Path) -> None:
-    first = Claim(tmp_path)
+    first = RunLock(tmp_path)
     first.tell(workers=2, most_workers=4)
     with pytest.raises(RunFolderError, match=f"is being trained by process {os.getpid()} on ") as refused:
-        Claim(tmp_path)
+        RunLock(tmp_path)
     assert str(tmp_path) in str(refused.value) and "--run-folder" in str(refused.value)
     first.release()
     assert list(tmp_path.iterdir()) == []
-    Claim(tmp_path).release()
+    RunLock(tmp_path).release()
 
 
 def test_another_process_is_named_and_its_death_ends_its_claim(tmp_path: Path) -> None:
-    def act() -> Claim:
-        claim = Claim(tmp_path)
-        claim.tell(workers=2)
-        return claim
+    def act() -> RunLock:
+        run_lock = RunLock(tmp_path)
+        run_lock.tell(workers=2)
+        return run_lock
 
     pid = begin_elsewhere(act)
     try:
         with pytest.raises(RunFolderError, match=f"by process {pid} "):
-            Claim(tmp_path)
+            RunLock(tmp_path)
     finally:
         end(pid)
-    claim = Claim(tmp_path)  # at once, though .running is still there
+    run_lock = RunLock(tmp_path)  # at once, though .running is still there
     assert json.loads((tmp_path / RUNNING).read_text())["pid"] == pid
-    claim.tell(workers=1)
+    run_lock.tell(workers=1)
     assert json.loads((tmp_path / RUNNING).read_text())["pid"] == os.getpid()
-    claim.release()
+    run_lock.release()
 
 
 def test_workers_of_a_killed_supervisor_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have inherited the lock, and die a moment after it."""
-    monkeypatch.setattr(claims, "DYING_SECONDS", 30.0)
-    pid = begin_elsewhere(lambda: Claim(tmp_path))
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 30.0)
+    pid = begin_elsewhere(lambda: RunLock(tmp_path))
     killer = threading.Timer(0.1, end, (pid,))
     killer.start()
-    Claim(tmp_path).release()
+    RunLock(tmp_path).release()
     killer.join()
 
 
@@ -99,12 +99,12 @@ def test_a_folder_that_cannot_be_written_is_trained_all_the_same(
 
     with monkeypatch.context() as read_only:
         read_only.setattr(os, "open", refuse)
-        claim = Claim(tmp_path)
-    claim.tell(workers=2)
-    assert claim.wanted_workers() is None
-    claim.answer("no", done=False)
-    claim.release()
-    claim.release()
+        run_lock = RunLock(tmp_path)
+    run_lock.tell(workers=2)
+    assert run_lock.wanted_workers() is None
+    run_lock.answer("no", done=False)
+    run_lock.release()
+    run_lock.release()
 
 
 def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    first, second = Claim(tmp_path), Claim(tmp_path)
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
     first.release()
     second.release()
 
@@ -120,32 +120,32 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatc
 def test_files_left_by_a_killed_run_are_not_taken_for_wishes(tmp_path: Path) -> None:
     (tmp_path / WANTED).write_text('{"workers": 7}')
     (tmp_path / ANSWER).write_text('{"done": true, "text": "old"}')
-    claim = Claim(tmp_path)
-    assert claim.wanted_workers() is None
+    run_lock = RunLock(tmp_path)
+    assert run_lock.wanted_workers() is None
     assert not (tmp_path / ANSWER).exists()
-    claim.release()
+    run_lock.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"workers": 0}', '{"workers": "3"}', '{"workers": -1}', "{}"])
 def test_a_wish_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
-    claim = Claim(tmp_path)
+    run_lock = RunLock(tmp_path)
     (tmp_path / WANTED).write_text(text)
-    assert claim.wanted_workers() is None
+    assert run_lock.wanted_workers() is None
     assert not (tmp_path / WANTED).exists()
-    claim.release()
+    run_lock.release()
 
 
 def test_a_wish_is_heard_once(tmp_path: Path) -> None:
-    claim = Claim(tmp_path)
+    run_lock = RunLock(tmp_path)
     (tmp_path / WANTED).write_text('{"workers": 3}')
-    assert [claim.wanted_workers(), claim.wanted_workers()] == [3, None]
-    claim.release()
+    assert [run_lock.wanted_workers(), run_lock.wanted_workers()] == [3, None]
+    run_lock.release()
 
 
-def converse(folder: Path, workers: int, answer: Callable[[Claim, int], None]) -> str | Exception:
+def converse(folder: Path, workers: int, answer: Callable[[RunLock, int], None]) -> str | Exception:
     """Ask a run that answers like this; return what came of it."""
-    claim = Claim(folder)
-    claim.tell(workers=2, most_workers=4)
+    run_lock = RunLock(folder)
+    run_lock.tell(workers=2, most_workers=4)
     found: list[str | Exception] = []
 
     def ask() -> None:
@@ -158,45 +158,45 @@ def converse(folder: Path, workers: int, answer: Callable[[Claim, int], None]) -
     asking.start()
     deadline = time.monotonic() + 10
     while asking.is_alive() and time.monotonic() < deadline:
-        if (wanted := claim.wanted_workers()) is not None:
-            answer(claim, wanted)
+        if (wanted := run_lock.wanted_workers()) is not None:
+            answer(run_lock, wanted)
         time.sleep(0.002)
     asking.join(10)
     with suppress(OSError):
-        claim.release()
+        run_lock.release()
     return found[0]
 
 
 def test_asked_and_answered(tmp_path: Path) -> None:
-    assert converse(tmp_path, 3, lambda claim, wanted: claim.answer(f"{wanted} it is", done=True)) == "3 it is"
+    assert converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer(f"{wanted} it is", done=True)) == "3 it is"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_asked_and_refused(tmp_path: Path) -> None:
-    found = converse(tmp_path, 3, lambda claim, wanted: claim.answer("not now", done=False))
+    found = converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer("not now", done=False))
     assert isinstance(found, RunFolderError) and "not now" in str(found)
 
 
 def test_an_old_answer_is_not_taken_for_this_one(tmp_path: Path) -> None:
     (tmp_path / ANSWER).write_text('{"done": true, "text": "old"}')
-    assert converse(tmp_path, 3, lambda claim, wanted: claim.answer("new", done=True)) == "new"
+    assert converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer("new", done=True)) == "new"
 
 
 def test_a_run_that_ends_instead_of_answering(tmp_path: Path) -> None:
-    found = converse(tmp_path, 3, lambda claim, wanted: claim.release())
+    found = converse(tmp_path, 3, lambda run_lock, wanted: run_lock.release())
     assert isinstance(found, RunFolderError) and "has ended" in str(found)
 
 
 def test_a_run_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "ANSWER_SECONDS", 0.1)
-    found = converse(tmp_path, 3, lambda claim, wanted: None)
+    monkeypatch.setattr(run_locks, "ANSWER_SECONDS", 0.1)
+    found = converse(tmp_path, 3, lambda run_lock, wanted: None)
     assert isinstance(found, RunFolderError) and "does not answer" in str(found)
 
 
 @pytest.mark.parametrize("workers", [0, 5])
 def test_what_no_run_can_do_is_refused_before_it_is_asked(workers: int, tmp_path: Path) -> None:
     asked: list[int] = []
-    found = converse(tmp_path, workers, lambda claim, wanted: asked.append(wanted))
+    found = converse(tmp_path, workers, lambda run_lock, wanted: asked.append(wanted))
     assert isinstance(found, RecipeError) and "1 to 4 workers" in str(found)
     assert asked == []
 
@@ -206,7 +206,7 @@ def test_nobody_is_there_to_be_asked(tmp_path: Path) -> None:
         ask_for_workers(tmp_path, 2)
     with pytest.raises(RunFolderError, match="is not being trained now"):
         ask_for_workers(tmp_path / "nowhere", 2)
-    end(begin_elsewhere(lambda: Claim(tmp_path)))
+    end(begin_elsewhere(lambda: RunLock(tmp_path)))
     assert (tmp_path / RUNNING).exists()
     with pytest.raises(RunFolderError, match="is not being trained now"):
         ask_for_workers(tmp_path, 2)
@@ -215,15 +215,15 @@ def test_nobody_is_there_to_be_asked(tmp_path: Path) -> None:
 
 def test_who_waited_for_a_claim_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock must be on the file that is there: the one before was removed when its holder let go."""
-    monkeypatch.setattr(claims, "DYING_SECONDS", 1.0)
-    first = Claim(tmp_path)
-    found: list[Claim] = []
-    waiting = threading.Thread(target=lambda: found.append(Claim(tmp_path)))
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 1.0)
+    first = RunLock(tmp_path)
+    found: list[RunLock] = []
+    waiting = threading.Thread(target=lambda: found.append(RunLock(tmp_path)))
     waiting.start()
     time.sleep(0.2)
     first.release()
     waiting.join()
     with pytest.raises(RunFolderError, match="is being trained by process"):
-        Claim(tmp_path)
+        RunLock(tmp_path)
     found[0].release()
-    Claim(tmp_path).release()
+    RunLock(tmp_path).release()

@@ -26,14 +26,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from unisono.config.sections import Data
-from unisono.data.ingest import column_batch as sheets
+from unisono.data.ingest import column_batch as column_batches
 from unisono.data.ingest import compressed, lines
 from unisono.data.ingest import delimited as rows
 from unisono.data.ingest import parquet as tables
-from unisono.data.ingest.column_batch import Sheet, cut_sheet, list_values
+from unisono.data.ingest.column_batch import ColumnBatch, cut_column_batch, list_values
+from unisono.data.ingest.input_splits import (
+    InputSplit,
+    find_input_splits,
+    hash_input_split,
+    read_file,
+    read_input_split,
+)
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import read_records, read_texts
-from unisono.data.ingest.splits import Piece, find_pieces, hash_piece, read_file, read_piece
 from unisono.errors import DataError
 
 DATA = Data()
@@ -89,21 +95,25 @@ def csv_rows(texts: list[str]) -> Iterator[tuple[list[str] | None, str]]:
             yield None, "".join(used).rstrip("\r\n")
 
 
-def listed(found: list[Sheet], keep_none: bool = True) -> list[object]:
+def listed(found: list[ColumnBatch], keep_none: bool = True) -> list[object]:
     """Rows of sheets as the reference gives them."""
     listed_rows: list[object] = []
-    for sheet in found:
-        columns = {name: list_values(column) for name, column in sheet.columns.items()}
-        assert all(len(column) == sheet.rows for column in columns.values())
-        for row in range(sheet.rows):
-            fault = sheet.faults.get(row)
+    for column_batch in found:
+        columns = {name: list_values(column) for name, column in column_batch.columns.items()}
+        assert all(len(column) == column_batch.rows for column in columns.values())
+        for row in range(column_batch.rows):
+            fault = column_batch.faults.get(row)
             fields = {name: column[row] for name, column in columns.items() if keep_none or column[row] is not None}
             listed_rows.append((fault.reason, fault.raw) if fault else fields)
     return listed_rows
 
 
-def read(path: Path | str, data: Data = DATA, piece_bytes: int = 2**24) -> list[Sheet]:
-    return [sheet for piece in find_pieces(path, data, piece_bytes=piece_bytes) for sheet in read_piece(piece, data)]
+def read(path: Path | str, data: Data = DATA, input_split_bytes: int = 2**24) -> list[ColumnBatch]:
+    return [
+        column_batch
+        for input_split in find_input_splits(path, data, input_split_bytes=input_split_bytes)
+        for column_batch in read_input_split(input_split, data)
+    ]
 
 
 def without_none(rows: list[object]) -> list[object]:
@@ -147,7 +157,7 @@ contents = st.lists(st.sampled_from(FRAGMENTS + OBJECTS) | st.binary(max_size=12
 @example(b'{"text":"a"}\n{"text":"b"}\n', "jsonl", 12, True, 0)  # a piece that begins with a newline
 @example(b"text\tlabel\r\n\r\na\tb", "tsv", 1, True, 1)
 def test_pieces_of_any_size_give_each_row_once(
-    tmp_path: Path, content: bytes, kind: str, piece_bytes: int, mark: bool, header_lines: int
+    tmp_path: Path, content: bytes, kind: str, input_split_bytes: int, mark: bool, header_lines: int
 ) -> None:
     data = Data(columns=("text", "label"), header_lines=header_lines)
     if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")) and not mark:
@@ -158,10 +168,10 @@ def test_pieces_of_any_size_give_each_row_once(
         expected = reference(content, kind, data)
     except DataError:
         with pytest.raises(DataError, match="never closes"):
-            read(path, data, piece_bytes)
+            read(path, data, input_split_bytes)
         return
     try:
-        found = read(path, data, piece_bytes)
+        found = read(path, data, input_split_bytes)
     except DataError as error:
         assert expected == [] and ("is empty" in str(error) or "header_lines" in str(error))
         return
@@ -171,13 +181,13 @@ def test_pieces_of_any_size_give_each_row_once(
 
 @quick
 @given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 64), st.integers(1, 30))
-def test_every_line_has_one_owner(lengths: list[int], piece_bytes: int, limit: int) -> None:
+def test_every_line_has_one_owner(lengths: list[int], input_split_bytes: int, limit: int) -> None:
     """Straddling lines, empty pieces, lines longer than several pieces; lines too long keep their place."""
     content = b"\n".join(b"%d:" % number + b"x" * length for number, length in enumerate(lengths))
     file = io.BytesIO(content)
     found: list[bytes] = []
-    for start in range(0, len(content), piece_bytes):
-        blocks = lines.own_blocks(file, start, min(start + piece_bytes, len(content)), first=start == 0)
+    for start in range(0, len(content), input_split_bytes):
+        blocks = lines.own_blocks(file, start, min(start + input_split_bytes, len(content)), first=start == 0)
         found += [line.head if isinstance(line, lines.Long) else line for line in lines.cut_lines(blocks, limit)]
     assert found == [line for line in content.split(b"\n") if content]
     whole = list(lines.cut_lines(iter([content]), limit))
@@ -189,8 +199,8 @@ def test_every_line_has_one_owner(lengths: list[int], piece_bytes: int, limit: i
 
 
 def test_sheets_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "SHEET_ROWS", 10)
-    monkeypatch.setattr(tables, "SHEET_ROWS", 10)
+    monkeypatch.setattr(rows, "COLUMN_BATCH_ROWS", 10)
+    monkeypatch.setattr(tables, "COLUMN_BATCH_ROWS", 10)
     frame = pd.DataFrame({"text": [f"t{n}" for n in range(95)], "label": ["x"] * 95})
     writers: dict[str, Callable[[Path], object]] = {
         "csv": lambda path: frame.to_csv(path, index=False),
@@ -201,14 +211,16 @@ def test_sheets_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for kind, write in writers.items():
         write(tmp_path / f"a.{kind}")
         found = read(tmp_path / f"a.{kind}")
-        assert [sheet.rows for sheet in found[:4]] == [10] * 4 and sum(sheet.rows for sheet in found) == 95
+        assert [column_batch.rows for column_batch in found[:4]] == [10] * 4 and sum(
+            column_batch.rows for column_batch in found
+        ) == 95
         assert [record.text for record in read_records(tmp_path / f"a.{kind}", DATA)] == list(frame["text"])
 
 
 def test_row_numbers_go_on_over_pieces_and_begin_again_in_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "SHEET_ROWS", 2)
+    monkeypatch.setattr(rows, "COLUMN_BATCH_ROWS", 2)
     for name in "ba":
         (tmp_path / f"{name}.jsonl").write_text('{"text":"t","label":"x"}\n' * 5 + "bad\n")
     records = read_records(tmp_path / "*.jsonl", DATA)
@@ -217,7 +229,7 @@ def test_row_numbers_go_on_over_pieces_and_begin_again_in_each_file(
 
 
 def test_column_that_only_some_sheets_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "SHEET_ROWS", 2)
+    monkeypatch.setattr(rows, "COLUMN_BATCH_ROWS", 2)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text":"a"}\n' * 3 + '{"text":"b","label":"x","n":1}\n')
     assert [record.label for record in read_records(path, DATA)] == [None, None, None, "x"]
@@ -230,8 +242,10 @@ def test_objects_of_all_different_keys_make_small_sheets(tmp_path: Path) -> None
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"k{n}":{n},"text":"t"}}\n' for n in range(5000)))
     found = read(path)
-    assert sum(sheet.rows for sheet in found) == 5000
-    assert max(sheet.rows * len(sheet.columns) for sheet in found) <= 1.01 * rows.SHEET_CELLS
+    assert sum(column_batch.rows for column_batch in found) == 5000
+    assert (
+        max(column_batch.rows * len(column_batch.columns) for column_batch in found) <= 1.01 * rows.COLUMN_BATCH_CELLS
+    )
 
 
 # --- parquet, folders
@@ -239,23 +253,28 @@ def test_objects_of_all_different_keys_make_small_sheets(tmp_path: Path) -> None
 
 @settings(quick, max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 2000))
-def test_parquet_by_row_groups(tmp_path: Path, count: int, group: int, piece_bytes: int) -> None:
+def test_parquet_by_row_groups(tmp_path: Path, count: int, group: int, input_split_bytes: int) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(
         pa.table({"text": [f"t{n}" for n in range(count)], "label": ["x"] * count}), path, row_group_size=group
     )
-    pieces = find_pieces(path, DATA, piece_bytes=piece_bytes)
-    assert [piece.groups[0] for piece in pieces[1:]] == [piece.groups[1] for piece in pieces[:-1]]
-    assert [row["text"] for row in listed(read(path, DATA, piece_bytes))] == [b"t%d" % n for n in range(count)]
-    assert len({hash_piece(piece) for piece in pieces}) == len(pieces)
+    pieces = find_input_splits(path, DATA, input_split_bytes=input_split_bytes)
+    assert [input_split.groups[0] for input_split in pieces[1:]] == [
+        input_split.groups[1] for input_split in pieces[:-1]
+    ]
+    assert [row["text"] for row in listed(read(path, DATA, input_split_bytes))] == [b"t%d" % n for n in range(count)]
+    assert len({hash_input_split(input_split) for input_split in pieces}) == len(pieces)
     assert pieces[0].columns == ("text", "label")
 
 
 def test_parquet_reads_only_the_columns_that_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a"], "label": ["x"], "image": [b"0" * 1000]}), path)
-    (piece,) = find_pieces(path, DATA)
-    assert list(next(read_piece(piece, DATA, columns=["label", "text", "none"])).columns) == ["text", "label"]
+    (input_split,) = find_input_splits(path, DATA)
+    assert list(next(read_input_split(input_split, DATA, columns=["label", "text", "none"])).columns) == [
+        "text",
+        "label",
+    ]
 
 
 def test_large_parquet_row_is_a_fault(tmp_path: Path) -> None:
@@ -273,7 +292,7 @@ def test_folder_in_groups_of_files(tmp_path: Path) -> None:
     (tmp_path / "data" / ".git").mkdir()
     (tmp_path / "data" / ".git" / "x.txt").write_bytes(b"hidden")
     whole = read_file(tmp_path / "data", DATA)
-    assert len(find_pieces(tmp_path / "data", DATA, piece_bytes=50)) > 5
+    assert len(find_input_splits(tmp_path / "data", DATA, input_split_bytes=50)) > 5
     assert listed(read(tmp_path / "data", DATA, 50)) == listed([whole])
     assert whole.rows == 30 and set(list_values(whole.columns["label"])) == {"a", "b"}
     (tmp_path / "data/a/deep0/00.txt").write_bytes("好".encode() * 1000)
@@ -313,7 +332,7 @@ def test_compressed_equals_plain(tmp_path: Path, packing: str, kind: str) -> Non
         PACK[packing](mark + content[:20]) + PACK[packing](content[20:])
     )  # two members, one after the other
     assert listed(read(path)) == listed(read(tmp_path / f"a.{kind}"))
-    assert len(find_pieces(path, DATA, piece_bytes=10)) == 1
+    assert len(find_input_splits(path, DATA, input_split_bytes=10)) == 1
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -372,8 +391,8 @@ def test_row_that_is_too_large_is_a_fault_in_its_place(tmp_path: Path) -> None:
         header = "" if kind == "jsonl" else "text\tlabel\n" if kind == "tsv" else "text,label\n"
         path = tmp_path / f"a.{kind}"
         path.write_text(header + line.format("a") + line.format(big) + line.format("c"), encoding="utf-8")
-        for piece_bytes in (100, 2**20):
-            found = listed(read(path, data, piece_bytes))
+        for input_split_bytes in (100, 2**20):
+            found = listed(read(path, data, input_split_bytes))
             assert [row["text"] for row in (found[0], found[2])] == ["a", "c"]
             reason, raw = found[1]
             assert reason == rows.TOO_LARGE and raw.endswith("好…") and len(raw.encode()) < 1010
@@ -417,8 +436,8 @@ def test_reading_begins_before_the_end_is_seen(kind: str) -> None:
     line = b'{"text":"' + b"t" * 1000 + b'","label":"x"}\n' if kind == "jsonl" else b"t" * 1000 + b",x\n"
     cut = lines.cut_lines(lines.read_blocks(Endless(line * 1000)), DATA.max_record_bytes)
     found = rows.read_jsonl(cut, "a", DATA) if kind == "jsonl" else rows.read_csv(cut, "a", "'a'", TWO)
-    for sheet in islice(found, 3):
-        assert sheet.rows * 1000 < sheets.SHEET_BYTES + 2**20
+    for column_batch in islice(found, 3):
+        assert column_batch.rows * 1000 < column_batches.COLUMN_BATCH_BYTES + 2**20
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
@@ -429,8 +448,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             file.write(b'"' + b"some words, and more\n" * 50 + b'",x\n' + (b"t" * 1000 + b",x\n") * 1000)
     tracemalloc.start()
     try:
-        (piece,) = find_pieces(path, DATA)
-        count = sum(sheet.rows for sheet in read_piece(piece, DATA))
+        (input_split,) = find_input_splits(path, DATA)
+        count = sum(column_batch.rows for column_batch in read_input_split(input_split, DATA))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -459,7 +478,7 @@ def test_patterns(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text,label\nt,x\n" if name.endswith("csv") else '{"text":"t","label":"x"}')
 
     def matches(pattern: str) -> list[str]:
-        return [piece.source for piece in find_pieces(tmp_path / pattern, DATA)]
+        return [input_split.source for input_split in find_input_splits(tmp_path / pattern, DATA)]
 
     assert matches("*/*.jsonl") == ["b/2.jsonl"]
     assert matches("**/*.jsonl") == ["a/deep/3.jsonl", "b/2.jsonl"]
@@ -473,33 +492,36 @@ def test_patterns(tmp_path: Path) -> None:
     (tmp_path / "odd[1].jsonl").write_text('{"text":"odd","label":"x"}')
     assert matches("odd[1].jsonl") == ["odd[1].jsonl"]
     with pytest.raises(DataError, match=r"no file matches.*notes\.md"):
-        find_pieces(tmp_path / "a/*.mdx", DATA)
+        find_input_splits(tmp_path / "a/*.mdx", DATA)
     with pytest.raises(DataError, match="Only folders match"):
-        find_pieces(tmp_path / "[ab]", DATA)
+        find_input_splits(tmp_path / "[ab]", DATA)
     with pytest.raises(DataError, match=r"a/notes\.md'.*data\.format"):
-        find_pieces(tmp_path / "a/*", DATA)
+        find_input_splits(tmp_path / "a/*", DATA)
     with pytest.raises(DataError, match=r"no such file.*'1\.csv'"):
-        find_pieces(tmp_path / "a/1.cvs", DATA)
+        find_input_splits(tmp_path / "a/1.cvs", DATA)
 
 
 def test_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text":"t","label":"x"}\n')
-    (piece,) = find_pieces(path, DATA)
+    (input_split,) = find_input_splits(path, DATA)
     path.write_text('{"text":"t","label":"x"}\n' * 2)
-    for use in (hash_piece, lambda piece: list(read_piece(piece, DATA))):
+    for use in (hash_input_split, lambda input_split: list(read_input_split(input_split, DATA))):
         with pytest.raises(DataError, match=r"a\.jsonl.*changed while"):
-            use(piece)
+            use(input_split)
     path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl.*no such file"):
-        hash_piece(piece)
+        hash_input_split(input_split)
 
 
 def test_hash_is_of_the_content(tmp_path: Path) -> None:
     def hashes(name: str, content: bytes) -> list[str]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-        return [hash_piece(piece) for piece in find_pieces(tmp_path / name, DATA, piece_bytes=20)]
+        return [
+            hash_input_split(input_split)
+            for input_split in find_input_splits(tmp_path / name, DATA, input_split_bytes=20)
+        ]
 
     for name, content in {
         "a.jsonl": b"x" * 50,
@@ -518,13 +540,15 @@ def test_hash_is_of_the_content(tmp_path: Path) -> None:
         "c": pa.table({"texts": ["a"]}),
     }.items():
         pq.write_table(table, tmp_path / f"{name}.parquet")
-    assert len({hash_piece(find_pieces(tmp_path / f"{name}.parquet", DATA)[0]) for name in "abc"}) == 3
+    assert len({hash_input_split(find_input_splits(tmp_path / f"{name}.parquet", DATA)[0]) for name in "abc"}) == 3
 
 
 def test_pieces_are_small_and_travel() -> None:
-    piece = Piece(source="a", kind="folder", location="/a", files=tuple((f"b/{n:06}.txt", 1000) for n in range(4096)))
-    packed = pickle.dumps(piece)
-    assert len(packed) < 150_000 and pickle.loads(packed) == piece
+    input_split = InputSplit(
+        source="a", kind="folder", location="/a", files=tuple((f"b/{n:06}.txt", 1000) for n in range(4096))
+    )
+    packed = pickle.dumps(input_split)
+    assert len(packed) < 150_000 and pickle.loads(packed) == input_split
 
 
 # --- frames
@@ -539,11 +563,14 @@ def test_frames_are_cut_without_copies() -> None:
         {"text": texts},
     ):
         whole = read_frame(frame, DATA, "frame")
-        cut = list(cut_sheet(whole, 300))
-        assert [sheet.rows for sheet in cut] == [300, 300, 300, 100]
+        cut = list(cut_column_batch(whole, 300))
+        assert [column_batch.rows for column_batch in cut] == [300, 300, 300, 100]
         assert listed(cut) == listed([whole])
     column = whole_column(pa.table({"text": texts}))
-    parts = [whole_column_of(sheet) for sheet in cut_sheet(read_frame(pa.table({"text": column}), DATA, "frame"), 300)]
+    parts = [
+        whole_column_of(column_batch)
+        for column_batch in cut_column_batch(read_frame(pa.table({"text": column}), DATA, "frame"), 300)
+    ]
     assert {part.chunk(0).buffers()[2].address for part in parts} == {column.chunk(0).buffers()[2].address}
 
 
@@ -551,8 +578,8 @@ def whole_column(table: pa.Table) -> pa.ChunkedArray:
     return table["text"]
 
 
-def whole_column_of(sheet: Sheet) -> pa.ChunkedArray:
-    return sheet.columns["text"]  # type: ignore[return-value]
+def whole_column_of(column_batch: ColumnBatch) -> pa.ChunkedArray:
+    return column_batch.columns["text"]  # type: ignore[return-value]
 
 
 # --- datasets
@@ -578,22 +605,22 @@ def test_saved_dataset(saved: Path) -> None:
     expected = [(f"train{n}", ["bad", "good"][n % 2]) for n in range(50)]
     for location in (f"hf://{saved}:train", str(saved / "train"), f"hf://{saved}/train"):
         assert [(one.text, one.label) for one in read_records(location, DATA)] == expected
-    pieces = find_pieces(f"hf://{saved}:train", DATA, piece_bytes=200)
+    pieces = find_input_splits(f"hf://{saved}:train", DATA, input_split_bytes=200)
     assert len(pieces) > 2 and pieces[0].columns == ("text", "label")
     assert [
         text
-        for piece in pieces
-        for sheet in read_piece(piece, DATA, ["text"])
-        for text in list_values(sheet.columns["text"])
+        for input_split in pieces
+        for column_batch in read_input_split(input_split, DATA, ["text"])
+        for text in list_values(column_batch.columns["text"])
     ] == [text.encode() for text, _ in expected]
-    assert len({hash_piece(piece) for piece in pieces}) == len(pieces)
+    assert len({hash_input_split(input_split) for input_split in pieces}) == len(pieces)
     with pytest.raises(DataError, match="has splits train, test"):
-        find_pieces(saved, DATA)
+        find_input_splits(saved, DATA)
     with pytest.raises(DataError, match="no split 'dev'"):
-        find_pieces(f"hf://{saved}:dev", DATA)
+        find_input_splits(f"hf://{saved}:dev", DATA)
     for wrong in ("hf://a/b/c/d", "hf:///nowhere", "hf://"):
         with pytest.raises(DataError, match="hf://owner/name"):
-            find_pieces(wrong, DATA)
+            find_input_splits(wrong, DATA)
 
 
 def test_dataset_of_files_and_forked_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,15 +628,15 @@ def test_dataset_of_files_and_forked_workers(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "made").mkdir()
     (tmp_path / "made/train.jsonl").write_text("".join(f'{{"text":"t{n}","label":"x"}}\n' for n in range(30)))
-    pieces = find_pieces(f"hf://{tmp_path}/made", DATA, piece_bytes=100)
-    assert sum(piece.stop - piece.start for piece in pieces) == 30
+    pieces = find_input_splits(f"hf://{tmp_path}/made", DATA, input_split_bytes=100)
+    assert sum(input_split.stop - input_split.start for input_split in pieces) == 30
     with multiprocessing.get_context("fork").Pool(2) as pool:
         counts = pool.map(count_rows, pieces)
     assert sum(counts) == 30 and len(counts) > 1
 
 
-def count_rows(piece: Piece) -> int:
-    return sum(sheet.rows for sheet in read_piece(piece, DATA))
+def count_rows(input_split: InputSplit) -> int:
+    return sum(column_batch.rows for column_batch in read_input_split(input_split, DATA))
 
 
 def test_speed_is_not_lost_to_a_slow_path() -> None:
@@ -617,7 +644,7 @@ def test_speed_is_not_lost_to_a_slow_path() -> None:
     line = json.dumps({"text": "some words " * 90, "label": "x"}).encode() + b"\n"
     cut = lines.cut_lines(iter([line * 1000] * 20), DATA.max_record_bytes)
     begin = time.process_time()
-    assert sum(sheet.rows for sheet in rows.read_jsonl(cut, "a", DATA)) == 20_000
+    assert sum(column_batch.rows for column_batch in rows.read_jsonl(cut, "a", DATA)) == 20_000
     assert len(line) * 20_000 / (time.process_time() - begin) > 40e6
 
 
@@ -626,8 +653,8 @@ def test_dataset_that_is_saved_again_is_read_again(tmp_path: Path) -> None:
     pieces = []
     for text in "ab":
         datasets.Dataset.from_dict({"text": [text], "label": ["x"]}).save_to_disk(tmp_path / "one")
-        pieces += find_pieces(tmp_path / "one", DATA)
+        pieces += find_input_splits(tmp_path / "one", DATA)
         assert [record.text for record in read_records(tmp_path / "one", DATA)] == [text]
-    assert hash_piece(pieces[0]) != hash_piece(pieces[1])
+    assert hash_input_split(pieces[0]) != hash_input_split(pieces[1])
     with pytest.raises(DataError, match="changed while it was read"):
-        list(read_piece(pieces[0], DATA))
+        list(read_input_split(pieces[0], DATA))
