@@ -217,8 +217,7 @@ class Reduction:
             "rows": rows,
         }
         mine = torch.cat([fact.view(-1) for fact in facts.values()])
-        everyone = self._exchange.add_integers(mine.to(self._replica.flat.device)).cpu()
-        parts = everyone.split([fact.numel() for fact in facts.values()])
+        parts = self._exchange.add_integers(mine).split([fact.numel() for fact in facts.values()])
         told = {name: part.view(fact.shape) for (name, fact), part in zip(facts.items(), parts, strict=True)}
         self._learn(*told["pace"].tolist())
         return self._conclude(told), told

@@ -40,7 +40,8 @@ class Solo:
         return [content]
 
     def wait_for_all(self) -> None:
-        return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
         return
