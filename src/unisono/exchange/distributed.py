@@ -30,10 +30,18 @@ class Distributed:
     desk = None
 
     def __init__(
-        self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        workers: int,
+        device: torch.device,
+        timeout_seconds: float,
+        generation: int = 0,
     ) -> None:
         self.rank = rank
         self.workers = workers
+        self.generation = generation
         self._device = device
         timeout = timedelta(seconds=timeout_seconds)
         try:

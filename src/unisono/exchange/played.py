@@ -53,6 +53,7 @@ class Played:
     """One of the workers that a `Stage` plays."""
 
     desk = None
+    generation = 0
 
     def __init__(self, stage: Stage, rank: int) -> None:
         self.rank = rank

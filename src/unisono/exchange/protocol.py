@@ -45,10 +45,12 @@ class Exchange(Protocol):
     in its tree. Every method raises LostPeerError where another worker has gone.
 
     desk: None where workers share no memory, or have no processors to themselves.
+    generation: which of a run's groups of workers this is.
     """
 
     rank: int
     workers: int
+    generation: int
 
     @property
     def desk(self) -> Desk | None: ...

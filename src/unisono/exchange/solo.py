@@ -14,6 +14,7 @@ class Solo:
     rank = 0
     workers = 1
     desk = None
+    generation = 0
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 - immutable
         self._device = device

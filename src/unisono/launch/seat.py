@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,18 @@ from unisono.exchange.solo import Solo
 TIMEOUT_SECONDS = 1800.0
 
 
+class _Place(TypedDict):
+    rank: int
+    workers: int
+    timeout_seconds: float
+    generation: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
     """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
-    `port` (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of
-    workers."""
+    `port` (0: under torchrun, which has its own meeting point). `generation` counts the groups of workers of a
+    supervisor, or torchrun's restarts."""
 
     rank: int
     workers: int
@@ -54,9 +62,15 @@ class Seat:
 
         store = self._store()
         here = self.local_workers == self.workers and device.type == "cpu"
+        place: _Place = {
+            "rank": self.rank,
+            "workers": self.workers,
+            "timeout_seconds": TIMEOUT_SECONDS,
+            "generation": self.generation,
+        }
         if here and can_share(store, self.rank, self.workers):
-            return Shared(store, rank=self.rank, workers=self.workers, timeout_seconds=TIMEOUT_SECONDS)
-        return Distributed(store, rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS)
+            return Shared(store, **place)
+        return Distributed(store, device=device, **place)
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
@@ -80,7 +94,7 @@ class Seat:
                 "another --master-port."
             ) from error
         # the agent's store outlives its workers: what those before a restart have left there must not be found again
-        return dist.PrefixStore(f"unisono-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return dist.PrefixStore(f"unisono-{self.generation}", store)
 
 
 def seat_from_torchrun() -> Seat | None:
@@ -90,9 +104,15 @@ def seat_from_torchrun() -> Seat | None:
         local_rank, local_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     except KeyError:
         return None
-    return Seat(rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers)
+    return Seat(
+        rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers, generation=_count_restarts()
+    )
 
 
 def restarted_by_torchrun() -> bool:
     """Whether torchrun's agent has started this worker again, after a loss."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _count_restarts() > 0
+
+
+def _count_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
