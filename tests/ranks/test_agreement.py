@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,11 +25,12 @@ from unisono.engine.contribution import Contributor
 from unisono.engine.optimizer import Optimizer
 from unisono.engine.replica import Replica
 from unisono.engine.state import TrainState
-from unisono.errors import LostPeerError, RunFolderError
+from unisono.errors import LostPeerError, RecipeError, RunFolderError
 from unisono.exchange.played import play
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.joining import Job, Resume
+from unisono.launch.seat import Seat
 from unisono.loop import steps
 from unisono.material import open_own
 from unisono.sections import Train
@@ -122,6 +125,41 @@ def test_equal_checkpoints_in_different_folders_will_do(whole: Path, tmp_path: P
     assert str(folders[1]) in warning and "Not used; going on from step-00000002." in warning
     model = "model/model.safetensors"
     assert (folders[0] / model).read_bytes() == (whole / model).read_bytes()
+
+
+@pytest.mark.parametrize("other", ["cuda", "none"])
+def test_workers_that_do_not_compute_on_one_kind_of_device_are_refused(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of them chooses how to exchange, so that none waits for the others in another place."""
+
+    def join(rank: int) -> None:
+        seat = Seat(rank=rank, workers=2, local_rank=rank, local_workers=2)
+        with pytest.raises(RecipeError) as refused:
+            if rank == 0:
+                seat.join(CPU)
+            elif other == "none":
+                seat.refuse("there is no GPU")
+            else:
+                seat.join(torch.device("cuda", 0))
+        told = str(refused.value)
+        assert re.search(
+            {"cuda": r"worker 0 \(.*\) on 'cpu', worker 1 \(.*\) on 'cuda'", "none": r"worker 1 \(.*\): there is no"}[
+                other
+            ],
+            told,
+        )
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(Seat, "_store", lambda self: torch.distributed.FileStore(str(tmp_path / "store"), 2))
+    workers = [multiprocessing.get_context("fork").Process(target=join, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+        worker.kill()
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_a_commit_that_only_some_have_seen_costs_their_group_not_the_run() -> None:

@@ -90,9 +90,10 @@ class Crew:
         return [member for slot, member in sorted(self.members.items()) if not member.leaving]
 
     def hire(self, count: int) -> None:
-        """Fork workers until `count` are staying, in the lowest slots that are free."""
-        for _ in range(count - len(self.staying())):
-            slot = next(slot for slot in range(len(self.members) + 1) if slot not in self.members)
+        """Fork workers until `count` are staying, in the lowest slots that are free; one that a leaving member still
+        has, with its GPU, is waited for."""
+        free = [slot for slot in range(count) if slot not in self.members]
+        for slot in free[: max(0, count - len(self.staying()))]:
             self._board.clear(slot)
             mine, theirs = pair()
             report, stacks = _new_file(), _new_file()

@@ -1,6 +1,6 @@
 """A worker's place among the others, and how it joins them.
 
-Owns rank, device and the way to the meeting point. Under torchrun both come from its environment; a local launcher
+Owns rank and the way to the meeting point. Under torchrun both come from its environment; a local launcher
 hands out seats.
 """
 
@@ -14,9 +14,10 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 
-from unisono.errors import RecipeError, UnisonoError
+from unisono.errors import UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
+from unisono.launch import devices
 
 TIMEOUT_SECONDS = 1800.0
 
@@ -43,24 +44,34 @@ class Seat:
     generation: int = 0
 
     def device(self, wanted: str) -> torch.device:
-        """The device that the recipe wants: GPU number `local_rank`, or the CPU."""
-        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-        if wanted == "cuda" and gpus <= self.local_rank:
-            remedy = f"Use {gpus} workers at most" if gpus else "Use a machine that has some"
-            raise RecipeError(
-                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. {remedy}, "
-                'or set device = "cpu".'
-            )
-        return torch.device("cuda", self.local_rank) if gpus >= self.local_workers and gpus else torch.device("cpu")
+        """The device that the recipe wants: a GPU of this worker's own, or the CPU.
+
+        Raises:
+            RecipeError: there is none for it.
+        """
+        gpus = devices.count_gpus(wanted)
+        return torch.device(
+            devices.choose(wanted, gpus=gpus, local_rank=self.local_rank, local_workers=self.local_workers)
+        )
+
+    def refuse(self, why: str) -> None:
+        """Tell the other workers, where they meet, that this one cannot come: all end, saying why."""
+        if self.workers > 1:
+            devices.agree(self._store(), self.rank, self.workers, devices.Told(fault=why))
 
     def join(self, device: torch.device) -> Exchange:
-        """Meet the other workers."""
+        """Meet the other workers.
+
+        Raises:
+            RecipeError: they do not compute on one kind of device, each on its own.
+        """
         if self.workers == 1:
             return Solo(device)
         from unisono.exchange.distributed import Distributed
         from unisono.exchange.shared import Shared, can_share
 
         store = self._store()
+        devices.agree(store, self.rank, self.workers, devices.describe(device))
         here = self.local_workers == self.workers and device.type == "cpu"
         place: _Place = {
             "rank": self.rank,

@@ -17,8 +17,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from unisono import events
 from unisono.board import MOST_FAULTS, REGROUP, RUNNING, STOP, Board
 from unisono.engine.snapshot import Snapshot, new_file
@@ -27,6 +25,7 @@ from unisono.faults import Fault
 from unisono.launch.channel import Message
 from unisono.launch.claim import Claim
 from unisono.launch.crew import Crew, Member
+from unisono.launch.devices import check_gpus, count_gpus
 from unisono.launch.interrupts import Interrupts
 from unisono.launch.losses import Budget, Change, Loss, find_verdict, name_loss
 from unisono.launch.member import Part
@@ -66,7 +65,8 @@ class Supervisor:
         self._wanted = workers
         if len(faults) > MOST_FAULTS:
             raise RecipeError(f"--fault: {len(faults)} faults are given; allowed are {MOST_FAULTS}. Inject fewer.")
-        self._on_gpus = recipe.train.device != "cpu" and torch.cuda.device_count() > 0
+        check_gpus(workers, recipe.train.device)
+        self._gpus = count_gpus(recipe.train.device)
         self._board = Board(min(recipe.train.microbatches, MOST_WORKERS))
         self._memory = new_file()
         self._budget = Budget(recipe.recovery)
@@ -191,7 +191,7 @@ class Supervisor:
         self._board.generation += 1  # everybody leaves the present group, at the next mark on the board
         self._dissolved_at, self._orphan = now, None
         self._watch.spare()
-        if self._on_gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
+        if self._gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
             self._dismiss(member for member in self._crew.staying() if member.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:
             self._wanted = max(1, min(self._wanted, len(self._crew.staying())))
@@ -262,6 +262,8 @@ class Supervisor:
         most = self._board.rows
         if wanted > most:
             claim.answer(f"at most {most} workers can share a step", done=False)
+        elif 0 < self._gpus < wanted:
+            claim.answer(f"at most {self._gpus} workers can be at work: each needs a GPU of its own", done=False)
         elif self._change is not None or not self._training or self._stop_at is not None:
             claim.answer("workers are being started, replaced or stopped just now; ask again in a moment", done=False)
         elif wanted == self._wanted:

@@ -20,7 +20,7 @@ import torch
 
 from unisono.board import RUNNING, STOP
 from unisono.engine import numerics
-from unisono.errors import Interrupted, LostPeerError, UnisonoError
+from unisono.errors import Interrupted, LostPeerError, RecipeError, UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.launch.seat import Seat
 
@@ -64,7 +64,11 @@ def work(seat: Seat, act: Act, *, threads: int, wanted_device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
-    device = seat.device(wanted_device)
+    try:
+        device = seat.device(wanted_device)
+    except RecipeError as error:
+        seat.refuse(str(error))
+        raise
     numerics.settle(threads=threads, device=device)
     exchange = seat.join(device)
     act(seat, exchange, device, stop)
