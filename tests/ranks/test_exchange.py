@@ -182,6 +182,46 @@ def test_who_leaves_at_once_leaves_nobody_behind(slow: int, monkeypatch: pytest.
     assert found == [["Shared", False]] * 3  # and there is no group of torch's, with threads that wake a worker up
 
 
+def test_nobody_passes_a_meeting_before_all_have_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked
+) -> None:
+    """Also with GPUs, where collectives outside host memory are only queued when they return."""
+
+    def act(exchange: Exchange) -> bool:
+        queued: list[Any] = []
+        honest, host = torch.distributed.all_reduce, getattr(exchange, "_host", "none")
+
+        def all_reduce(values: torch.Tensor, group: Any = None) -> None:
+            if group is host:
+                honest(values, group=group)
+            else:
+                queued.append(honest(values, group=group, async_op=True))
+
+        torch.distributed.all_reduce = all_reduce
+        assert isinstance(exchange, Distributed)
+        if exchange.rank == 1:
+            time.sleep(0.3)  # without this pause the test would only miss the fault
+            (tmp_path / "written").touch()
+        exchange.wait_for_all()
+        seen = (tmp_path / "written").exists()
+        for one in queued:
+            one.wait()
+        return seen
+
+    monkeypatch.setattr("unisono.exchange.shared_memory.can_share", lambda *_: False)
+    assert forked(2, act) == [True, True]
+
+
+def test_who_comes_to_a_meeting_has_done_what_its_gpu_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(f"done on {device}"))
+    monkeypatch.setattr(Distributed, "add_integers", lambda self, values: done.append(f"come, on {values.device}"))
+    exchange = Distributed.__new__(Distributed)
+    exchange._device = torch.device("cuda", 1)
+    exchange.wait_for_all()
+    assert done == ["done on cuda:1", "come, on cpu"]
+
+
 def test_a_killed_worker_is_the_cause_and_its_peers_are_not(forked: Forked) -> None:
     def act(exchange: Exchange) -> None:
         exchange.wait_for_all()

@@ -66,7 +66,7 @@ def measure_all(
             buffers.restore()
     module.train(was_training)
     return {
-        name: _gather(found.get(name, []), len(source), floating, width, exchange, device)
+        name: _gather(found.get(name, []), len(source), floating, width, exchange)
         for name, floating, width in _columns(found, exchange)
     }
 
@@ -106,7 +106,6 @@ def _gather(
     floating: bool,
     width: int,
     exchange: Exchange,
-    device: torch.device,
 ) -> np.ndarray:
     """Put every worker's rows in their places. Floats travel as bits, so that adding zeros cannot change them."""
     shape = (samples, width) if width else (samples,)
@@ -114,5 +113,5 @@ def _gather(
     for places, values in rows:
         exact = values.cpu().to(torch.float64).view(torch.int64) if floating else values.cpu().to(torch.int64)
         bits[torch.from_numpy(places)] = exact
-    everyone = exchange.add_integers(bits.to(device)).cpu()
+    everyone = exchange.add_integers(bits)
     return (everyone.view(torch.float64) if floating else everyone).numpy()

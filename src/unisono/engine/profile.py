@@ -250,6 +250,7 @@ class Timed:
         self.rank = exchange.rank
         self.workers = exchange.workers
         self.offload = exchange.offload
+        self.generation = exchange.generation
         self._exchange = exchange
         self._profile = profile
 

@@ -206,7 +206,10 @@ class Reduction:
         for k, table in enumerate(self._rows.values()):
             for number, one in table.items():
                 rows[k, number] = len(one.numbers)
+        places = torch.zeros(workers, 2, dtype=torch.int64)
+        places[rank, 0], places[rank, 1] = self._exchange.generation, self._step.number + 1
         facts = {
+            "places": places,  # first: there they are found, however long another step's facts may be
             "losses": losses.view(torch.int64),
             "terms": terms,
             "used": self._used,
@@ -217,11 +220,19 @@ class Reduction:
             "rows": rows,
         }
         mine = torch.cat([fact.view(-1) for fact in facts.values()])
-        everyone = self._exchange.add_integers(mine.to(self._replica.flat.device)).cpu()
+        everyone = self._exchange.add_integers(mine)
+        self._compare_places(everyone[: places.numel()].view(workers, 2).tolist())
         parts = everyone.split([fact.numel() for fact in facts.values()])
         told = {name: part.view(fact.shape) for (name, fact), part in zip(facts.items(), parts, strict=True)}
         self._learn(*told["pace"].tolist())
         return self._conclude(told), told
+
+    def _compare_places(self, places: list[list[int]]) -> None:
+        """Never add what belongs to different steps. places: by rank, generation and step of each worker."""
+        mine = places[self._exchange.rank]
+        if places != [mine] * len(places):
+            told = ", ".join(f"worker {n} at step {step} (group {group})" for n, (group, step) in enumerate(places))
+            raise LostPeerError(f"the workers are not at the same step: {told}")
 
     def _taken(self) -> float:
         """Seconds that others have saved me, in all: my microbatches are worth them, whoever computed."""

@@ -1,6 +1,8 @@
-"""The exchange of real processes, over torch.distributed: gloo, or nccl where the worker has a GPU.
+"""The exchange of real processes, over torch.distributed: gloo, and nccl for what lies on GPUs.
 
-Owns the process group and the shapes of its messages. Uses tensor collectives only, never one that pickles.
+Owns the process groups and the shapes of their messages. Uses tensor collectives only, never one that pickles. What is
+in host memory (tallies, facts, meetings) always goes through gloo: a collective of nccl returns when it is queued
+on the device, so who has passed one knows nothing of the others.
 """
 
 from __future__ import annotations
@@ -23,26 +25,31 @@ LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all
 
 
 class Distributed:
-    """A worker among processes. `store` is where they meet; `device` decides the backend."""
+    """A worker among processes. `store` is where they meet; `device` decides through what the contributions go."""
 
     offload = None
 
     def __init__(
-        self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        workers: int,
+        device: torch.device,
+        timeout_seconds: float,
+        generation: int = 0,
     ) -> None:
         self.rank = rank
         self.workers = workers
+        self.generation = generation
         self._device = device
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
         try:
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=rank,
-                world_size=workers,
-                timeout=timedelta(seconds=timeout_seconds),
-                device_id=device if device.type == "cuda" else None,
-            )
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=timeout)
+            self._host: dist.ProcessGroup | None = dist.group.WORLD  # blocks until all have come
+            self._floats = self._host
+            if device.type == "cuda":
+                self._floats = dist.new_group(backend="nccl", timeout=timeout, device_id=device)
         except RuntimeError:
             _forget_half_made()
             raise
@@ -56,7 +63,7 @@ class Distributed:
         return 0  # sockets need none
 
     def add_integers(self, values: Tensor) -> Tensor:
-        _call(lambda: dist.all_reduce(values))
+        _call(lambda: dist.all_reduce(values, group=self._host))
         return values
 
     def to_owners(
@@ -75,22 +82,25 @@ class Distributed:
         self._inbox = _sized(self._inbox, sum(received), dtype)
         sent = [len(nodes) * shard_size] * self.workers
         inbox = self._inbox
-        _call(lambda: dist.all_to_all_single(inbox, outbox, received, sent))
+        _call(lambda: dist.all_to_all_single(inbox, outbox, received, sent, group=self._floats))
         return list(inbox.view(-1, shard_size).unbind(0))
 
     def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
-        if self._device.type == "cuda" or shard.nbytes < LARGE_BYTES:
-            _call(lambda: _all_gather(flat, shard))
+        on_host = shard.device.type == "cpu"
+        if not on_host or shard.nbytes < LARGE_BYTES:
+            _call(lambda: _all_gather(flat, shard, group=self._host if on_host else self._floats))
             return
         parts = flat.view(self.workers, -1).unbind(0)
         parts[self.rank].copy_(shard)
-        _call(lambda: _broadcast_each(parts))
+        _call(lambda: _broadcast_each(parts, self._host))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        return gather_padded(self, content, self._device)
+        return gather_padded(self, content)
 
     def wait_for_all(self) -> None:
-        self.add_integers(torch.zeros(1, dtype=torch.int64, device=self._device))
+        if self._device.type == "cuda":  # what the device has been told to do is done before anybody relies on it
+            torch.cuda.synchronize(self._device)
+        self.add_integers(torch.zeros(1, dtype=torch.int64))
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -104,9 +114,9 @@ def _forget_half_made() -> None:
     dist.destroy_process_group()
 
 
-def _broadcast_each(parts: Sequence[Tensor]) -> None:
+def _broadcast_each(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     """Fill each part from the worker of that number. Gloo's own all-gather of 44 MB takes three times as long."""
-    for broadcast in [dist.broadcast(part, src=owner, async_op=True) for owner, part in enumerate(parts)]:
+    for broadcast in [dist.broadcast(part, owner, group, async_op=True) for owner, part in enumerate(parts)]:
         broadcast.wait()
 
 

@@ -45,10 +45,12 @@ class Exchange(Protocol):
     in its tree. Every method raises LostPeerError where another worker has gone.
 
     desk: None where workers share no memory, or have no processors to themselves.
+    generation: which of a run's groups of workers this is.
     """
 
     rank: int
     workers: int
+    generation: int
 
     @property
     def offload(self) -> Offload | None: ...
@@ -62,7 +64,8 @@ class Exchange(Protocol):
         ...
 
     def add_integers(self, values: Tensor) -> Tensor:
-        """Return the sum over workers of an int64 tensor (wrapping); all pass one shape. May overwrite `values`."""
+        """Return the sum over workers of an int64 tensor in host memory (wrapping), when all have come; all pass one
+        shape. May overwrite `values`."""
         ...
 
     def to_owners(
@@ -90,7 +93,7 @@ class Exchange(Protocol):
         ...
 
     def wait_for_all(self) -> None:
-        """Return when every worker has called this."""
+        """Return when every worker has called this, and all that its device had been told to do before is done."""
         ...
 
     def close(self) -> None:

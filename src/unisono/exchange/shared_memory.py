@@ -31,9 +31,12 @@ SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
 class Shared:
     """An `Exchange` of a worker among processes of one host, on CPUs."""
 
-    def __init__(self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float, generation: int = 0
+    ) -> None:
         self.rank = rank
         self.workers = workers
+        self.generation = generation
         self._pipes = Pipes(
             lambda numbers: _meet(store, "pipes", rank, workers, numbers),
             rank=rank,

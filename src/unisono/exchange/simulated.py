@@ -53,6 +53,7 @@ class Simulated:
     """One of the workers that a `Simulation` plays."""
 
     offload = None
+    generation = 0
 
     def __init__(self, stage: Simulation, rank: int) -> None:
         self.rank = rank

@@ -14,6 +14,7 @@ class Solo:
     rank = 0
     workers = 1
     offload = None
+    generation = 0
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 - immutable
         self._device = device
@@ -40,7 +41,8 @@ class Solo:
         return [content]
 
     def wait_for_all(self) -> None:
-        return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
         return

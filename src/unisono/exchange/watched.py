@@ -21,6 +21,7 @@ class Watched:
         self.rank = exchange.rank
         self.workers = exchange.workers
         self.offload = exchange.offload
+        self.generation = exchange.generation
         self._exchange = exchange
         self._progress = progress
 

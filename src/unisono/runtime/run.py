@@ -122,7 +122,7 @@ def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient
     if request == STOP:  # worker 0 may be lost before the rest have left: nobody does before all know
         if ready.profile:
             _write_profile(run, ready.profile, None)
-        unwritten = exchange.add_integers(torch.tensor([int(not client.settle())]).to(ready.device))
+        unwritten = exchange.add_integers(torch.tensor([int(not client.settle())]))
         raise Interrupted(_tell_stop(run, not unwritten.item()))
     _finish(run, feed)
     return True
@@ -335,7 +335,7 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
 
 def _refuse_changed_data(run: Run) -> None:
     """Data that lies in memory which others share may have been written into: what was hashed is not what was seen."""
-    changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]).to(run.ready.device))
+    changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]))
     if changed.item():
         raise DataError(
             "the data was written into while it was trained on, so the weights are those of no data that there is. "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from unisono.processes.progress_table import Progress
 from unisono.runtime.run_inputs import RunInputs
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage import checkpoints
+from unisono.storage.files import facts_sha256
+from unisono.storage.origin import COMMIT, Origin, agree
 from unisono.tracking import events
 
 Resume = Literal["no", "yes", "auto"]
@@ -176,6 +178,8 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         ),
         pure=not job.allow_impure,
     )
+    origin, saved = _look(job, arrays)
+    everyone = agree(origin, exchange)
     if arrays is not None and arrays.committed:
         run.state.recover(arrays.snapshot.facts(), *arrays.integers())
         run.recovered = True
@@ -183,7 +187,9 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         if not job.allow_impure:
             _probe(run)
         if job.resume != "no":
-            warnings += _resume(run)
+            warnings += _set_aside(run, saved, everyone)
+            if saved is not None:
+                warnings += _resume(run, saved)
         run.state.begin()
         for warning in warnings:
             run.tell(events.Notice(message=warning, warning=True))
@@ -237,26 +243,46 @@ def _probe(run: Run) -> None:
     probe(run.judge, one, other)
 
 
-def _resume(run: Run) -> list[str]:
-    """Load the newest whole checkpoint of the run folder; refuse one of another recipe or other numerics."""
-    folder = run.job.folder / "checkpoints"
-    saved, faults = checkpoints.newest(folder)
-    warnings = []
-    if faults and (saved or run.job.resume == "auto"):
-        run.exchange.wait_for_all()  # every worker has looked
-        if run.exchange.rank == 0:
-            checkpoints.set_aside(folder, saved)
-        went_on = f"going on from {saved.folder.name}" if saved else "beginning anew"
-        warnings += [f"{fault} Set aside as *{checkpoints.ASIDE}; {went_on}." for fault in faults]
+def _look(job: Job, arrays: SnapshotArrays | None) -> tuple[Origin, checkpoints.Saved | None]:
+    """What this worker would go on from: a commit, the newest whole checkpoint of its run folder, or the beginning."""
+    if arrays is not None and arrays.committed:
+        sequence, step = arrays.snapshot.sequence, int(arrays.snapshot.facts()["step"])
+        return Origin(step=step, state=f"{COMMIT}{sequence}", place="in the snapshot"), None
+    if job.resume == "no":
+        return Origin(step=0, state="", place="in a new run"), None
+    saved, faults = checkpoints.newest(job.folder / "checkpoints")
+    told = [str(fault) for fault in faults]
     if saved is None:
-        if faults and run.job.resume == "yes":
-            raise faults[0]
-        if run.job.resume == "yes":
-            raise RunFolderError(
-                f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume, or with "
-                "--resume auto."
-            )
-        return warnings
+        return Origin(step=0, state="", place=f"since {str(job.folder)!r} has no whole checkpoint", faults=told), None
+    # the facts hold the SHA-256 of every file, which has just been compared
+    step, state, place = int(saved.facts["step"]), facts_sha256(saved.facts), f"in {str(saved.folder)!r}"
+    return Origin(step=step, state=state, place=place, faults=told), saved
+
+
+def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Origin]) -> list[str]:
+    """Take the damaged checkpoints that are newer than what all go on from out of the way; return what is told of it.
+
+    Raises:
+        DamagedError, RunFolderError: there is nothing to go on from, though it has to be.
+    """
+    faults = list(dict.fromkeys(fault for one in everyone for fault in one.faults))
+    if saved is None and run.job.resume == "yes":
+        if faults:
+            raise DamagedError(faults[0])
+        raise RunFolderError(
+            f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume, or with "
+            "--resume auto."
+        )
+    if run.exchange.rank == 0 and everyone[0].faults:  # it alone writes there
+        checkpoints.set_aside(run.job.folder / "checkpoints", saved)
+    went_on = f"going on from {saved.folder.name}" if saved else "beginning anew"
+    aside = dict.fromkeys(everyone[0].faults, f"Set aside as *{checkpoints.ASIDE}; ")
+    return [f"{fault} {aside.get(fault, 'Not used; ')}{went_on}." for fault in faults]
+
+
+def _resume(run: Run, saved: checkpoints.Saved) -> list[str]:
+    """Load a checkpoint; refuse one of another recipe or other numerics."""
+    warnings: list[str] = []
     mine, theirs = decisive(run.recipe), saved.facts["recipe"]
     if changed := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
         told = ", ".join(f"{key} = {mine.get(key)!r} (was {theirs.get(key)!r})" for key in changed)

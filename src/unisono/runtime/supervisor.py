@@ -17,8 +17,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from unisono.config.recipe import Recipe
 from unisono.engine.snapshot import Snapshot, new_file
 from unisono.errors import Interrupted, Preempted, RecipeError, WorkerError
@@ -28,6 +26,7 @@ from unisono.processes.progress_table import MOST_FAULTS, REGROUP, RUNNING, STOP
 from unisono.runtime.channel import Message
 from unisono.runtime.checkpoint_writer import CheckpointWriter
 from unisono.runtime.hang_detection import HangDetector
+from unisono.runtime.launchers.devices import check_gpus, count_gpus
 from unisono.runtime.restart_budget import Change, Loss, RestartBudget, find_verdict, name_loss
 from unisono.runtime.run import remove_begun
 from unisono.runtime.signals import StopSignals
@@ -66,7 +65,8 @@ class Supervisor:
         self._wanted = workers
         if len(faults) > MOST_FAULTS:
             raise RecipeError(f"--fault: {len(faults)} faults are given; allowed are {MOST_FAULTS}. Inject fewer.")
-        self._on_gpus = recipe.train.device != "cpu" and torch.cuda.device_count() > 0
+        check_gpus(workers, recipe.train.device)
+        self._gpus = count_gpus(recipe.train.device)
         self._progress_table = ProgressTable(min(recipe.train.microbatches, MOST_WORKERS))
         self._memory = new_file()
         self._budget = RestartBudget(recipe.recovery)
@@ -195,7 +195,7 @@ class Supervisor:
         self._progress_table.generation += 1  # everybody leaves the present group, at the next mark on the board
         self._dissolved_at, self._orphan = now, None
         self._hang_detector.spare()
-        if self._on_gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
+        if self._gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
             self._terminate(handle for handle in self._pool.staying() if handle.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:
             self._wanted = max(1, min(self._wanted, len(self._pool.staying())))
@@ -266,6 +266,8 @@ class Supervisor:
         most = self._progress_table.rows
         if wanted > most:
             run_lock.answer(f"at most {most} workers can share a step", done=False)
+        elif 0 < self._gpus < wanted:
+            run_lock.answer(f"at most {self._gpus} workers can be at work: each needs a GPU of its own", done=False)
         elif self._change is not None or not self._training or self._stop_at is not None:
             run_lock.answer(
                 "workers are being started, replaced or stopped just now; ask again in a moment", done=False

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from unisono.engine import numerics
-from unisono.errors import Interrupted, LostPeerError, UnisonoError
+from unisono.errors import Interrupted, LostPeerError, RecipeError, UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import RankAssignment
@@ -64,7 +64,11 @@ def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
-    device = assignment.device(wanted_device)
+    try:
+        device = assignment.device(wanted_device)
+    except RecipeError as error:
+        assignment.refuse(str(error))
+        raise
     numerics.settle(threads=threads, device=device)
     exchange = assignment.join(device)
     act(assignment, exchange, device, stop)

@@ -90,9 +90,10 @@ class WorkerPool:
         return [handle for slot, handle in sorted(self.handles.items()) if not handle.leaving]
 
     def start_workers(self, count: int) -> None:
-        """Fork workers until `count` are staying, in the lowest slots that are free."""
-        for _ in range(count - len(self.staying())):
-            slot = next(slot for slot in range(len(self.handles) + 1) if slot not in self.handles)
+        """Fork workers until `count` are staying, in the lowest slots that are free; one that a leaving handle still
+        has, with its GPU, is waited for."""
+        free = [slot for slot in range(count) if slot not in self.handles]
+        for slot in free[: max(0, count - len(self.staying()))]:
             self._progress_table.clear(slot)
             mine, theirs = pair()
             report, stacks = _new_file(), _new_file()

@@ -25,6 +25,7 @@ from typing import Any
 from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
 from unisono.processes.forking import count_cores, describe_end, end_with_parent, forget_kernel_buffers
+from unisono.runtime.launchers.devices import check_gpus, count_gpus
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import STOPPING, Act, guarded, work
 
@@ -35,19 +36,18 @@ def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
     """The number that `--workers` asks for; "auto": all GPUs, else all cores, at most one per microbatch."""
     if wanted != "auto":
         return int(wanted)
-    import torch
-
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    return max(1, min(gpus or count_cores(), microbatches))
+    return max(1, min(count_gpus(device) or count_cores(), microbatches))
 
 
 def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
     """Run `act` in `workers` forked processes; return when all have ended well.
 
     Raises:
+        RecipeError: this host has GPUs, but not so many.
         UserError, Interrupted, …: the error of the worker that failed first, as it raised it.
         WorkerError: a worker failed unexpectedly, or was killed; with its rank and traceback.
     """
+    check_gpus(workers, device)
     sys.stdout.flush()
     sys.stderr.flush()
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch, socket.socket() as listener:

@@ -1,6 +1,6 @@
 """A worker's place among the others, and how it joins them.
 
-Owns rank, device and the way to the meeting point. Under torchrun both come from its environment; a local launcher
+Owns rank and the way to the meeting point. Under torchrun both come from its environment; a local launcher
 hands out seats.
 """
 
@@ -9,22 +9,31 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 
-from unisono.errors import RecipeError, UnisonoError
+from unisono.errors import UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
+from unisono.runtime.launchers import devices
 
 TIMEOUT_SECONDS = 1800.0
+
+
+class _Place(TypedDict):
+    rank: int
+    workers: int
+    timeout_seconds: float
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAssignment:
     """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
-    `port` (0: under torchrun, which has its own meeting point). `generation` counts a supervisor's groups of
-    workers."""
+    `port` (0: under torchrun, which has its own meeting point). `generation` counts the groups of workers of a
+    supervisor, or torchrun's restarts."""
 
     rank: int
     workers: int
@@ -35,28 +44,44 @@ class RankAssignment:
     generation: int = 0
 
     def device(self, wanted: str) -> torch.device:
-        """The device that the recipe wants: GPU number `local_rank`, or the CPU."""
-        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-        if wanted == "cuda" and gpus <= self.local_rank:
-            remedy = f"Use {gpus} workers at most" if gpus else "Use a machine that has some"
-            raise RecipeError(
-                f"'train.device' = 'cuda': this machine has {gpus} GPUs for {self.local_workers} workers. {remedy}, "
-                'or set device = "cpu".'
-            )
-        return torch.device("cuda", self.local_rank) if gpus >= self.local_workers and gpus else torch.device("cpu")
+        """The device that the recipe wants: a GPU of this worker's own, or the CPU.
+
+        Raises:
+            RecipeError: there is none for it.
+        """
+        gpus = devices.count_gpus(wanted)
+        return torch.device(
+            devices.choose(wanted, gpus=gpus, local_rank=self.local_rank, local_workers=self.local_workers)
+        )
+
+    def refuse(self, why: str) -> None:
+        """Tell the other workers, where they meet, that this one cannot come: all end, saying why."""
+        if self.workers > 1:
+            devices.agree(self._store(), self.rank, self.workers, devices.Told(fault=why))
 
     def join(self, device: torch.device) -> Exchange:
-        """Meet the other workers."""
+        """Meet the other workers.
+
+        Raises:
+            RecipeError: they do not compute on one kind of device, each on its own.
+        """
         if self.workers == 1:
             return Solo(device)
         from unisono.exchange.distributed import Distributed
         from unisono.exchange.shared_memory import Shared, can_share
 
         store = self._store()
+        devices.agree(store, self.rank, self.workers, devices.describe(device))
         here = self.local_workers == self.workers and device.type == "cpu"
+        place: _Place = {
+            "rank": self.rank,
+            "workers": self.workers,
+            "timeout_seconds": TIMEOUT_SECONDS,
+            "generation": self.generation,
+        }
         if here and can_share(store, self.rank, self.workers):
-            return Shared(store, rank=self.rank, workers=self.workers, timeout_seconds=TIMEOUT_SECONDS)
-        return Distributed(store, rank=self.rank, workers=self.workers, device=device, timeout_seconds=TIMEOUT_SECONDS)
+            return Shared(store, **place)
+        return Distributed(store, device=device, **place)
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
@@ -80,7 +105,7 @@ class RankAssignment:
                 "another --master-port."
             ) from error
         # the agent's store outlives its workers: what those before a restart have left there must not be found again
-        return dist.PrefixStore(f"unisono-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return dist.PrefixStore(f"unisono-{self.generation}", store)
 
 
 def assignment_from_torchrun() -> RankAssignment | None:
@@ -90,9 +115,15 @@ def assignment_from_torchrun() -> RankAssignment | None:
         local_rank, local_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     except KeyError:
         return None
-    return RankAssignment(rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers)
+    return RankAssignment(
+        rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers, generation=_count_restarts()
+    )
 
 
 def restarted_by_torchrun() -> bool:
     """Whether torchrun's agent has started this worker again, after a loss."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _count_restarts() > 0
+
+
+def _count_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
