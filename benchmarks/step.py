@@ -29,9 +29,9 @@ from unisono.engine.contribution import Contributes, Contributor
 from unisono.engine.loop import steps
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING
-from unisono.runtime.run_inputs import open_own
 from unisono.runtime.setup import Job, join, make_ready
 from unisono.runtime.supervisor_client import UnsupervisedClient
+from unisono.tasks.run_inputs import open_own
 
 REPEATS = 3
 ROWS = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unisono import parallel
-    from unisono.api.application import Classifier, evaluate, load, predict
+    from unisono.api.application import evaluate, load, predict
     from unisono.api.preparation import prepare
     from unisono.api.training import Trained, train
     from unisono.api.verification import verify
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
         UserError,
         WorkerError,
     )
+    from unisono.tasks.metrics import Metric, Perplexity, TorchMetric, WeightedMean
+    from unisono.tasks.table_model import TableModel
     from unisono.tasks.task import Task
+    from unisono.tasks.text.classifier import Classifier
 
 _HOMES = {
     "train": "api.training",
@@ -34,7 +37,9 @@ _HOMES = {
     "evaluate": "api.application",
     "predict": "api.application",
     "load": "api.application",
-    "Classifier": "api.application",
+    "Classifier": "tasks.text.classifier",
+    "TableModel": "tasks.table_model",
+    **dict.fromkeys(("Metric", "Perplexity", "TorchMetric", "WeightedMean"), "tasks.metrics"),
     "prepare": "api.preparation",
     "verify": "api.verification",
     "Task": "tasks.task",
@@ -63,13 +68,18 @@ __all__ = [
     "DataError",
     "DivergedError",
     "Interrupted",
+    "Metric",
+    "Perplexity",
     "Preempted",
     "Recipe",
     "RecipeError",
+    "TableModel",
     "Task",
+    "TorchMetric",
     "Trained",
     "UnisonoError",
     "UserError",
+    "WeightedMean",
     "WorkerError",
     "evaluate",
     "load",

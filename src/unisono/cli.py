@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,14 @@ Workers = Annotated[
         help="processes; auto: all GPUs, else all cores, at most train.microbatches",
     ),
 ]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="MODULE:CLASS",
+        help="a task of your own: module:Class or path/to/file.py:Class; in a recipe task.kind",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
@@ -65,6 +74,7 @@ def train(
     recipe: RecipePath,
     workers: Workers = "auto",
     set_: Set = None,
+    task: TaskName = None,
     run: Annotated[
         Path | None, typer.Option("--run-folder", metavar="FOLDER", help="run folder; default: runs/NAME-001 and so on")
     ] = None,
@@ -108,7 +118,7 @@ def train(
     api.train(
         recipe,
         workers=count,
-        overrides=(*_with_strict(set_, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else [])),
+        overrides=(*_with(set_, task, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else [])),
         run=run,
         resume="auto" if resume == "auto" else resume == "yes",
         faults=tuple(fault or ()),
@@ -126,7 +136,7 @@ def prepare(recipe: RecipePath, workers: Workers = "auto", set_: Set = None, str
     count = check_count(workers)
     from unisono.api import preparation
 
-    preparation.prepare(recipe, workers=count, overrides=_with_strict(set_, strict))
+    preparation.prepare(recipe, workers=count, overrides=_with(set_, None, strict))
 
 
 @app.command()
@@ -137,13 +147,14 @@ def evaluate(
         typer.Argument(metavar="[DATA]", help="labelled file, pattern or URL; default: the run's own test samples"),
     ] = None,
     workers: Workers = "auto",
+    task: TaskName = None,
     as_json: Json = False,
 ) -> None:
     """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
     count = check_count(workers)
     from unisono.api import application
 
-    application.evaluate(run, data, workers=count, as_json=as_json)
+    application.evaluate(run, data, workers=count, task=task, as_json=as_json)
 
 
 @app.command()
@@ -152,17 +163,19 @@ def predict(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="INPUT", help="CSV, TSV, JSONL or Parquet (or a pattern, a URL) with the column of the texts"
+            metavar="INPUT",
+            help="CSV, TSV, JSONL or Parquet (or a pattern, a URL) with the columns that the model reads",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="CSV, JSONL or Parquet to write; rows in order")],
     workers: Workers = "auto",
+    task: TaskName = None,
 ) -> None:
-    """Predict the class of each row, with probabilities."""
+    """Predict for each row: of a text its class, with probabilities."""
     count = check_count(workers)
     from unisono.api import application
 
-    application.predict(run, source, target, workers=count)
+    application.predict(run, source, target, workers=count, task=task)
 
 
 @app.command()
@@ -173,12 +186,13 @@ def verify(
     ] = "1,2,3",
     steps: Annotated[int, typer.Option("--steps", min=0, help="stop after so many steps; 0: train to the end")] = 0,
     set_: Set = None,
+    task: TaskName = None,
 ) -> None:
     """Train under each number of workers and compare every bit; exit code 1 names the first that differs."""
     counts = [int(check_count(count, auto=False)) for count in workers.split(",")]
     from unisono.api import verification
 
-    if not verification.verify(recipe, workers=counts, steps=steps, overrides=tuple(set_ or ())):
+    if not verification.verify(recipe, workers=counts, steps=steps, overrides=_with(set_, task)):
         raise typer.Exit(1)
 
 
@@ -237,8 +251,10 @@ def check_count(workers: str, *, auto: bool = True) -> int | str:
     return int(workers)
 
 
-def _with_strict(overrides: list[str] | None, strict: bool) -> tuple[str, ...]:
-    return (*(overrides or ()), *(["data.strict=true"] if strict else ()))
+def _with(overrides: list[str] | None, task: str | None, strict: bool = False) -> tuple[str, ...]:
+    """`--set`, and the options that stand for keys of a recipe."""
+    named = [f"task.kind={json.dumps(task)}"] if task else []
+    return (*(overrides or ()), *named, *(["data.strict=true"] if strict else ()))
 
 
 def main() -> None:

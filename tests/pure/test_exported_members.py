@@ -14,6 +14,11 @@ import unisono
 
 PUBLIC = {
     "Classifier",
+    "Metric",
+    "Perplexity",
+    "TableModel",
+    "TorchMetric",
+    "WeightedMean",
     "ContractError",
     "DataError",
     "DivergedError",

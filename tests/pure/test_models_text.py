@@ -101,7 +101,7 @@ def test_measure_is_neither_smoothed_nor_weighted() -> None:
     assert measured["loss"].shape == (3,) and measured["loss"].dtype == torch.float32
     torch.testing.assert_close(measured["loss"].sum(), plain.loss(module, ragged())[0])
     unlabelled = {name: tensor for name, tensor in ragged().items() if name != "label"}
-    chances = plain.probabilities(module, unlabelled)
+    chances = plain.predict(module, unlabelled)["probabilities"]
     assert torch.equal(chances.argmax(-1), measured["predicted"])
     torch.testing.assert_close(chances.sum(-1), torch.ones(3))
 

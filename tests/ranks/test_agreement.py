@@ -30,10 +30,10 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
 from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.rank_assignment import RankAssignment
-from unisono.runtime.run_inputs import open_own
 from unisono.runtime.setup import Job, Resume
 from unisono.storage import checkpoints
 from unisono.storage.origin import COMMIT, Origin, compare
+from unisono.tasks.run_inputs import open_own
 
 SETTINGS: dict[str, Any] = {
     "train": {"samples_per_step": 20, "microbatches": 4, "epochs": 3.0, "learning_rate": 0.05},

@@ -22,14 +22,14 @@ from unisono.errors import DamagedError, Interrupted, RunFolderError, WorkerErro
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
 from unisono.processes.progress_table import RUNNING, STOP
-from unisono.runtime.run_inputs import open_own
 from unisono.runtime.setup import Job
 from unisono.storage import checkpoints
+from unisono.tasks.run_inputs import open_own
 from unisono.tasks.task import Microbatch
 
 SETTINGS: dict[str, Any] = {
     "train": {"samples_per_step": 20, "microbatches": 8, "epochs": 3.0, "learning_rate": 0.05, "ema_decay": 0.8},
-    "evaluate": {"every_steps": 1, "keep_best": True, "samples_per_microbatch": 4, "metric": "halfway"},
+    "evaluate": {"every_steps": 1, "keep_best": True, "samples_per_microbatch": 4, "metric": "halfway", "mode": "max"},
     "checkpoint": {"every_steps": 1, "keep": 99},
 }
 

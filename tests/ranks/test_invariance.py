@@ -27,9 +27,9 @@ from unisono.data.samples import EncodedSamples
 from unisono.determinism import keys
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
-from unisono.runtime.run_inputs import RunInputs, open_own
 from unisono.runtime.setup import Job
 from unisono.storage.files import load_tensors
+from unisono.tasks.run_inputs import RunInputs, open_own
 from unisono.tasks.task import Task
 from unisono.tasks.text.classification import TextClassification
 

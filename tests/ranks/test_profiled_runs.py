@@ -19,8 +19,8 @@ from unisono.config import recipe as recipes
 from unisono.engine.profile import PHASES
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
-from unisono.runtime.run_inputs import open_own
 from unisono.runtime.setup import Job
+from unisono.tasks.run_inputs import open_own
 
 FILES = {"profile.md", "profile.json", "trace.json"}
 HASHES = ("weights_sha256", "optimizer_sha256", "test")

@@ -35,9 +35,9 @@ from unisono.exchange.simulated import play
 from unisono.exchange.solo import Solo
 from unisono.processes.progress_table import RUNNING, UNWATCHED, Progress
 from unisono.runtime import setup as joining
-from unisono.runtime.run_inputs import open_own
 from unisono.runtime.setup import Job, Run, join, make_ready, run_facts
 from unisono.storage.checkpoints import Content
+from unisono.tasks.run_inputs import open_own
 
 
 class Mixed(nn.Module):

@@ -19,10 +19,10 @@ from unisono.processes.progress_table import RUNNING
 from unisono.runtime.launchers.fork import launch
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.run import execute
-from unisono.runtime.run_inputs import RunInputs
 from unisono.runtime.setup import Job, make_ready
 from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Stop
+from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking.events import Event, Notice, Observer, RunEnded, StepDone
 
 CPU = torch.device("cpu")

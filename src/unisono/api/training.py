@@ -23,12 +23,13 @@ from unisono.processes.progress_table import PHASES
 from unisono.runtime.launchers import assignment_from_torchrun, count_workers, join_torchrun, restarted_by_torchrun
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.run import OpenInputs, Runner
-from unisono.runtime.run_inputs import import_for_text, open_own, open_text
 from unisono.runtime.setup import Job, Resume, check_workers
 from unisono.runtime.supervisor import Supervisor
 from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Stop
 from unisono.storage.run_folder import choose_folder
+from unisono.tasks.kinds import find_kind, name_of
+from unisono.tasks.run_inputs import open_own
 from unisono.tasks.task import Task
 from unisono.tracking.reporter import Reporter
 
@@ -145,17 +146,19 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
     """How each worker comes to what it trains on."""
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
-        import_for_text()
+        kind = find_kind(recipe.task.kind)
+        recipes.check_uses(recipe, kind.uses, recipe.task.kind)
+        kind.warm()
         parts = {
             split: take_columns(frame, f"{split} frame") if is_frame(frame) else frame
             for split, frame in frames.items()
         }
-        return lambda workers, notify: open_text(recipe, workers, notify, parts)
+        return lambda workers, notify: kind.open(recipe, workers, notify, parts)
     if "train" not in frames:
         raise RecipeError(
             "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
         )
-    check_own_sections(recipe)
+    recipes.check_uses(recipe, frozenset(), recipe.task.kind)
     held = hold(frames)
     return lambda workers, notify: open_own(recipe, what, **held)
 
@@ -216,21 +219,26 @@ def resolve(
     tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery")}
     train = {key: value for key, value in settings.items() if key not in tables}
     if isinstance(what, Task):
-        return recipes.check({"name": name or type(what).__name__, "train": train, **tables})
+        task = {"kind": name_of(what), **what.settings()}
+        return recipes.check({"name": name or type(what).__name__, "task": task, "train": train, **tables})
+    if not isinstance(what, (str, Path, Recipe)):
+        raise RecipeError(_explain(what))
     if isinstance(what, str | Path):
         what = recipes.load(what, tuple(overrides))
-    table = what.model_dump(mode="json")
-    table["train"] |= train
-    for section, value in tables.items():
-        table[section] |= value
+    table = what.model_dump(mode="json", exclude_unset=True)
+    for section, value in {"train": train, **tables}.items():
+        table[section] = table.get(section, {}) | value
     return recipes.check(table | ({"name": name} if name else {}))
 
 
-def check_own_sections(recipe: Recipe) -> None:
-    """Refuse keys of [train] that only the text presets heed: for an own task they would do nothing."""
-    for key, meaningless in (("label_smoothing", 0.0), ("class_weights", "none"), ("gradient_checkpointing", False)):
-        if getattr(recipe.train, key) != meaningless:
-            raise RecipeError(
-                f"'train.{key}' is for text recipes; in a task of your own it is a matter of your loss or module. "
-                "Leave it out."
-            )
+def _explain(what: object) -> str:
+    """Why something cannot be trained, and what to do."""
+    allowed = "allowed are a Task, a Recipe, or the path of one"
+    if isinstance(what, type):
+        return f"unisono.train({what.__name__}, …): a class; {allowed}. Make an instance: {what.__name__}()."
+    if hasattr(what, "parameters") and hasattr(what, "forward"):
+        return (
+            f"unisono.train({type(what).__name__}(), …): a torch module; {allowed}. Write a Task whose build() returns "
+            "the module and whose loss(module, microbatch) returns the sum of the losses and their number."
+        )
+    return f"unisono.train({type(what).__name__}, …): {allowed}."

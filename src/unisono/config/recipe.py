@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from unisono.config.sections import (
     Recovery,
     Screen,
     Section,
+    TaskTable,
     Train,
     Transformer,
 )
@@ -35,6 +37,7 @@ class Recipe(Section):
     """Everything that decides a run's result, but the data's bytes and the numerics."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder")
+    task: TaskTable = TaskTable()
     data: Data = Data()
     screen: Screen = Screen()
     encode: Encode = Encode()
@@ -59,6 +62,17 @@ class Recipe(Section):
 PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("encode", "tokenizer"), ("model", "folder"))
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
+
+
+OPTIONAL: dict[str, Any] = {
+    "model": None,
+    "encode": None,
+    "screen": None,
+    "train.label_smoothing": 0.0,
+    "train.class_weights": "none",
+    "train.gradient_checkpointing": False,
+}
+"""Tables (None) and keys of a recipe that only some tasks use, with the value at which a key does nothing."""
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -93,9 +107,32 @@ def check(table: dict[str, Any]) -> Recipe:
         raise RecipeError("\n".join(_explain(fault) for fault in error.errors())) from None
 
 
-def to_toml(recipe: Recipe) -> str:
-    """The full recipe, defaults filled in, as TOML that `load` reads back to an equal recipe."""
-    return tomli_w.dumps(recipe.model_dump(mode="json"))
+def to_toml(recipe: Recipe, without: Collection[str] = ()) -> str:
+    """The full recipe, defaults filled in, as TOML that `load` reads back to an equal recipe. `without`: tables to
+    leave out, because the task does not use them."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude=set(without)))
+
+
+def check_uses(recipe: Recipe, uses: frozenset[str], kind: str) -> None:
+    """Refuse tables and keys that the task does not use: they would do nothing.
+
+    Raises:
+        RecipeError: names the first one.
+    """
+    for name, idle in OPTIONAL.items():
+        table, _, key = name.partition(".")
+        if name in uses:
+            continue
+        if (key and getattr(getattr(recipe, table), key) != idle) or (not key and table in recipe.model_fields_set):
+            raise RecipeError(
+                f"'{name}' is for text recipes; the task {kind} does not use it. In a task of your own it is a matter "
+                "of your loss or module. Leave it out."
+            )
+
+
+def unused_tables(uses: frozenset[str]) -> list[str]:
+    """Tables of a recipe that do nothing for a task which uses these."""
+    return [name for name in OPTIONAL if "." not in name and name not in uses]
 
 
 def document(section: type[BaseModel] = Recipe, prefix: str = "") -> str:

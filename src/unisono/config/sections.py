@@ -5,7 +5,7 @@ Owns the keys. How a recipe is read, changed and explained is the matter of `rec
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,10 +20,31 @@ Script = Literal[
 ]  # fmt: skip
 
 
+TEXT = "text_classification"
+"""The task that a recipe has if it names none."""
+
+
 class Section(BaseModel):
     """One table of the recipe: unknown keys, wrong types and later changes are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class TaskTable(Section):
+    """What is learned. The other keys are the task's own: the arguments of its constructor."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
+
+    kind: str = Field(
+        TEXT,
+        min_length=1,
+        description="a preset, a task of an installed package, or module:Class, a task of your own",
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The task's own keys."""
+        return dict(self.model_extra or {})
 
 
 class Data(Section):
@@ -238,7 +259,10 @@ class Evaluate(Section):
     every_epochs: float = Field(1.0, ge=0, description="0: only at the end")
     every_steps: int = Field(0, ge=0, description="instead of every_epochs; 0: off")
     samples_per_microbatch: int = Field(64, ge=1, description="samples evaluated at once")
-    metric: str = Field("loss", description="what `patience` and `keep_best` compare; loss falls, all others rise")
+    metric: str = Field("loss", description="what `patience` and `keep_best` compare")
+    mode: Literal["auto", "min", "max"] = Field(
+        "auto", description="whether less or more of the metric is better; auto: as the metric itself says"
+    )
     patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
     keep_best: bool = Field(
         False, description="true: test and export the weights of the best evaluation, not the last ones"

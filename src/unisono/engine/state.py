@@ -6,6 +6,7 @@ in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,8 +81,10 @@ class TrainState:
 
     def judge(self, score: float, *, higher: bool, keep: bool) -> bool:
         """Compare an evaluation's score with the best so far; return whether it is better, and keep its weights if
-        so."""
-        if self.best_score is not None and not (score > self.best_score if higher else score < self.best_score):
+        so. NaN is never better."""
+        before = (-math.inf if higher else math.inf) if self.best_score is None else self.best_score
+        first = self.best_score is None and not math.isnan(score)
+        if not first and not (score > before if higher else score < before):
             self.evaluations_since_best += 1
             return False
         self.best_score, self.best_step, self.evaluations_since_best = score, self.step, 0

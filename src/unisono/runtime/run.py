@@ -31,11 +31,11 @@ from unisono.engine.trace import Traced
 from unisono.errors import ContractError, DataError, Interrupted, RecipeError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
-from unisono.runtime.run_inputs import RunInputs
 from unisono.runtime.setup import Job, Ready, Run, join, make_ready, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
 from unisono.tasks.metrics import summarise
+from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
 
@@ -143,7 +143,7 @@ def _tell_stop(run: Run, saved: bool) -> str:
 def _open_folder(run: Run) -> None:
     folder = run.job.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.toml", recipes.to_toml(run.recipe))
+    write_text(folder / "recipe.toml", recipes.to_toml(run.recipe, run.inputs.unused))
     write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
 
 
@@ -276,7 +276,7 @@ def _evaluate(run: Run) -> None:
         if keep:  # a checkpoint that is being written may still read the best weights
             run.client.settle()
             run.exchange.wait_for_all()
-        best = run.state.judge(scores[metric], higher=metric != "loss", keep=keep)
+        best = run.state.judge(scores[metric], higher=run.inputs.higher_is_better(run.recipe), keep=keep)
     run.tell(events.Evaluated(step=run.state.step, epoch=round(run.epoch(), 6), split=split, scores=scores, best=best))
     run.state.note_evaluation()
 
@@ -296,7 +296,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
         )
     if not results:
         raise ContractError('the task\'s measure returned nothing. Return at least {"loss": one number per sample}.')
-    return summarise(results)
+    return summarise(results, run.inputs.task.metrics())
 
 
 def _save(run: Run) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from unisono.config.recipe import Recipe
+from unisono.config.sections import TEXT
 from unisono.data.order import Order, count_steps
 from unisono.determinism import keys
 from unisono.engine import numerics
@@ -30,11 +31,11 @@ from unisono.engine.state import TrainState
 from unisono.errors import DamagedError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import Progress
-from unisono.runtime.run_inputs import RunInputs
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage import checkpoints
 from unisono.storage.files import facts_sha256
 from unisono.storage.origin import COMMIT, Origin, agree
+from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking import events
 
 Resume = Literal["no", "yes", "auto"]
@@ -283,7 +284,8 @@ def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Ori
 def _resume(run: Run, saved: checkpoints.Saved) -> list[str]:
     """Load a checkpoint; refuse one of another recipe or other numerics."""
     warnings: list[str] = []
-    mine, theirs = decisive(run.recipe), saved.facts["recipe"]
+    known = decisive(Recipe())  # a key that is newer than the run had its default
+    mine, theirs = known | decisive(run.recipe), known | saved.facts["recipe"]
     if changed := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
         told = ", ".join(f"{key} = {mine.get(key)!r} (was {theirs.get(key)!r})" for key in changed)
         raise RunFolderError(
@@ -308,11 +310,11 @@ def _resume(run: Run, saved: checkpoints.Saved) -> list[str]:
 
 
 def decisive(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]."""
+    """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]. A task that
+    is no preset has its own keys in [task]."""
     dump = recipe.model_dump(mode="json")
     for key in ("device", "audit_every"):
         dump["train"].pop(key)
     dump["model"].pop("folder", None)
-    return {
-        f"{section}.{key}": value for section in ("model", "train", "evaluate") for key, value in dump[section].items()
-    }
+    sections = ("model" if recipe.task.kind == TEXT else "task", "train", "evaluate")
+    return {f"{section}.{key}": value for section in sections for key, value in dump[section].items()}

@@ -12,6 +12,8 @@ from pathlib import Path
 from unisono.errors import RunFolderError
 
 RUNS = Path("runs")
+FACTS = "unisono.json"
+"""In a model folder: the recipe, and what else prediction needs to know."""
 
 
 def new_folder(name: str, given: str | Path | None) -> Path:

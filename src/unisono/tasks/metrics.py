@@ -1,15 +1,79 @@
-"""What results mean: means, accuracy, macro-F1, the per-class table and the confusion matrix.
+"""Metrics: from the results of every sample to a figure, the same bits on any number of workers.
 
-Owns the formulas. They are computed from per-sample results in sample order, so no sharing out can touch them.
+Owns the interface `Metric`, the formulas, and which metrics a task has. Results come in sample order and whole, so no
+assignment of work can change a figure. A metric knows its direction: whether more is better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from unisono.errors import ContractError
+
+Results = Mapping[str, np.ndarray]
+"""Name → [samples] or [samples, k], float64 or int64, in sample order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric(ABC):
+    """One figure of a set of samples.
+
+    name: under which it is reported. higher_is_better: its direction. inputs: names of the results that it needs.
+    """
+
+    name: str
+    higher_is_better: bool
+    inputs: tuple[str, ...]
+
+    @abstractmethod
+    def compute(self, results: Results) -> float:
+        """Return the figure; NaN where it is not defined."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedMean(Metric):
+    """The sum of per-sample sums, divided by the sum of per-sample counts (tokens, say): inputs (sums, counts)."""
+
+    def compute(self, results: Results) -> float:
+        sums, counts = (results[name] for name in self.inputs)
+        total = math.fsum(counts.astype(np.float64).tolist())
+        return math.fsum(sums.astype(np.float64).tolist()) / total if total else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity(WeightedMean):
+    """exp of the loss per token: inputs are per-sample sums of the negative log-likelihood, and numbers of tokens."""
+
+    name: str = "perplexity"
+    higher_is_better: bool = False
+    inputs: tuple[str, ...] = ("loss", "tokens")
+
+    def compute(self, results: Results) -> float:
+        mean_loss = WeightedMean.compute(self, results)
+        return math.exp(mean_loss) if mean_loss < 700 else math.inf if mean_loss == mean_loss else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchMetric(Metric):
+    """A metric of torchmetrics, for what is no sum. make: gives a new one. It is updated once, with all results.
+
+    `TorchMetric(name="auroc", higher_is_better=True, inputs=("score", "label"), make=BinaryAUROC)`
+    """
+
+    make: Callable[[], Any]
+
+    def compute(self, results: Results) -> float:
+        import torch
+
+        metric = self.make()
+        metric.update(*(torch.from_numpy(np.ascontiguousarray(results[name])) for name in self.inputs))
+        return float(metric.compute())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +87,26 @@ class ClassScores:
     samples: int
 
 
-def summarise(results: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means of all per-sample numbers but class numbers; accuracy and macro-F1 where there are `predicted` and `label`;
-    samples."""
+HIGHER_IS_BETTER: Mapping[str, bool] = {"loss": False, "accuracy": True, "macro_f1": True}
+"""Directions of what is always computed."""
+
+
+def directions(metrics: Sequence[Metric]) -> dict[str, bool]:
+    """Whether more is better, for each figure of which that is known."""
+    return {**HIGHER_IS_BETTER, **{metric.name: metric.higher_is_better for metric in metrics}}
+
+
+def summarise(results: Results, metrics: Sequence[Metric] = ()) -> dict[str, float]:
+    """Means of all numbers per sample, except class numbers and what a metric uses; accuracy and macro-F1 where there
+    are `predicted` and `label`; the metrics; samples.
+
+    Raises:
+        ContractError: a metric needs a result that there is not.
+    """
+    used = {name for metric in metrics for name in metric.inputs} - {"loss"}
     classified = "predicted" in results and "label" in results
-    summary = {
-        name: mean(values) for name, values in results.items() if not (classified and name in ("predicted", "label"))
-    }
+    used |= {"predicted", "label"} if classified else set()
+    summary = {name: mean(values) for name, values in results.items() if name not in used}
     if classified:
         table = confusion(results["label"], results["predicted"])
         summary["accuracy"] = int(np.trace(table)) / int(table.sum())
@@ -38,12 +115,19 @@ def summarise(results: Mapping[str, np.ndarray]) -> dict[str, float]:
                 [scores.f1 for scores, seen in zip(per_class(table), table.sum(0) + table.sum(1), strict=True) if seen]
             )
         )
+    for metric in metrics:
+        if missing := [name for name in metric.inputs if name not in results]:
+            raise ContractError(
+                f"the metric {metric.name!r} needs {missing[0]!r}, which the task's `measure` does not return. It "
+                f"returns {', '.join(map(repr, results))}. Return it, or leave the metric out."
+            )
+        summary[metric.name] = float(metric.compute(results))
     return {**summary, "samples": len(next(iter(results.values())))}
 
 
 def mean(values: np.ndarray) -> float:
-    """The mean, from an exactly rounded sum."""
-    return math.fsum(values.astype(np.float64).tolist()) / len(values)
+    """The mean, from an exactly rounded sum; of rows, over all their numbers."""
+    return math.fsum(values.astype(np.float64).ravel().tolist()) / values.size
 
 
 def confusion(label: np.ndarray, predicted: np.ndarray, classes: int = 0) -> np.ndarray:

@@ -1,29 +1,48 @@
-"""What is trained: three short methods that a user writes for a model of their own.
+"""What is learned: the interface that a user implements for a model of their own.
 
-Owns the interface alone. The presets in `models/text` are tasks like any other.
+Three methods are enough to train. The others say how records become samples, what is scored, and what a trained model
+predicts. The presets in `tasks/text` are tasks like any other. Owns the interface alone; how a task is found by name is
+the matter of `kinds.py`.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from unisono.errors import ContractError
+from unisono.tasks.metrics import Metric
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Microbatch = Mapping[
     str, Tensor
 ]  # column name → host or device tensor; dim 0 is samples, unless the source says otherwise
 
+PLAIN = (bool, int, float, str)
+
 
 class Task(ABC):
     """A model and what it is to learn.
 
-    Each method must be a pure function of its arguments and of torch's, NumPy's or Python's global
+    `loss`, `measure` and `predict` must be pure functions of their arguments and of torch's, NumPy's or Python's global
     generators, which are seeded anew for each microbatch. What is no sum over samples does not belong in `loss`.
     """
 
     pretrained: tuple[str, ...] = ()
     """Prefixes of the names of parameters that learn at `train.pretrained_rate` times the rate."""
+
+    columns: tuple[str, ...] = ()
+    """Names of the columns that a record must have, before `encode`; (): whatever numbers it has."""
+
+    targets: tuple[str, ...] = ()
+    """Those of `columns` that prediction does not need, such as the label."""
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -39,8 +58,59 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
-        """Return one number per sample (float, bool or int, shape [samples]) under each name, for evaluation.
+        """Return one number or one row per sample (float, bool or int, shape [samples] or [samples, k]) under each
+        name, for evaluation.
 
-        Their means are reported. `loss` should be among them; from `predicted` and `label` (class numbers) accuracy,
-        macro-F1, the per-class table and the confusion matrix are computed.
+        What is made of them say `metrics`. `loss` should be among them.
         """
+
+    def metrics(self) -> Sequence[Metric]:
+        """Return what is computed of the results of `measure`, beyond what is always: the mean of each number per
+        sample; accuracy and macro-F1 where there are `predicted` and `label` (class numbers). Results that a metric
+        here uses have no mean of their own, except `loss`."""
+        return ()
+
+    def predict(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
+        """Return one number or one row per sample (shape [samples] or [samples, k]) under the name of each new column,
+        for `unisono.predict`. The microbatch has no `targets`.
+
+        Raises:
+            ContractError: the task does not define it.
+        """
+        name = type(self).__name__
+        raise ContractError(
+            f"the task {name} has no `predict`, so it cannot be used on new data. Define {name}.predict(self, module, "
+            'microbatch) and return, for instance, {"predicted": module(microbatch["input"]).argmax(1)}.'
+        )
+
+    def encode(self, table: pa.Table) -> Mapping[str, Any]:
+        """Return the samples' columns (arrays or lists of numbers, one value or row per sample) for the rows of a file
+        or a frame, which has at least `columns`, or where samples are to be predicted those without `targets`."""
+        return dict(zip(table.column_names, table.columns, strict=True))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the plain values that decide what is learned, by the names of the constructor's arguments. They stand
+        in the run's recipe under [task], decide whether a run may be resumed, and make the task anew for `load`.
+
+        By default: the arguments of the constructor that the task keeps as attributes of the same name, where these are
+        numbers, texts, booleans, or lists of such.
+        """
+        found = {name: getattr(self, name, None) for name in arguments_of(type(self))}
+        return {name: value for name, value in found.items() if _is_plain(value)}
+
+    def export(self, folder: Path) -> None:
+        """Write into `folder`, which has the weights, what prediction needs beside them. By default nothing."""
+        return
+
+
+def arguments_of(task: type[Task]) -> dict[str, inspect.Parameter]:
+    """The named arguments of a task's constructor."""
+    parameters = inspect.signature(task).parameters
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind in kinds}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)

@@ -99,9 +99,9 @@ class TextClassification(Task):
         loss = F.cross_entropy(logits, label, reduction="none").float()
         return {"loss": loss, "predicted": logits.argmax(-1), "label": label}
 
-    def probabilities(self, module: nn.Module, microbatch: Microbatch) -> Tensor:
-        """Return how likely each class is, float [n, classes]; the microbatch needs no label."""
-        return _logits(module, microbatch).softmax(-1)
+    def predict(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
+        """Return `probabilities`: how likely each class is, float [n, classes]; the microbatch needs no label."""
+        return {"probabilities": _logits(module, microbatch).softmax(-1)}
 
     def _check_weights(self) -> None:
         weights = self.class_weights

@@ -1,0 +1,163 @@
+"""A trained model of a user's own task, at work on tables.
+
+Owns what a finished model folder of such a task is read as, and the columns that its predictions become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from unisono.config.recipe import Recipe
+from unisono.data.columns import open_source
+from unisono.data.ingest.frames import add_columns, is_frame, settle
+from unisono.data.source import Source
+from unisono.errors import DataError, ModelError
+from unisono.storage.files import load_tensors
+from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
+from unisono.tasks.tables import RecordRows, read_rows, samples_of
+from unisono.tasks.task import Task
+from unisono.tasks.trained_model import MeasureAll
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableModel:
+    """A trained module with its task. `predict(frame)`, or `predict(columns)`, is all that most will need."""
+
+    module: nn.Module
+    task: Task
+    recipe: Recipe
+    measure_all: MeasureAll
+
+    def predict(self, data: Any) -> Any:
+        """Return what the task predicts: of a frame, a frame of its kind with new columns; of a mapping of columns as
+        the model reads them (arrays or tensors, one row per sample), a mapping of name → array.
+
+        Raises:
+            DataError: a column is missing or cannot be used.
+            ContractError: the task does not define `predict`.
+        """
+        if is_frame(data):
+            frame = settle(data)
+            rows = self.read(frame)
+            return add_columns(frame, self.new_columns(rows, self._measure(self.task.predict, self.samples(rows))))
+        return self._measure(self.task.predict, open_source(data, self.recipe.train.seed))
+
+    def measure(self, data: Any) -> dict[str, float]:
+        """Return the scores on labelled data: a frame, or a mapping of columns as the model reads them."""
+        source = self.labelled(self.read(settle(data)))[0] if is_frame(data) else open_source(data)
+        return summarise(self._measure(self.task.measure, source), self.task.metrics())
+
+    def read(self, source: object) -> RecordRows:
+        """The rows of a file or a frame."""
+        needed = [name for name in self.task.columns if name not in self.task.targets]
+        return read_rows(source, self.recipe.data.model_copy(update={"format": "auto"}), needed)
+
+    def samples(self, rows: RecordRows) -> Source:
+        """The usable rows as samples, without what is to be predicted."""
+        return samples_of(self.task, rows.table.take(pa.array(rows.usable)), rows.name, predict=True)
+
+    def labelled(self, rows: RecordRows) -> tuple[Source, dict[str, int]]:
+        """The rows as samples to be scored; how many were left out for which reason."""
+        targets = [name for name in self.task.targets if name in rows.table.column_names]
+        left_out: dict[str, int] = {}
+        kept: list[int] = []
+        missing = [rows.table[name].is_null().to_numpy() for name in targets]
+        for number, fault in enumerate(rows.faults):
+            reason = fault or ("label missing" if any(column[number] for column in missing) else "")
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
+            else:
+                kept.append(number)
+        if not kept:
+            raise DataError(f"{rows.name}: no row can be scored: {left_out}.")
+        return samples_of(self.task, rows.table.take(pa.array(kept)), rows.name), left_out
+
+    def own_test(self, run: Path) -> Source:
+        """The test file that the recipe names."""
+        if not self.recipe.data.test:
+            raise DataError(
+                f"the recipe of {str(run)!r} names no test file. Name labelled data: unisono evaluate RUN DATA."
+            )
+        return self.labelled(read_rows(self.recipe.data.test, self.recipe.data, self.task.columns))[0]
+
+    def new_columns(self, rows: RecordRows, results: Results) -> dict[str, pa.Array]:
+        """A column for each result with one number per sample; for rows of numbers one each, NAME 0, NAME 1 …; and
+        `unusable`, why a row has none."""
+        new: dict[str, pa.Array] = {}
+        for name, values in results.items():
+            wide = values[:, None] if values.ndim == 1 else values
+            for place in range(wide.shape[1]):
+                column = name if values.ndim == 1 else f"{name} {place}"
+                new[column] = _spread(wide[:, place], rows.usable, len(rows.faults))
+        new["unusable"] = pa.array([fault or None for fault in rows.faults], pa.string())
+        return new
+
+    def report(self, results: Results) -> dict[str, Any]:
+        """The figures; for classes, a table of them and the confusion matrix as well."""
+        found: dict[str, Any] = summarise(results, self.task.metrics())
+        if "predicted" in results and "label" in results:
+            table = confusion(results["label"], results["predicted"])
+            found["confusion"] = table.tolist()
+            found["classes"] = [
+                {"label": one.label, "precision": one.precision, "recall": one.recall, "f1": one.f1,
+                 "samples": one.samples} for one in per_class(table)
+            ]  # fmt: skip
+        return found
+
+    def describe(self, report: Mapping[str, Any]) -> list[str]:
+        """One line for each figure, with its direction where that is known."""
+        known = directions(self.task.metrics())
+        lines = [f"samples {report['samples']:,}"]
+        for name, value in report.items():
+            if isinstance(value, float):
+                direction = {True: "  (more is better)", False: "  (less is better)"}.get(known.get(name, None), "")  # type: ignore[arg-type]
+                lines.append(f"{name} {value:.6g}{direction}")
+        return lines
+
+    def _measure(self, measure: Any, source: Source) -> dict[str, np.ndarray]:
+        from unisono.exchange.solo import Solo
+
+        return self.measure_all(
+            self.module,
+            measure,
+            source,
+            Solo(),
+            device=torch.device("cpu"),
+            precision=self.recipe.train.precision,
+            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch,
+            seed=self.recipe.train.seed,
+        )
+
+
+def load(folder: Path, recipe: Recipe, task: Task, measure_all: MeasureAll) -> TableModel:
+    """Build a task's module and load the weights of a model folder.
+
+    Raises:
+        ModelError: they do not belong together.
+    """
+    module = task.build()
+    try:
+        module.load_state_dict(load_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise ModelError(
+            f"{str(folder)!r}: the weights do not fit the module that {type(task).__name__} builds: {error}. Use the "
+            "task, and its settings, with which the model was trained."
+        ) from None
+    return TableModel(module=module.eval(), task=task, recipe=recipe, measure_all=measure_all)
+
+
+def _spread(values: np.ndarray, usable: np.ndarray, rows: int) -> pa.Array:
+    """Values of the usable rows, null elsewhere."""
+    absent = np.ones(rows, dtype=bool)
+    absent[usable] = False
+    spread = np.zeros(rows, dtype=values.dtype)
+    spread[usable] = values
+    return pa.array(spread, mask=absent)

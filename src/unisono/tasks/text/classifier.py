@@ -1,0 +1,227 @@
+"""A trained text classifier at work: loaded, evaluated, predicting.
+
+Owns what a finished model folder of a text recipe is read as, and the columns and tables that come out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import numpy as np
+import torch
+from torch import nn
+
+from unisono.config.recipe import Recipe
+from unisono.data.encoding.encode import load_encoder
+from unisono.data.ingest.column_batch import list_values
+from unisono.data.ingest.frames import add_columns, is_frame, settle, take_column
+from unisono.data.ingest.read import Texts, read_texts
+from unisono.data.samples import EncodedSamples, encode_samples
+from unisono.data.screening.rules import Examiner
+from unisono.data.source import Source
+from unisono.data.store import open_dataset
+from unisono.errors import DataError, ModelError
+from unisono.exchange.solo import Solo
+from unisono.storage.files import load_tensors
+from unisono.tasks.metrics import Results, confusion, per_class, summarise
+from unisono.tasks.text.classification import TextClassification
+from unisono.tasks.trained_model import MeasureAll
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from unisono.data.encoding.encoder import Encoder
+
+Frame = TypeVar("Frame")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+    """A trained text classifier. `predict(texts)`, or `predict(frame)`, is all that most will need."""
+
+    module: nn.Module
+    task: TextClassification
+    encoder: Encoder
+    labels: tuple[str, ...]
+    recipe: Recipe
+    dataset: str
+    """SHA-256 of the dataset that it was trained on."""
+    measure_all: MeasureAll
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """float64 [texts, classes]: how likely each class is for each text."""
+        if not len(texts):
+            return np.zeros((0, len(self.labels)))
+        results = self.measure_all(
+            self.module,
+            self.task.predict,
+            self.encode(texts),
+            Solo(),
+            device=torch.device("cpu"),
+            precision=self.recipe.train.precision,
+            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch,
+            seed=self.recipe.train.seed,
+        )
+        return results["probabilities"]
+
+    def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> EncodedSamples:
+        """Encode new texts, mended and masked as those were that the model learned from; `labels` are class numbers."""
+        treat = Examiner(self.recipe.screen, self.labels).treat
+        return encode_samples(self.encoder, [treat(text)[0] for text in texts], labels)
+
+    @overload
+    def predict(self, texts: Sequence[str]) -> list[str]: ...
+    @overload
+    def predict(self, texts: Frame) -> Frame: ...
+    def predict(self, texts: Any) -> Any:
+        """The most likely class of each text, in a list; of a frame, what `unisono.predict` gives, without workers.
+
+        Raises:
+            DataError: one is no text (in a frame such a row gets no prediction), or the frame lacks their column.
+        """
+        if is_frame(texts) or isinstance(texts, Mapping):
+            frame = settle(texts)
+            rows = self.read(frame)
+            new = self.new_columns(rows, {"probabilities": self.probabilities(rows.good_texts)})
+            return add_columns(frame if is_frame(frame) else rows.table, new)
+        if isinstance(texts, str | Path):
+            raise DataError(f"predict({str(texts)!r}): give a list of texts, or a frame. For a file: unisono.predict.")
+        found = [
+            value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+            for value in list_values(take_column(texts))
+        ]
+        if wrong := [row for row, text in enumerate(found) if not isinstance(text, str)]:
+            raise DataError(
+                f"predict: {len(wrong):,} of {len(found):,} are no texts, the first in row {wrong[0]}: "
+                f"{found[wrong[0]]!r}. Leave them out, or give a frame, where such a row gets no prediction."
+            )
+        return [self.labels[number] for number in self.probabilities(found).argmax(1)]  # type: ignore[arg-type]
+
+    def read(self, source: object) -> Texts:
+        """The rows of a file or a frame, in the columns that the model's recipe names."""
+        return read_texts(source, self.recipe.data.model_copy(update={"format": "auto"}))
+
+    def samples(self, rows: Texts) -> Source:
+        """The usable texts as samples."""
+        return self.encode(rows.good_texts)
+
+    def labelled(self, rows: Texts) -> tuple[Source, dict[str, int]]:
+        """The rows as samples to be scored; how many were left out for which reason."""
+        if rows.labels is None:
+            raise DataError(
+                f"the data has no column {self.recipe.data.label!r} of classes, without which it cannot be "
+                "scored. Use predict, or name the column so."
+            )
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        left_out: dict[str, int] = {}
+        kept: list[int] = []
+        for row, (label, fault) in enumerate(zip(rows.labels, rows.faults, strict=True)):
+            reason = fault or ("label missing" if label is None else "" if label in numbers else "unknown label")
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
+            else:
+                kept.append(row)
+        if not kept:
+            raise DataError(f"no row can be scored: {left_out}. The model's classes are {', '.join(self.labels)}.")
+        samples = self.encode([rows.texts[row] for row in kept], [numbers[str(rows.labels[row])] for row in kept])
+        return samples, left_out
+
+    def own_test(self, run: Path) -> Source:
+        """The test samples of the run's own dataset."""
+        folder = Path(self.recipe.data.store)
+        dataset = next(
+            (open_dataset(path.parent) for path in folder.glob("*/manifest.json") if self.dataset in path.read_text()),
+            None,
+        )
+        source = dataset.split("test") if dataset else None
+        if source is None:
+            raise DataError(
+                f"{str(run)!r} has no test samples of its own in {str(folder)!r}. Name a labelled file: unisono "
+                "evaluate RUN DATA."
+            )
+        return source
+
+    def new_columns(self, rows: Texts, results: Results) -> dict[str, pa.Array]:
+        """`predicted`, one probability per class, and `unusable`: why a row has none."""
+        import pyarrow as pa
+
+        count = len(rows.texts)
+        predicted: list[str | None] = [None] * count
+        probabilities = np.full((count, len(self.labels)), np.nan)
+        for row, values in zip(rows.usable, results.get("probabilities", ()), strict=True):
+            predicted[row], probabilities[row] = self.labels[int(values.argmax())], values
+        new = {"predicted": pa.array(predicted, pa.string())}
+        for number, label in enumerate(self.labels):
+            new[f"probability of {label}"] = pa.array(probabilities[:, number], from_pandas=True)
+        new["unusable"] = pa.array([fault or None for fault in rows.faults], pa.string())
+        return new
+
+    def report(self, results: Results) -> dict[str, Any]:
+        """The figures, a table of the classes and the confusion matrix."""
+        table = confusion(results["label"], results["predicted"], len(self.labels))
+        classes = [dataclasses.asdict(scores) for scores in per_class(table, self.labels)]
+        return {**summarise(results, self.task.metrics()), "classes": classes, "confusion": table.tolist()}
+
+    def describe(self, report: Mapping[str, Any]) -> list[str]:
+        """The scores as text: a summary, a line per class, the confusion matrix."""
+        lines = [
+            f"samples {report['samples']:,}  loss {report['loss']:.4f}  accuracy {report['accuracy']:.2%}  macro-F1 "
+            f"{report['macro_f1']:.4f}"
+        ]
+        width = max(len(scores["label"]) for scores in report["classes"])
+        lines += ["", f"{'class':<{width + 4}}  precision  recall      F1  samples"]
+        for number, scores in enumerate(report["classes"]):
+            lines.append(
+                f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  "
+                f"{scores['f1']:.4f}  {scores['samples']:>7,}"
+            )
+        digits = max(3, *(len(str(cell)) for row in report["confusion"] for cell in row))
+        lines += [
+            "",
+            "confusion: rows are the true classes, columns the predicted ones",
+            "    " + "".join(f"{n:>{digits + 1}}" for n in range(len(report["classes"]))),
+        ]
+        lines += [
+            f"{number:>2}  " + "".join(f"{cell:>{digits + 1}}" for cell in row)
+            for number, row in enumerate(report["confusion"])
+        ]
+        return lines
+
+
+def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_all: MeasureAll) -> Classifier:
+    """Load the text classifier of a model folder.
+
+    Raises:
+        ModelError: weights and encoder do not belong together.
+        DamagedError: a file is not readable.
+    """
+    encoder = load_encoder(folder)
+    if recipe.model.kind == "pretrained":  # its configuration lies beside the weights, wherever the original has gone
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"folder": str(folder)})})
+    task = TextClassification(
+        model=recipe.model,
+        classes=len(facts["labels"]),
+        vocabulary_size=encoder.vocabulary_size,
+        padding=encoder.padding,
+        max_tokens=recipe.encode.max_tokens,
+    )
+    module = task.build()
+    try:
+        module.load_state_dict(load_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:  # names or shapes that differ
+        raise ModelError(
+            f"{str(folder)!r}: weights and encoder do not belong together: {error}. "
+            "Restore the folder as it was written."
+        ) from None
+    return Classifier(
+        module=module.eval(),
+        task=task,
+        encoder=encoder,
+        labels=tuple(facts["labels"]),
+        recipe=recipe,
+        dataset=facts["dataset"],
+        measure_all=measure_all,
+    )

@@ -1,0 +1,84 @@
+"""A trained model at work: what evaluation and prediction need of one, whatever its task.
+
+Owns the interface. `text/classifier.py` and `table_model.py` implement it; `api/application.py` reads files, shares the
+work out and writes what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from unisono.config.recipe import Recipe
+from unisono.data.source import Source
+from unisono.tasks.metrics import Results
+from unisono.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MeasureAll = Callable[..., dict[str, np.ndarray]]
+"""`engine.evaluation.measure_all`, handed in from above: tasks do not know the engine."""
+
+
+class TableRows(Protocol):
+    """The rows of a file or a frame, all of them and in order."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The input's columns."""
+        ...
+
+    @property
+    def faults(self) -> Sequence[str]:
+        """Why a row cannot be used; empty if it can."""
+        ...
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Numbers of the rows without a fault: int64 [usable]."""
+        ...
+
+
+class TrainedModel(Protocol):
+    """module: in evaluation mode. recipe: of its run."""
+
+    @property
+    def module(self) -> Any: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def read(self, source: object) -> TableRows:
+        """The rows of a file or a frame, in the columns that the recipe names."""
+        ...
+
+    def samples(self, rows: Any) -> Source:
+        """The usable rows as samples, without what is to be predicted."""
+        ...
+
+    def labelled(self, rows: Any) -> tuple[Source, dict[str, int]]:
+        """Rows as samples to be scored; how many were left out for which reason. Raises DataError if none is left."""
+        ...
+
+    def own_test(self, run: Path) -> Source:
+        """The test samples of the model's own run. Raises DataError if there are none."""
+        ...
+
+    def new_columns(self, rows: Any, results: Results) -> dict[str, pa.Array]:
+        """What prediction adds to a table, one value per row, from `task.predict`'s results on the usable rows."""
+        ...
+
+    def report(self, results: Results) -> dict[str, Any]:
+        """The scores, as plain values, from `task.measure`'s results."""
+        ...
+
+    def describe(self, report: Mapping[str, Any]) -> list[str]:
+        """A report in lines of text."""
+        ...
