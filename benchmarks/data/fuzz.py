@@ -36,14 +36,14 @@ ROOT = HERE.parents[1]
 ENVIRONMENT = HERE.parent / ".envs" / "fuzz"
 REQUIREMENTS = ["atheris==3.0.0"]
 SOURCES = ROOT / "src" / "unisono" / "data"
-READERS = ("pieces", "rows", "lines", "sheets", "read", "spool", "rules", "near", "screen", "decided", "write")
+READERS = ("input_splits", "delimited", "lines", "column_batch", "read", "staging", "rules", "near_duplicates", "screen", "decisions", "write")
 MODULES = {
     **dict.fromkeys(("jsonl", "csv", "tsv"), READERS),
     **dict.fromkeys(("gz", "bz2", "xz", "zst"), (*READERS, "compressed")),
-    "parquet": (*READERS, "tables"),
+    "parquet": (*READERS, "parquet"),
     "folder": (*READERS, "locations"),
-    "screen": ("spool", "rules", "near", "screen", "decided"),
-    "review": ("spool", "rules", "near", "screen", "decided", "parts", "review", "page", "write"),
+    "screen": ("staging", "rules", "near_duplicates", "screen", "decisions"),
+    "review": ("staging", "rules", "near_duplicates", "screen", "decisions", "parts", "review", "report_page", "write"),
 }
 """Whose lines are counted as reached, by target."""
 STARTS_AT_MOST = 50

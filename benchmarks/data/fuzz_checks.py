@@ -242,7 +242,7 @@ def check_screening(
 ) -> Decisions:
     """Every record is kept or has a reason, nothing that is to be masked is left, and what is written is UTF-8."""
     examiner = Examiner(rules, data.labels)
-    paths = [folder / f"spool-{number}" for number in range(len(column_batches))]
+    paths = [folder / f"staged-{number}" for number in range(len(column_batches))]
     near = "refuse" in (rules.near_duplicates, rules.contradicted)
     for path, (name, some) in zip(paths, column_batches, strict=True):
         stage(path, some, name, data, examiner, place=True, near=near)

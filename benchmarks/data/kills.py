@@ -35,7 +35,7 @@ vocabulary_size = 2000
 [model]
 kind = "transformer"
 """
-STAGES = (("part-", "encoding"), ("encoder", "encoding"), ("spool-", "reading"))
+STAGES = (("part-", "encoding"), ("encoder", "encoding"), ("staged-", "reading"))
 
 
 def command(folder: Path, store: Path, workers: int) -> list[str]:

@@ -26,8 +26,8 @@ vocabulary_size = 300
 kind = "transformer"
 """
 STAGES: dict[str, Callable[[Path], bool]] = {
-    "reading": lambda store: bool(list(store.glob(".*.work/spool-*"))),
-    "learning": lambda store: len(list(store.glob(".*.work/spool-*"))) >= 6,
+    "reading": lambda store: bool(list(store.glob(".*.work/staged-*"))),
+    "learning": lambda store: len(list(store.glob(".*.work/staged-*"))) >= 6,
     "encoder": lambda store: bool(list(store.glob(".*.work/encoder"))),
     "encoding": lambda store: bool(list(store.glob(".*.work/part-*"))),
     "storing": lambda store: bool(list(store.glob(".*.partial"))),
@@ -147,7 +147,7 @@ def test_what_a_machine_left_when_it_was_cut_off_is_not_trusted(
     process.communicate()
     (mark,) = store.glob(".*.work/boot")
     mark.write_text("another start of the machine", encoding="utf-8")
-    for path in [*store.glob(".*.work/spool-*"), *store.glob(".*.work/part-*")]:
+    for path in [*store.glob(".*.work/staged-*"), *store.glob(".*.work/part-*")]:
         path.write_bytes(bytes(path.stat().st_size))
     again = start(folder, store)
     told, _ = again.communicate(timeout=60)

@@ -184,7 +184,7 @@ class _Stages:
             self._notify(f"reading {one.name}")
         data = self._recipe.data
         examiner = Examiner(self._recipe.screen, data.labels)
-        paths = [self._work / f"spool-{number:06}" for number in range(len(self._parts))]
+        paths = [self._work / f"staged-{number:06}" for number in range(len(self._parts))]
 
         def read(number: int) -> None:
             split, part = self._parts[number]
