@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,58 +26,10 @@ from unisono.tasks.metrics import Perplexity, TorchMetric, WeightedMean, directi
 
 pytestmark = pytest.mark.usefixtures("warm")
 
-MODULE = """
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-import unisono
-
-
-@dataclass
-class Flowers(unisono.Task):
-    width: int = 8
-    dropout: float = 0.1
-
-    columns = ("a", "b", "kind")
-    targets = ("kind",)
-
-    def build(self):
-        return nn.Sequential(nn.Linear(2, self.width), nn.Dropout(self.dropout), nn.Tanh(), nn.Linear(self.width, 2))
-
-    def encode(self, table):
-        given = {"x": torch.tensor(list(zip(table["a"].to_pylist(), table["b"].to_pylist())), dtype=torch.float32)}
-        return given | ({"y": table["kind"].to_pylist()} if "kind" in table.column_names else {})
-
-    def loss(self, module, microbatch):
-        return F.cross_entropy(module(microbatch["x"]), microbatch["y"], reduction="sum"), len(microbatch["y"])
-
-    def measure(self, module, microbatch):
-        scores, label = module(microbatch["x"]), microbatch["y"]
-        return {"loss": F.cross_entropy(scores, label, reduction="none"), "predicted": scores.argmax(1), "label": label}
-
-    def predict(self, module, microbatch):
-        scores = module(microbatch["x"])
-        return {"kind": scores.argmax(1), "p": scores.softmax(1)}
-"""
-
-RECIPE = """
-[task]
-kind = "flowers:Flowers"
-width = 6
-
-[data]
-train = "flowers.csv"
-test_fraction = 0.3
-
-[train]
-epochs = 4
-samples_per_step = 16
-microbatches = 4
-learning_rate = 0.05
-"""
+GUIDE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+MODULE, METRIC = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+RECIPE = re.findall(r"```toml\n(.*?)```", GUIDE, re.S)[0].replace("width = 16 ", "width = 6 ").replace("0.2", "0.3")
+RECIPE += "samples_per_step = 16\nmicrobatches = 4\nlearning_rate = 0.05\n"
 
 
 def write_flowers(path: Path, rows: int = 90, *, labels: bool = True) -> Path:
@@ -237,6 +190,14 @@ def test_a_metric_of_one_s_own_is_the_same_on_any_number_of_workers(tmp_path: Pa
     assert model.measure(sentences(17))["perplexity"] == found[0][1]["perplexity"]
     with pytest.raises(unisono.ContractError, match=r"Define Language\.predict"):
         model.predict(sentences(3))
+
+
+def test_the_guide_s_metric_is_one() -> None:
+    found: dict[str, Any] = {}
+    exec(METRIC, found)
+    results = {"loss": np.zeros(4), "predicted": np.array([0, 1, 2, 3]), "label": np.array([0, 2, 0, 3])}
+    summary = summarise(results, (found["WithinOne"](),))
+    assert (summary["within_one"], summary["accuracy"]) == (0.75, 0.5)
 
 
 def test_perplexity_is_weighted_by_tokens() -> None:

@@ -140,7 +140,7 @@ def count_lines(target: str, corpus: Path) -> str:
     """
     import fuzz_run
 
-    wanted = {str(SOURCES / f"{name}.py") for name in MODULES[target]}
+    wanted = {str(path) for name in MODULES[target] for path in SOURCES.rglob(f"{name}.py")}
     every = {(path, line) for path in wanted for line in _list_lines(path)}
     reached: set[tuple[str, int]] = set()
 
