@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.encoding.encode import load_encoder
@@ -118,12 +119,11 @@ class Classifier:
     ) -> dict[str, np.ndarray]:
         device = device or torch.device("cpu")
         return measure_all(
-            self.module.to(device),
+            TorchBackend(self.task, self.module.to(device), precision=self.recipe.train.precision),
             measure,
             source,
             exchange or Solo(),
             device=device,
-            precision=self.recipe.train.precision,
             samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch,
             seed=self.recipe.train.seed,
         )

@@ -24,6 +24,9 @@ class Task(ABC):
 
     pretrained: tuple[str, ...] = ()
     """Prefixes of the names of parameters that learn at `train.pretrained_rate` times the rate."""
+    backend: str = "torch"
+    """Name of what computes this task's model: "torch", or another backend that is installed or registered. With
+    another one, `build`, `loss` and `measure` have the form that it describes."""
 
     @abstractmethod
     def build(self) -> nn.Module:
