@@ -102,7 +102,9 @@ class NumpyBackend:
         if name != TABLE or found is None:
             return None if found is None else torch.from_numpy(found)
         numbers, rows = (torch.from_numpy(part) for part in found)
-        return torch.sparse_coo_tensor(numbers[None], rows + 0.0, self._values[name].shape).coalesce()
+        return torch.sparse_coo_tensor(
+            numbers[None], rows + 0.0, self._values[name].shape, check_invariants=True
+        ).coalesce()
 
     def _model(self, key: int, *, training: bool) -> NumpyModel:
         buffers = {name: value.numpy().copy() for name, value in self._buffers.items()}

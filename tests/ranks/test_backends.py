@@ -12,15 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from worlds import Heard, train_alone
 
 import numpy_backend
 import unisono
 from numpy_backend import NumpyBackend, NumpyClasses, Remembers, make_columns
+from unisono.api.training import resolve
 from unisono.backends import backend_registry
 from unisono.backends.backend import Backend
 from unisono.backends.torch_backend import TorchBackend
 from unisono.engine.replica import Replica
-from unisono.errors import ContractError, ImpureError
+from unisono.errors import ContractError, ImpureError, RecipeError
+from unisono.exchange.protocol import Exchange
+from unisono.exchange.simulated import play
+from unisono.runtime.run_inputs import open_own
+from unisono.runtime.setup import Job
 from unisono.storage.files import load_tensors
 
 Trainer = Callable[..., unisono.Trained]
@@ -30,7 +36,6 @@ SETTINGS: dict[str, Any] = {
     "microbatches": 4,
     "learning_rate": 0.05,
     "ema_decay": 0.5,
-    "quiet": True,
     "evaluate": {"every_steps": 4, "keep_best": True, "samples_per_microbatch": 7},
     "checkpoint": {"every_steps": 6, "keep": 9},
 }
@@ -41,10 +46,8 @@ SAME = ("weights_sha256", "optimizer_sha256", "test", "best_step", "train")
 def learn(warm: None) -> Trainer:
     def train(folder: Path, workers: int, task: unisono.Task | None = None, **options: Any) -> unisono.Trained:
         validation, test = make_columns(24, seed=6), make_columns(25, seed=7)
-        return unisono.train(
-            task or NumpyClasses(), make_columns(), validation=validation, test=test, workers=workers, run=folder,
-            **(SETTINGS | options),
-        )  # fmt: skip
+        given = {"workers": workers, "run": folder, "quiet": True, **SETTINGS, **options}
+        return unisono.train(task or NumpyClasses(), make_columns(), validation=validation, test=test, **given)
 
     return train
 
@@ -76,7 +79,23 @@ def test_it_learns(alone: unisono.Trained) -> None:
     assert saved.keys() == {"scale", "hidden", "spare", "embeddings", "bias", "head/kernel", "tied/kernel", "mean"}
     assert torch.equal(saved["head/kernel"], saved["tied/kernel"])
     assert saved["scale"].tolist() == [0.5] * 6 and saved["mean"].min() > 0.5
+    with pytest.raises(RecipeError, match=r"for the backend 'torch'.*is 'numpy'.*model\.safetensors"):
+        alone.module()
     assert "numpy" in json.loads((alone.folder / "fingerprint.json").read_text())["backend"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_weights_that_are_updated_in_place_are_seen(workers: int, alone: unisono.Trained, tmp_path: Path) -> None:
+    """Without a supervisor there is no snapshot: one worker's weights stay where they are, and change."""
+    recipe = resolve(NumpyClasses(), None, (), SETTINGS)
+
+    def act(exchange: Exchange) -> None:
+        inputs = open_own(recipe, NumpyClasses(), make_columns(), make_columns(24, seed=6), make_columns(25, seed=7))
+        train_alone(Job(recipe=recipe, folder=tmp_path), inputs, exchange, [Heard(tmp_path)])
+
+    play(workers, act)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: summary[name] for name in SAME} == facts(alone)
 
 
 @pytest.mark.parametrize("fault", ["kill(worker=1, step=7, phase=update)", "kill(worker=0, step=10, phase=contribute)"])
