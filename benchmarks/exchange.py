@@ -21,6 +21,7 @@ from record import Cell, Spread, record
 from torch import Tensor, nn
 from world import WORKERS, in_plain, in_unisono
 
+from unisono.backends.torch_backend import TorchBackend
 from unisono.config.sections import Train
 from unisono.data.order import Step
 from unisono.engine.contribution import Contribution
@@ -30,6 +31,7 @@ from unisono.engine.replica import Replica
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
 from unisono.exchange.protocol import Exchange
+from unisono.tasks.task import Microbatch, Task
 
 MATRICES, WIDTH = 84, 512  # 84 × 512 × 512 = 22.0 million
 BUCKET = 25 * 2**20 // 4
@@ -40,7 +42,7 @@ REPEATS = 5
 def unisono_round(exchange: Exchange, memory: int) -> float:
     """Median seconds of one worker's rounds through unisono's engine."""
     train = Train()
-    replica = Replica(_module(), rank=exchange.rank, workers=exchange.workers)
+    replica = Replica(TorchBackend(_Matrices(), _module()), rank=exchange.rank, workers=exchange.workers)
     arrays = SnapshotArrays(memory, array_names(train), replica, exchange, most_workers=WORKERS, extra={}, direct=True)
     optimizer, reduction = Optimizer(replica, exchange, train, arrays), Reduction(replica, exchange)
     state = TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange)
@@ -49,7 +51,7 @@ def unisono_round(exchange: Exchange, memory: int) -> float:
     step = Step(number=0, epoch=0, microbatches=tuple(one for _ in range(exchange.workers)))
     contribution = Contribution(
         loss=torch.tensor(1.0, dtype=torch.float64),
-        weight=1,
+        terms=1,
         parts=list(_gradients(exchange.rank)),
         integers=torch.empty(0, dtype=torch.int64),
     )
@@ -87,6 +89,19 @@ def plain_round(rank: int, workers: int) -> float:
         optimizer.step()
 
     return _time(prepare, act)
+
+
+class _Matrices(Task):
+    """Nothing to learn: gradients are made up."""
+
+    def build(self) -> nn.Module:
+        return _module()
+
+    def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:
+        raise NotImplementedError
+
+    def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
+        raise NotImplementedError
 
 
 def _module() -> nn.Module:

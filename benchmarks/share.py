@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice, pairwise
 from statistics import median
 from typing import Any
@@ -25,8 +26,8 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload
 from world import WORKERS, in_unisono
 
+from unisono.backends.torch_footprint import count_flop
 from unisono.engine.contribution import Contributes, Contribution, Contributor
-from unisono.engine.footprint import count_flop
 from unisono.exchange.protocol import Exchange
 from unisono.kernels.linear import multiplies_bf16
 
@@ -93,7 +94,7 @@ def take_turns(workload: Workload, exchange: Exchange, memory: int) -> dict[str,
             products.append(multiply(dtype))
         flop: Counter[int] = Counter()
         for step, number in kept.given:
-            flop[step] += count_flop(kept.again, step, number)
+            flop[step] += count_flop(partial(kept.again, step, number))
     return {"steps": [flop[step] / b for step, b in zip(sorted(flop), seconds, strict=True)], "products": products}
 
 

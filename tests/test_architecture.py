@@ -17,6 +17,7 @@ LAYERS = (  # from top to bottom; imports point downwards, or sideways within a 
     ("runtime",),
     ("tracking",),
     ("engine",),
+    ("backends",),
     ("tasks",),
     ("data", "kernels", "exchange", "parallel", "storage"),
     ("processes", "determinism", "config"),
@@ -130,6 +131,20 @@ def test_a_circle_would_be_found() -> None:
 
 def test_engine_knows_exchanges_by_their_protocol_only() -> None:
     for path in (SOURCE / "engine").glob("*.py"):
+        known = {module for module in own_imports(path) if find_unit(module) == "exchange"}
+        assert known <= {"unisono.exchange.protocol"}, path
+
+
+def test_engine_knows_no_framework_behind_its_backends() -> None:
+    """The engine computes over torch tensors, and leaves models, their passes and their modes to a backend."""
+    excepted = {"numerics.py"}  # its battery computes with the kernels of torch, gradients too, to tell processes apart
+    passes = re.compile(r"torch\.(nn|autograd|autocast)\b|from torch import [^\n]*\bnn\b|\.backward\(|\.requires_grad")
+    for path in (SOURCE / "engine").glob("*.py"):
+        known = {module for module in own_imports(path) if find_unit(module) == "backends"}
+        assert known <= {"unisono.backends.backend"}, path
+        if path.name not in excepted:
+            assert passes.findall(ast.unparse(parse(path))) == [], path  # comments are left out
+    for path in (SOURCE / "backends").glob("*.py"):
         known = {module for module in own_imports(path) if find_unit(module) == "exchange"}
         assert known <= {"unisono.exchange.protocol"}, path
 

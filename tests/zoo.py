@@ -14,10 +14,34 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from unisono.backends.torch_backend import TorchBackend
+from unisono.engine.replica import Replica
 from unisono.tasks.task import Microbatch, Task
 
 WORDS = 60
 CLASSES = 5
+
+
+class Bare(Task):
+    """A module that is there already, and nothing to learn."""
+
+    def __init__(self, module: nn.Module, pretrained: tuple[str, ...] = ()) -> None:
+        self._module = module
+        self.pretrained = pretrained
+
+    def build(self) -> nn.Module:
+        return self._module
+
+    def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:
+        raise NotImplementedError
+
+    def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def replicate(task: Task, rank: int = 0, workers: int = 1) -> Replica:
+    """A worker's replica of a task's module."""
+    return Replica(TorchBackend(task, task.build()), rank=rank, workers=workers)
 
 
 class Classified(Task):

@@ -36,7 +36,19 @@ ROOT = HERE.parents[1]
 ENVIRONMENT = HERE.parent / ".envs" / "fuzz"
 REQUIREMENTS = ["atheris==3.0.0"]
 SOURCES = ROOT / "src" / "unisono" / "data"
-READERS = ("input_splits", "delimited", "lines", "column_batch", "read", "staging", "rules", "near_duplicates", "screen", "decisions", "write")
+READERS = (
+    "input_splits",
+    "delimited",
+    "lines",
+    "column_batch",
+    "read",
+    "staging",
+    "rules",
+    "near_duplicates",
+    "screen",
+    "decisions",
+    "write",
+)
 MODULES = {
     **dict.fromkeys(("jsonl", "csv", "tsv"), READERS),
     **dict.fromkeys(("gz", "bz2", "xz", "zst"), (*READERS, "compressed")),

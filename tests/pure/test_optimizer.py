@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import zoo
 from unisono.config.sections import Train
 from unisono.determinism.nodes import Node
 from unisono.determinism.space import BLOCK
@@ -98,7 +99,7 @@ def run(
     exchange: Exchange, settings: Train, make: Callable[[], nn.Module] = net, memory: int = -1, **options: Any
 ) -> tuple[Replica, Optimizer, list[float]]:
     """memory: file of a snapshot to keep the arrays in; −1: updated in place."""
-    replica = Replica(make(), rank=exchange.rank, workers=exchange.workers, **options)
+    replica = zoo.replicate(zoo.Bare(make(), **options), exchange.rank, exchange.workers)
     arrays = None
     if memory >= 0:
         names = array_names(settings)
@@ -124,7 +125,7 @@ def torch_optimizer(settings: Train, groups: list[dict[str, Any]]) -> torch.opti
 def test_torch_on_whole_tensors_gives_the_same_bits(rule: dict[str, Any]) -> None:
     settings = train(**rule)
     replica, optimizer, _ = run(Solo(), settings)
-    start = Replica(net(), rank=0, workers=1)
+    start = zoo.replicate(zoo.Bare(net()))
     segments = start.space.parameters
     # each tensor with its padding, since vector bodies and scalar tails differ in the last bit
     whole = [nn.Parameter(start.flat[segment.start : segment.stop].clone()) for segment in segments]
@@ -148,7 +149,7 @@ def test_torch_on_whole_tensors_gives_the_same_bits(rule: dict[str, Any]) -> Non
 def test_lion_is_program_1_of_its_paper() -> None:
     settings = train(optimizer="lion", beta1=0.9, beta2=0.99)
     replica, _, _ = run(Solo(), settings)
-    start = Replica(net(), rank=0, workers=1)
+    start = zoo.replicate(zoo.Bare(net()))
     for index, segment in enumerate(start.space.parameters):
         weight, average = segment.view(start.flat).double(), torch.zeros(segment.shape, dtype=torch.float64)
         decay = 0.1 if start.groups[segment.group].decays else 0.0
@@ -204,7 +205,7 @@ def test_the_norm_of_many_blocks_is_the_same_bits_on_any_number_of_workers() -> 
     ]
 
     def act(exchange: Exchange) -> tuple[float, ...]:
-        replica = Replica(nn.Linear(400, 400, bias=False), rank=exchange.rank, workers=exchange.workers)
+        replica = zoo.replicate(zoo.Bare(nn.Linear(400, 400, bias=False)), exchange.rank, exchange.workers)
         optimizer = Optimizer(replica, exchange, train(optimizer="sgd"))
         norms = []
         for slope in slopes:
@@ -233,11 +234,11 @@ def test_biases_and_norms_do_not_decay() -> None:
     def still(replica: Replica) -> Tensor:
         return torch.zeros_like(replica.flat)
 
-    replica = Replica(net(), rank=0, workers=1)
+    replica = zoo.replicate(zoo.Bare(net()))
     before = {segment.name: segment.view(replica.flat).clone() for segment in replica.space.parameters}
     optimizer = Optimizer(replica, Solo(), train(optimizer="adamw", weight_decay=0.5))
     advance(optimizer, still(replica), totals(replica, 0), step=0, rate=0.1)
-    for name, value in replica.module.named_parameters():
+    for name, value in replica.backend.module.named_parameters():
         expected = before[name] * (1 - 0.1 * 0.5) if name in ("encoder.weight", "head.weight") else before[name]
         torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
 
@@ -245,7 +246,7 @@ def test_biases_and_norms_do_not_decay() -> None:
 @pytest.mark.parametrize("factor", [0.0, 0.25])
 def test_the_pretrained_part_learns_at_its_own_rate(factor: float) -> None:
     settings = train(optimizer="sgd", momentum=0.0, weight_decay=0.0, pretrained_rate=factor)
-    replica = Replica(net(), rank=0, workers=1, pretrained=("encoder.", "norm."))
+    replica = zoo.replicate(zoo.Bare(net(), pretrained=("encoder.", "norm.")))
     before = replica.flat.clone()
     slope = gradient(replica, 0)
     optimizer = Optimizer(replica, Solo(), settings)
@@ -259,25 +260,25 @@ def test_the_pretrained_part_learns_at_its_own_rate(factor: float) -> None:
 @pytest.mark.parametrize("limit", [0.5, 1e6])
 def test_clipping_is_that_of_torch(limit: float) -> None:
     settings = train(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=limit)
-    replica = Replica(net(), rank=0, workers=1)
+    replica = zoo.replicate(zoo.Bare(net()))
     whole = [nn.Parameter(segment.view(replica.flat).clone()) for segment in replica.space.parameters]
     slope = gradient(replica, 0) * 4
     for weight, segment in zip(whole, replica.space.parameters, strict=True):
         weight.grad = segment.view(slope) / 4
     expected = torch.nn.utils.clip_grad_norm_(whole, limit)
     torch.optim.SGD(whole, lr=0.1).step()
-    mean = dict(replica.module.named_buffers())["mean"].clone()
+    mean = dict(replica.backend.module.named_buffers())["mean"].clone()
     found = advance(Optimizer(replica, Solo(), settings), slope, totals(replica, 0, weight=4), step=0, rate=0.1)
     assert found == pytest.approx(float(expected), rel=1e-6)
     for weight, segment in zip(whole, replica.space.parameters, strict=True):
         torch.testing.assert_close(segment.view(replica.flat), weight.detach(), rtol=1e-5, atol=1e-6)
-    now = dict(replica.module.named_buffers())["mean"]
+    now = dict(replica.backend.module.named_buffers())["mean"]
     torch.testing.assert_close(now, mean + 0.25, msg="a buffer's change is no gradient and is not clipped")
 
 
 def test_average_of_the_weights() -> None:
     settings = train(optimizer="adamw", ema_decay=0.5)
-    replica = Replica(net(), rank=0, workers=1)
+    replica = zoo.replicate(zoo.Bare(net()))
     optimizer = Optimizer(replica, Solo(), settings)
     expected = replica.flat.double()
     for step, rate in enumerate(RATES):
@@ -316,7 +317,7 @@ def test_float64_modules(rule: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(workers: int, bad: float) -> None:
     def act(exchange: Exchange) -> None:
-        replica = Replica(net(), rank=exchange.rank, workers=workers)
+        replica = zoo.replicate(zoo.Bare(net()), exchange.rank, workers)
         optimizer = Optimizer(replica, exchange, train(optimizer="adamw", ema_decay=0.9))
         before = replica.flat.clone(), optimizer.weights.clone()
         flat = gradient(replica, 0)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unisono.engine.profile
-from unisono.engine.footprint import count_flop, estimate_flop, measure_activations
+import zoo
+from unisono.backends.torch_backend import TorchBackend
+from unisono.backends.torch_footprint import count_flop
+from unisono.engine.footprint import estimate_flop, measure_activations
 from unisono.engine.profile import MOST_STEPS, PHASES, Profile, Recorded, storage_bytes
 from unisono.exchange.solo import Solo
 from unisono.processes.progress_table import UNWATCHED
@@ -245,7 +248,7 @@ COUNTED: dict[str, tuple[Callable[[], Tensor], int]] = {
 
 @pytest.mark.parametrize(("compute", "expected"), COUNTED.values(), ids=COUNTED)
 def test_what_is_counted_is_what_is_computed(compute: Callable[[], Tensor], expected: int) -> None:
-    assert count_flop(lambda step, number: compute().sum().backward(), 0, 0) == expected
+    assert count_flop(lambda: compute().sum().backward()) == expected
 
 
 def test_other_shapes_count_as_the_nearest_in_proportion() -> None:
@@ -265,7 +268,9 @@ def test_activations_are_the_most_that_is_saved_at_a_time() -> None:
         (module(torch.ones(5, 8)) ** 2).sum().backward()
 
     constants = [parameter.detach() for parameter in module.parameters()]
-    assert measure_activations(again, profile, constants) == 4 * 5 * (8 + 16 + 32)
+    assert measure_activations(again, TorchBackend(zoo.Bare(module), module), profile, constants) == 4 * 5 * (
+        8 + 16 + 32
+    )
     assert asked == [(3, 1)]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import zoo
 from unisono.engine.contribution import Contributor
 from unisono.engine.purity import probe
-from unisono.engine.replica import Replica
 from unisono.errors import ImpureError
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -116,7 +115,7 @@ class GlobalGenerators(Wrapped):
 def check(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     task = zoo.Classified(make)
-    contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
+    contributor = Contributor(replica=zoo.replicate(task), seed=0)
     columns = {name: torch.from_numpy(column) for name, column in zoo.words(12).items()}
     probe(
         contributor, *({name: column[part] for name, column in columns.items()} for part in (slice(0, 4), slice(4, 11)))

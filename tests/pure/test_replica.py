@@ -43,9 +43,9 @@ class Summed(Task):
 def one_step(make: Callable[[], nn.Module], pieces: list[Tensor]) -> tuple[Replica, dict[str, Tensor], Tensor]:
     """Contributions of `pieces`, reduced. Return the replica, the mean of every part by name, and the integers."""
     task = Summed(make)
-    replica = Replica(task.build(), rank=0, workers=1)
+    replica = zoo.replicate(task)
     before = {name: value.clone() for name, value in replica.all_tensors().items()}
-    contributor = Contributor(replica=replica, task=task, precision="float32", seed=0)
+    contributor = Contributor(replica=replica, seed=0)
     reduction = Reduction(replica, Solo())
     step = Step(number=0, epoch=0, microbatches=tuple(np.arange(len(piece)) for piece in pieces))
     for number in reduction.begin(step):
@@ -62,7 +62,7 @@ def test_a_step_took_also_what_others_computed_for_it(monkeypatch: pytest.Monkey
     task, learnt, exchange = Summed(lambda: nn.Linear(3, 2)), [], Solo()
     monkeypatch.setattr(Assignment, "learn", lambda self, microseconds: learnt.append(microseconds))
     exchange.offload = offload = SimpleNamespace(taken_seconds=100.0)  # type: ignore[assignment]
-    contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
+    contributor = Contributor(replica=zoo.replicate(task), seed=0)
     reduction = Reduction(contributor.replica, exchange)
     reduction.begin(Step(number=0, epoch=0, microbatches=(np.arange(2),)))
     reduction.add(0, contributor.contribute(0, 0, {"x": torch.ones(2, 3)}))
@@ -105,7 +105,7 @@ def test_gradient_is_that_of_the_whole_step() -> None:
     for name, parameter in reference.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(means[name], parameter.grad, rtol=1e-5, atol=1e-6)
-        assert torch.equal(dict(replica.module.named_parameters())[name].detach(), parameter.detach())
+        assert torch.equal(dict(replica.backend.module.named_parameters())[name].detach(), parameter.detach())
 
 
 class Buffers(nn.Module):
@@ -147,7 +147,7 @@ def test_buffers_however_they_are_changed() -> None:
         "flag": [1], "count": [6, 8]
     }  # fmt: skip
     replica.accept(integers)
-    buffers = dict(replica.module.named_buffers())
+    buffers = dict(replica.backend.module.named_buffers())
     assert buffers["flag"].dtype == torch.bool and buffers["flag"].item() is True
     assert buffers["count"].dtype == torch.int32 and buffers["count"].tolist() == [6, 8]
 
@@ -176,7 +176,7 @@ def test_a_buffer_that_grows_is_refused() -> None:
 def test_tied_and_frozen() -> None:
     torch.manual_seed(0)
     module = zoo.Odd()
-    replica = Replica(module, rank=0, workers=1)
+    replica = zoo.replicate(zoo.Bare(module))
     names = [segment.name for segment in replica.space.parameters]
     assert "embedding.weight" in names and "out.weight" not in names
     assert not any(name.startswith("frozen") for name in names)
@@ -195,10 +195,11 @@ def test_tied_buffers_stay_tied() -> None:
         module[3].running_mean = module[1].running_mean
         return module
 
-    replica = Replica(make(), rank=0, workers=1)
-    module = replica.module
+    replica = zoo.replicate(zoo.Bare(make()))
+    module = replica.backend.module
     assert module[3].running_mean is module[1].running_mean
     module(torch.randn(5, 3))
+    replica.backend.settle_buffers()
     replica.take_buffer_changes()
     replica.restore_buffers()
     assert module[3].running_mean is module[1].running_mean and not module[1].running_mean.any()
@@ -216,7 +217,7 @@ def test_weights_at_odd_addresses_are_copied_to_aligned_memory() -> None:
     module.register_buffer("mean", odd(30))
     module.register_buffer("count", torch.arange(9)[1:])
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    replica = Replica(module, rank=0, workers=1)
+    replica = zoo.replicate(zoo.Bare(module))
     for name, value in replica.all_tensors().items():
         assert value.data_ptr() % 64 == 0, name
         assert torch.equal(value, before[name])
@@ -225,7 +226,7 @@ def test_weights_at_odd_addresses_are_copied_to_aligned_memory() -> None:
 def test_strided_weights_become_contiguous() -> None:
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     expected = module.weight.detach().clone()
-    replica = Replica(module, rank=0, workers=1)
+    replica = zoo.replicate(zoo.Bare(module))
     assert module.weight.is_contiguous() and torch.equal(replica.tensors()["weight"], expected)
 
 
@@ -250,11 +251,11 @@ def test_float64() -> None:
 )
 def test_what_cannot_be_trained_is_refused(make: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(ContractError, match=said):
-        Replica(make(), rank=0, workers=1)
+        zoo.replicate(zoo.Bare(make()))
 
 
 def test_frozen_half_precision_is_fine() -> None:
-    Replica(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16().requires_grad_(False)), rank=0, workers=1)
+    zoo.replicate(zoo.Bare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16().requires_grad_(False))))
 
 
 def test_hash_of_tensors_is_as_documented() -> None:
@@ -279,7 +280,7 @@ def test_hash_of_tensors_is_as_documented() -> None:
 def test_a_loss_that_is_no_sum_is_refused(loss: tuple[Tensor, object], said: str) -> None:
     task = Summed(normed)
     task.loss = lambda module, microbatch: loss  # type: ignore[method-assign,assignment,return-value]
-    contributor = Contributor(replica=Replica(task.build(), rank=0, workers=1), task=task, precision="float32", seed=0)
+    contributor = Contributor(replica=zoo.replicate(task), seed=0)
     with pytest.raises(ContractError, match=said):
         contributor.contribute(0, 0, {"x": torch.ones(2, 3)})
 
@@ -297,8 +298,10 @@ class RunningMaximum(nn.Module):
 
 @pytest.mark.parametrize(("start", "refused"), [(-torch.inf, True), (-1e30, False)])
 def test_a_change_from_infinity_has_no_mean_and_is_refused(start: float, refused: bool) -> None:
-    replica = Replica(RunningMaximum(start), rank=0, workers=1)
-    replica.module(torch.ones(3, 2))
+    replica = zoo.replicate(zoo.Bare(RunningMaximum(start)))
+    backend = replica.backend
+    backend.module(torch.ones(3, 2))
+    backend.settle_buffers()
     if refused:
         with pytest.raises(ContractError, match=r"'highest' was not finite and changes.*large finite number"):
             replica.take_buffer_changes()

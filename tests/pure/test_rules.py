@@ -343,7 +343,7 @@ def test_time_grows_with_the_text_and_not_with_its_square(text: str) -> None:
 
 def test_new_texts_are_treated_like_those_learned_from() -> None:
     """Fails if prediction or evaluation on new data encoded texts that are not masked."""
-    from unisono.api.application import Classifier
+    from unisono.tasks.text.classifier import Classifier
     from unisono.config.recipe import Recipe
 
     class Spy:

@@ -18,7 +18,7 @@ from unisono.engine.assignment import shares
 from unisono.engine.contribution import Contributor
 from unisono.engine.loop import steps
 from unisono.engine.optimizer import Optimizer
-from unisono.engine.replica import Replica, tensors_sha256
+from unisono.engine.replica import tensors_sha256
 from unisono.engine.state import TrainState
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import Simulated, play
@@ -34,13 +34,13 @@ def train(exchange: Exchange, *, microbatches: int, total_steps: int) -> tuple[s
     source.prefetchable = False  # a thousand threads more would only cost time
     settings = Train(optimizer="adamw", learning_rate=0.05, microbatches=microbatches, clip_norm=0.1)
     torch.manual_seed(0)
-    replica = Replica(task.build(), rank=exchange.rank, workers=exchange.workers)
+    replica = zoo.replicate(task, exchange.rank, exchange.workers)
     order = Order(
         lengths=source.lengths, padded=True, samples_per_step=microbatches, microbatches=microbatches, seed=1,
         total_steps=total_steps,
     )  # fmt: skip
     state = TrainState(step=0, replica=replica, optimizer=Optimizer(replica, exchange, settings), exchange=exchange)
-    contributor = Contributor(replica=replica, task=task, precision="float32", seed=2)
+    contributor = Contributor(replica=replica, seed=2)
     feed = Feed(source, order, torch.device("cpu"))
     losses = [done.totals.loss for done in steps(state, order, feed, contributor, settings)]
     return tensors_sha256(replica.all_tensors()), losses[-1]

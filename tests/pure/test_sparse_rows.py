@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import zoo
 from unisono.config.recipe import check
 from unisono.config.sections import Train
 from unisono.determinism.nodes import Node, fold
@@ -141,7 +142,7 @@ def gradient(replica: Replica, step: int) -> tuple[Sum, list[bool]]:
 
 def run(exchange: Exchange, settings: Train, module: nn.Module) -> tuple[Replica, Optimizer, dict[str, Tensor]]:
     """Train; return everything by name, norms too."""
-    replica = Replica(module, rank=exchange.rank, workers=exchange.workers)
+    replica = zoo.replicate(zoo.Bare(module), exchange.rank, exchange.workers)
     optimizer = Optimizer(replica, exchange, settings)
     norms = []
     for step, rate in enumerate(RATES):
@@ -205,7 +206,7 @@ def test_a_lazy_step_is_that_of_a_table_of_the_touched_rows(rule: dict[str, Any]
     settings = {"weight_decay": 0.1, **rule}
 
     def train(module: nn.Embedding, numbers: Tensor) -> Tensor:
-        replica = Replica(module, rank=0, workers=1)
+        replica = zoo.replicate(zoo.Bare(module))
         optimizer = Optimizer(replica, Solo(), Train.model_validate({**settings, "lazy_rows": module.sparse}))
         for step, rate in enumerate(RATES):
             values = torch.randn(5, 32, generator=torch.Generator().manual_seed(step))

@@ -13,8 +13,9 @@ from test_invariance import CASES, Case, bert, bert_folder, encoded, perform  # 
 from torch import nn
 from worlds import Forked
 
+from unisono.backends.torch_backend import TorchBackend
 from unisono.engine.audit import Audit
-from unisono.engine.contribution import Contribution, Contributor
+from unisono.engine.contribution import Contribution
 from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
@@ -48,7 +49,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(linear, "multiplies_bf16", lambda: False)  # else torch's own layers are used
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     served: list[int] = []
-    serve, honest, turns = OffloadQueue.serve, Contributor._go_back, itertools.count()
+    serve, honest, turns = OffloadQueue.serve, TorchBackend._go_back, itertools.count()
 
     def count(self: OffloadQueue, file: int) -> None:
         before = self.given_seconds
@@ -56,13 +57,13 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         if self.given_seconds > before:
             served.append(1)
 
-    def go_back(self: Contributor, loss: Any) -> None:
+    def go_back(self: TorchBackend, loss: Any, offload: Any) -> None:
         if (next(turns) + os.getpid()) % 3 == 0:
             time.sleep(0.02)
-        honest(self, loss)
+        honest(self, loss, offload)
 
     monkeypatch.setattr(OffloadQueue, "serve", count)
-    monkeypatch.setattr(Contributor, "_go_back", go_back)
+    monkeypatch.setattr(TorchBackend, "_go_back", go_back)
     return served
 
 

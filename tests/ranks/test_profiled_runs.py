@@ -147,13 +147,13 @@ def test_torchrun_leaves_a_profile(tmp_path: Path, trained: dict[int, Path]) -> 
 
 
 def test_what_cannot_be_written_ends_no_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import unisono.engine.footprint
+    import unisono.backends.torch_footprint
     import unisono.tracking.profile_report
 
     def fail(*arguments: object) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(unisono.engine.footprint, "count_flop", fail)
+    monkeypatch.setattr(unisono.backends.torch_footprint, "count_flop", fail)
     make_toy(tmp_path)
     options = ("-w", 2, "--profile", "--set", "train.max_steps=2")
     code, out, _ = command("train", "toy.toml", "--run-folder", "counted", *options)

@@ -16,12 +16,14 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 
+from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.engine.evaluation import measure_all
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
+from unisono.exchange.solo import Solo
 from unisono.runtime.launchers import run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Stop
@@ -64,7 +66,7 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
     recipe = recipes.check(table)
     named = task or recipe.task.kind
     kind = kind_of(named) if isinstance(named, type) else find_kind(named, trusted=task is not None)
-    return kind.load(folder, recipe, facts, measure_all)
+    return kind.load(folder, recipe, facts, measure_model)
 
 
 def evaluate(
@@ -93,7 +95,7 @@ def evaluate(
 
     def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
         source, left_out = (model.own_test(Path(run)), {}) if data is None else model.labelled(model.read(data))
-        results = _measure(model, model.task.measure, source, exchange, device)
+        results = measure_model(model, model.task.measure, source, exchange, device)
         if assignment.rank == 0:
             found = {**model.report(results), "left_out": left_out}
             report.write_text(json.dumps(found), encoding="utf-8")
@@ -179,7 +181,7 @@ def _share_out(model: TrainedModel, rows: Any, workers: str | int) -> tuple[dict
         here = os.getpid()
 
         def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-            found = _measure(model, model.task.predict, model.samples(rows), exchange, device)
+            found = measure_model(model, model.task.predict, model.samples(rows), exchange, device)
             if assignment.rank == 0 or os.getpid() == here:  # one of torchrun's workers has the folder for itself
                 names.write_text(json.dumps(list(found)), encoding="utf-8")
                 np.savez(path, *found.values())
@@ -197,17 +199,21 @@ def _run(model: TrainedModel, act: Any, workers: str | int) -> bool:
     )
 
 
-def _measure(
-    model: TrainedModel, measure: Any, source: Source, exchange: Exchange, device: torch.device
+def measure_model(
+    model: TrainedModel,
+    measure: Any,
+    source: Source,
+    exchange: Exchange | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
 ) -> dict[str, np.ndarray]:
+    """Results of `measure`, a method of the model's task, for every sample, in sample order."""
     recipe = model.recipe
     return measure_all(
-        model.module.to(device),
+        TorchBackend(model.task, model.module.to(device), precision=recipe.train.precision),
         measure,
         source,
-        exchange,
+        exchange or Solo(device),
         device=device,
-        precision=recipe.train.precision,
         samples_per_microbatch=recipe.evaluate.samples_per_microbatch,
         seed=recipe.train.seed,
     )

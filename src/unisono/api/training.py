@@ -58,6 +58,11 @@ class Trained:
 
         if self.task is None:
             raise RecipeError("Trained.module() is for own tasks; for a text recipe call unisono.load(folder).")
+        if self.task.backend != "torch":
+            raise RecipeError(
+                f"Trained.module() is for the backend 'torch', and this task's is {self.task.backend!r}. Read its "
+                f"arrays from {str(self.folder / 'model' / 'model.safetensors')!r}."
+            )
         module = self.task.build()
         module.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
         return module.eval()

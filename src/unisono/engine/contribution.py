@@ -1,23 +1,21 @@
 """What one microbatch adds to a step: a pure function of (parameters and buffers at the step's start, microbatch, key).
 
-Owns the forward and backward pass. Does not add contributions up, and knows neither worker nor shard.
+Owns the key, and what becomes of buffers; the forward and backward pass is the backend's. Does not add contributions
+up, and knows neither worker nor shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.determinism import keys
 from unisono.engine.replica import Replica
-from unisono.errors import ContractError
 from unisono.exchange.protocol import Offload
-from unisono.kernels.linear import assisted
-from unisono.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +43,16 @@ class Contributes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contributor:
-    """Computes contributions of one task with one replica. desk: where others find some of the work; None: nowhere."""
+    """Computes contributions with one replica.
+
+    offload: where other workers find some of the work; None: nowhere. halfway: called between the forward and the
+    backward pass, for who reads the clock there.
+    """
 
     replica: Replica
-    task: Task
-    precision: str
     seed: int
     offload: Offload | None = None
+    halfway: Callable[[], None] | None = None
 
     def contribute(self, step: int, number: int, microbatch: Mapping[str, Tensor]) -> Contribution:
         """Compute the contribution of microbatch `number` of `step`; leave the replica as it was.
@@ -60,67 +61,12 @@ class Contributor:
             ContractError: the task returned no scalar sum, or no whole number of terms.
         """
         replica = self.replica
-        device = replica.flat.device
-        keys.seed_all(keys.key(self.seed, "contribution", step, number))
-        if not all(part.training for part in replica.parts):  # setting it again costs more than looking
-            replica.module.train()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            loss, terms = self.task.loss(replica.module, microbatch)
-        terms = _whole(terms)
-        if loss.ndim != 0 or not loss.is_floating_point():
-            raise ContractError(
-                f"the task's loss is {loss.dtype} of shape {tuple(loss.shape)}; allowed is one float: the sum."
-            )
-        gradients: list[Tensor | None] = [None] * len(replica.parameters)
-        if loss.requires_grad:
-            self._go_back(loss)
-            gradients = [_gradient(parameter, id(parameter) in replica.sparse) for parameter in replica.parameters]
-        for parameter in replica.parameters:
-            parameter.grad = None
-        changes = [None if change is None else change.mul_(terms) for change in replica.take_buffer_changes()]
+        key = keys.key(self.seed, "contribution", step, number)
+        keys.seed_all(key)
+        sums = replica.backend.contribute(microbatch, key, offload=self.offload, halfway=self.halfway)
+        changes = [None if change is None else change.mul_(sums.terms) for change in replica.take_buffer_changes()]
         integers = replica.integer_values()
         replica.restore_buffers()
         return Contribution(
-            loss=loss.detach().to(torch.float64), terms=terms, parts=gradients + changes, integers=integers
+            loss=sums.loss.to(torch.float64), terms=sums.terms, parts=sums.gradients + changes, integers=integers
         )
-
-    def _go_back(self, loss: Tensor) -> None:
-        """Leave in each parameter its gradient."""
-        if self.offload is None:
-            loss.backward()
-            return
-        with assisted(self.offload.publish):
-            loss.backward()
-        for weights, gradient in self.offload.collect():
-            for weight, part in zip(weights, gradient.split([len(weight) for weight in weights]), strict=True):
-                if weight.requires_grad:
-                    weight.grad = part if weight.grad is None else weight.grad + part
-
-
-def _gradient(parameter: nn.Parameter, sparse: bool) -> Tensor | None:
-    """A parameter's gradient: coalesced rows, if its embedding asks for sparse ones, else a dense tensor.
-
-    An absent row counts as +0.0. So that leaving it out of a sum and adding it are the same, a sparse embedding's
-    gradient never holds −0.0.
-    """
-    gradient = parameter.grad
-    if gradient is None:
-        return None
-    if gradient.is_sparse and sparse and gradient.sparse_dim() == 1:
-        gradient = gradient.coalesce()
-        gradient.values().add_(0.0)
-        return gradient
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense.add_(0.0) if sparse else dense
-
-
-def _whole(terms: int | Tensor) -> int:
-    if isinstance(terms, Tensor) and terms.ndim == 0 and not terms.is_floating_point():
-        terms = int(terms.item())
-    if isinstance(terms, bool) or not isinstance(terms, int) or terms < 0:
-        raise ContractError(
-            f"the task's loss returned {terms!r} as its number of terms; allowed is a whole number from 0, such "
-            "as len(labels). "
-            "A sum is divided once a step, by the number of all its terms."
-        )
-    return terms

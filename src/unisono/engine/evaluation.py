@@ -8,12 +8,13 @@ Owns the cut into fixed microbatches, their sharing out, and the gathering. What
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from unisono.backends.backend import Backend, Measurement
 from unisono.data.source import Source
 from unisono.determinism import keys
 from unisono.errors import ContractError
@@ -34,13 +35,12 @@ def pieces(lengths: np.ndarray, samples_per_microbatch: int) -> list[np.ndarray]
 
 
 def measure_all(
-    module: nn.Module,
-    measure: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]],
+    backend: Backend,
+    measure: Measurement,
     source: Source,
     exchange: Exchange,
     *,
     samples_per_microbatch: int,
-    precision: str,
     device: torch.device,
     seed: int = 0,
     progress: Progress = UNWATCHED,
@@ -48,46 +48,23 @@ def measure_all(
     """Call `measure` on every sample once, shared out among the workers; return everything on each of them."""
     cut = pieces(source.lengths, samples_per_microbatch)
     found: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
-    was_training = module.training
-    buffers = _Buffers(module)
-    module.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with backend.measuring(measure) as compute:
         for number in range(exchange.rank, len(cut), exchange.workers):
             progress.at("evaluate", microbatch=number)
-            keys.seed_all(keys.key(seed, "evaluation", number))
+            key = keys.key(seed, "evaluation", number)
+            keys.seed_all(key)
             microbatch = {name: column.to(device) for name, column in source.take(cut[number]).items()}
-            for name, values in measure(module, microbatch).items():
+            for name, values in compute(microbatch, key).items():
                 if values.ndim not in (1, 2) or len(values) != len(cut[number]):
                     raise ContractError(
                         f"measure gave {name!r} the shape {tuple(values.shape)} for {len(cut[number])} samples; "
                         'allowed is one number, or one row, per sample. Use reduction="none".'
                     )
                 found.setdefault(name, []).append((cut[number], values.detach()))
-            buffers.restore()
-    module.train(was_training)
     return {
         name: _gather(found.get(name, []), len(source), floating, width, exchange)
         for name, floating, width in _columns(found, exchange)
     }
-
-
-class _Buffers:
-    """A module's buffers as they were, so that what one microbatch leaves in them reaches no other, and no later
-    training."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._before = [
-            (part, name, buffer, buffer.clone())
-            for part in module.modules()
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
-
-    def restore(self) -> None:
-        """Give every buffer its value back."""
-        for part, name, buffer, value in self._before:
-            part._buffers[name] = buffer
-            buffer.copy_(value)
 
 
 def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:

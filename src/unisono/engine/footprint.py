@@ -10,23 +10,16 @@ import math
 import os
 import resource
 import time
-import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    register_flop_formula,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
+from unisono.backends.backend import Backend
 from unisono.engine.profile import Profile, Shape, storage_bytes
 from unisono.engine.state import TrainState
-from unisono.kernels import packed_attention as fused
 
 MOST_SHAPES = 8
 COUNTING_SECONDS = 10.0
@@ -38,55 +31,8 @@ Again = Callable[[int, int], object]
 """Computes the contribution of (step, microbatch) once more."""
 
 
-def _count_attention(query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _count_attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
-def _count_addmm(_: Any, left: Sequence[int], right: Sequence[int], *rest: Any, **named: Any) -> int:
-    return 2 * math.prod(left) * right[-1]
-
-
-@register_flop_formula(fused.ATTEND, get_raw=True)
-def _count_fused(projected: Tensor, lengths: Tensor, *rest: Any, **named: Any) -> int:
-    return 2 * _count_scores(projected.shape[1] // 3, lengths)
-
-
-@register_flop_formula(fused.ATTEND_BACKWARD, get_raw=True)
-def _count_fused_backward(gradient: Tensor, projected: Tensor, lengths: Tensor, *rest: Any, **named: Any) -> int:
-    return 5 * _count_scores(gradient.shape[1], lengths)
-
-
-def _count_scores(width: int, lengths: Tensor) -> int:
-    return 2 * width * int((lengths * lengths).sum())
-
-
-FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
-    torch.ops.aten.addmm_: _count_addmm,
-    torch.ops.aten.baddbmm_: _count_addmm,
-}
-"""What torch's own counter does not know: attention's kernel on CPUs, and products that are added in place."""
-
-
-def count_flop(again: Again, step: int, microbatch: int) -> int:
-    """Floating-point operations of one contribution's matrix products, convolutions and attention, forward and
-    backward, a multiplication and an addition being two.
-
-    Counted below autograd, so custom functions count as what they call; so does what is computed twice to save memory.
-    Not counted: elementwise operations, and torch's fused recurrent layers.
-    """
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        again(step, microbatch)
-    return int(counter.get_total_flops())
-
-
-def count_all_flop(again: Again, profile: Profile) -> dict[int, int]:
-    """Step → floating-point operations of this worker's microbatches.
+def count_all_flop(again: Again, backend: Backend, profile: Profile) -> dict[int, int]:
+    """Step → floating-point operations of this worker's microbatches; {}: the backend counts none.
 
     Up to MOST_SHAPES shapes are counted, from the smallest to the largest; another one counts as the nearest of these
     by number of elements, in proportion to it.
@@ -100,7 +46,10 @@ def count_all_flop(again: Again, profile: Profile) -> dict[int, int]:
     counted: dict[Shape, int] = {}
     began = time.monotonic()
     for shape in reversed(spread):
-        counted[shape] = count_flop(again, *places[shape])
+        flop = backend.count_flop(partial(again, *places[shape]))
+        if flop is None:
+            return {}
+        counted[shape] = flop
         if time.monotonic() - began > COUNTING_SECONDS:
             break
     return {
@@ -125,50 +74,16 @@ def _evenly(count: int, wanted: int) -> list[float]:
     return [index * (count - 1) / max(wanted - 1, 1) for index in range(wanted)]
 
 
-class _Saved:
-    """What autograd saved, until it lets go."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def measure_activations(again: Again, profile: Profile, constants: Sequence[Tensor]) -> int:
-    """Bytes: the most that autograd saved at one time for the backward pass of this worker's largest microbatch, each
-    piece of memory counted once, but that of `constants` (parameters and buffers).
-
-    Not seen is what a recomputed block saves while it is computed again.
-    """
+def measure_activations(again: Again, backend: Backend, profile: Profile, constants: Sequence[Tensor]) -> int | None:
+    """Bytes: the most that was kept at one time for the backward pass of this worker's largest microbatch, that of
+    `constants` (parameters and buffers) left out. None: the backend does not know."""
     places = [
         (elements(shape), step, number) for step, one in profile.steps.items() for number, shape in one.microbatches
     ]
     if not places:
         return 0
-    known = {tensor.untyped_storage().data_ptr() for tensor in constants}
-    held: Counter[int] = Counter()
-    sizes: dict[int, int] = {}
-    most = 0
-
-    def release(address: int) -> None:
-        held[address] -= 1
-        if not held[address]:
-            del held[address], sizes[address]
-
-    def pack(tensor: Tensor) -> _Saved:
-        nonlocal most
-        saved = _Saved(tensor)
-        for part in [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]:
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in known:
-                held[storage.data_ptr()] += 1
-                sizes[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(saved, release, storage.data_ptr())
-        most = max(most, sum(sizes.values()))
-        return saved
-
     _, step, number = max(places)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        again(step, number)
-    return most
+    return backend.measure_saved(lambda: again(step, number), constants)
 
 
 def measure_peak(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
@@ -251,11 +166,13 @@ def describe(
             problems.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 
-    device, dtype = state.replica.flat.device, state.replica.space.dtype
-    activations = attempt("activations", lambda: measure_activations(again, profile, constants(state)), None)
+    device, dtype, backend = state.replica.flat.device, state.replica.space.dtype, state.replica.backend
+    activations = attempt("activations", lambda: measure_activations(again, backend, profile, constants(state)), None)
     if activations is not None:
         weights["activations"] = activations
-    flop = attempt("floating-point operations", lambda: count_all_flop(again, profile), {})
+    flop = attempt("floating-point operations", lambda: count_all_flop(again, backend, profile), {})
+    if profile.steps and not flop and not problems:
+        problems.append(f"floating-point operations: backend {backend.name!r} does not count them")
     wait_for_all()
     dtypes = [dtype, *([torch.bfloat16] if precision == "bf16" else [])]
     peak = attempt("the speed of torch.mm", lambda: measure_peak(device, dtypes), {})

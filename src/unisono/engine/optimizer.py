@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unisono.backends.backend import Group
 from unisono.config.sections import Train
 from unisono.determinism.space import BLOCK, Shard, Space
 from unisono.engine.arrays import AVERAGE, WEIGHTS, Arrays, PrivateArrays
 from unisono.engine.reduction import Sum, Totals
-from unisono.engine.replica import Group, Replica
+from unisono.engine.replica import Replica
 from unisono.engine.sparse_rows import Rows
 from unisono.engine.sparse_tables import Behind, Named, Table, tables_of
 from unisono.errors import DivergedError

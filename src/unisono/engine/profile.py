@@ -32,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.engine.contribution import Contributes, Contribution, Contributor
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import Progress
-from unisono.tasks.task import Microbatch, Task
 
 PHASES = ("data", "forward", "backward", "tree", "exchange", "wait", "assist", "optimiser", "other")
 MOST_STEPS = 500
@@ -143,7 +142,7 @@ class Profile:
 
     def mark(self, contributor: Contributor) -> Contributor:
         """The same contributor, with a mark where its backward pass begins."""
-        return dataclasses.replace(contributor, task=_MarkedTask(contributor.task, self._go_back))
+        return dataclasses.replace(contributor, halfway=self._go_back)
 
     def watch(self, contributor: Contributes) -> Contributes:
         """The same contributor, with a mark where it has contributed."""
@@ -218,29 +217,6 @@ class _Watched:
         self._profile.turn("tree", number)
         self._profile.note(number, microbatch, found)
         return found
-
-
-class _MarkedTask(Task):
-    """A task that tells when its loss is computed."""
-
-    def __init__(self, task: Task, tell: Callable[[], None]) -> None:
-        self.pretrained = task.pretrained
-        self._task = task
-        self._tell = tell
-
-    def __getattr__(self, name: str) -> Any:  # what else a task may have
-        return getattr(self._task, name)
-
-    def build(self) -> nn.Module:
-        return self._task.build()
-
-    def loss(self, module: nn.Module, microbatch: Microbatch) -> tuple[Tensor, int]:
-        found = self._task.loss(module, microbatch)
-        self._tell()
-        return found
-
-    def measure(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
-        return self._task.measure(module, microbatch)
 
 
 class Timed:

@@ -8,15 +8,12 @@ all workers of a host read in one place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.engine.contribution import Contribution, Contributor
 from unisono.engine.replica import same_bits
 from unisono.errors import ImpureError
-
-INTERNAL = frozenset(vars(nn.Module()))
 
 
 def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
@@ -24,17 +21,17 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
 
     `first` and `second` should differ in shape.
     """
-    module = contributor.replica.module
-    before = _remembered(module, contributor.task)
-    weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    backend = contributor.replica.backend
+    before = backend.remembered()
+    weights = {parameter.name: parameter.value.clone() for parameter in backend.parameters()}
     a = contributor.contribute(0, 0, first)
     b = contributor.contribute(0, 1, second)
     b_again = contributor.contribute(0, 1, second)
     a_again = contributor.contribute(0, 0, first)
-    for name, parameter in module.named_parameters():
-        if not same_bits(parameter, weights[name]):
+    for parameter in backend.parameters():
+        if not same_bits(parameter.value, weights[parameter.name]):
             raise ImpureError(
-                f"the model is not pure: computing a loss changes the weight {name!r}, which only an update "
+                f"the model is not pure: computing a loss changes the weight {parameter.name!r}, which only an update "
                 "may do. Keep such changes out of the forward pass (an embedding's max_norm is one). --allow-impure "
                 "trains it without the promise of equal bits."
             )
@@ -45,7 +42,7 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
     ]
     differing = _differing(names, a, a_again) or _differing(names, b, b_again)
     if differing:
-        changed = [name for name, value in _remembered(module, contributor.task).items() if before.get(name) != value]
+        changed = [name for name, value in backend.remembered().items() if before.get(name) != value]
         where = f"attribute {', '.join(map(repr, changed[:3]))} changes between calls; " if changed else ""
         raise ImpureError(
             f"the model is not pure: the same microbatch gave another {differing[0]} the second time "
@@ -65,20 +62,3 @@ def _differing(names: list[str], one: Contribution, other: Contribution) -> list
         found.append("change of an integer buffer")
     # the loss differs with almost any fault, so the parameter, which names a module, comes first
     return found[1:] + found[:1] if found and found[0] == "loss" else found
-
-
-def _remembered(module: nn.Module, task: object) -> dict[str, Any]:
-    """Plain values and tensors that modules and the task keep as ordinary attributes, by full name."""
-    found: dict[str, Any] = {}
-    for prefix, part in [("task", task), *module.named_modules()]:
-        for attribute, value in getattr(part, "__dict__", {}).items():
-            if attribute in INTERNAL:
-                continue
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            if isinstance(value, int | float | str | bytes | None):
-                found[name] = value
-            elif isinstance(value, Tensor):
-                found[name] = (tuple(value.shape), value.detach().double().sum().item())
-            elif isinstance(value, list | tuple | dict | set):
-                found[name] = repr(value)[:10_000]
-    return found

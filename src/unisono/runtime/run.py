@@ -169,7 +169,7 @@ def _announce(run: Run) -> None:
             steps_per_epoch=run.order.steps_per_epoch,
             start_step=state.step,
             fingerprint=numerics.digest(run.fingerprint),
-            parameters=sum(parameter.numel() for parameter in state.replica.module.parameters()),
+            parameters=sum(one.value.numel() for one in state.replica.backend.parameters()),
             pure=run.pure,
         )
     )
@@ -284,13 +284,12 @@ def _evaluate(run: Run) -> None:
 def _score(run: Run, source: Any) -> dict[str, float]:
     with run.state.averaged_weights():
         results = measure_all(
-            run.state.replica.module,
+            run.state.replica.backend,
             run.inputs.task.measure,
             source,
             run.exchange,
             device=run.ready.device,
             samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch,
-            precision=run.recipe.train.precision,
             seed=run.recipe.train.seed,
             progress=run.progress,
         )

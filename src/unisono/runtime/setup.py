@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
+from unisono.backends.backend import Backend
+from unisono.backends.backend_registry import find_backend
 from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
 from unisono.data.order import Order, count_steps
@@ -64,12 +65,12 @@ class Job:
 class Ready:
     """What a worker makes once and keeps while groups of workers come and go.
 
-    fingerprint: of the module as it was built, so it is the same whenever it is taken. profile: what this worker was
+    fingerprint: of the model as it was built, so it is the same whenever it is taken. profile: what this worker was
     at, where it is asked for.
     """
 
     inputs: RunInputs
-    module: nn.Module
+    backend: Backend
     device: torch.device
     fingerprint: Mapping[str, Any]
     profile: Profile | None = None
@@ -138,14 +139,15 @@ def check_workers(recipe: Recipe, workers: int) -> None:
 
 
 def make_ready(job: Job, inputs: RunInputs, device: torch.device) -> Ready:
-    """Build the module, and take the numerics fingerprint."""
+    """Build the model, and take the numerics fingerprint."""
     recipe, train = job.recipe, job.recipe.train
     inputs.check(recipe)
-    keys.seed_all(keys.key(train.seed, "build"))
-    module = inputs.task.build().to(device)
-    found = numerics.fingerprint(train, device=device, data=inputs.data, layout=layout_digest(module))
+    keys.seed_all(key := keys.key(train.seed, "build"))
+    backend = find_backend(inputs.task.backend).build(inputs.task, train, key=key, device=device)
+    data = {**inputs.data, **backend.fingerprint()}
+    found = numerics.fingerprint(train, device=device, data=data, layout=layout_digest(backend))
     profile = Profile() if job.profile else None
-    return Ready(inputs=inputs, module=module, device=device, fingerprint=found, profile=profile)
+    return Ready(inputs=inputs, backend=backend, device=device, fingerprint=found, profile=profile)
 
 
 def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> Run:
@@ -154,7 +156,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
     recipe, train, inputs = job.recipe, job.recipe.train, ready.inputs
     check_workers(recipe, exchange.workers)
     client.progress.at("join")
-    replica = Replica(ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=inputs.task.pretrained)
+    replica = Replica(ready.backend, rank=exchange.rank, workers=exchange.workers)
     warnings = _compare_workers(ready.fingerprint, exchange)
     total_steps = count_steps(len(inputs.train), train.samples_per_step, train.epochs, train.max_steps)
     order = Order(
@@ -174,9 +176,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         client=client,
         state=TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange),
         order=order,
-        contributor=Contributor(
-            replica=replica, task=inputs.task, precision=train.precision, seed=train.seed, offload=exchange.offload
-        ),
+        contributor=Contributor(replica=replica, seed=train.seed, offload=exchange.offload),
         pure=not job.allow_impure,
     )
     origin, saved = _look(job, arrays)

@@ -26,7 +26,7 @@ from unisono.errors import ModelError, RecipeError
 from unisono.tasks import table_model
 from unisono.tasks.run_inputs import RunInputs, open_own, open_tables
 from unisono.tasks.task import Task, arguments_of
-from unisono.tasks.trained_model import MeasureAll, TrainedModel
+from unisono.tasks.trained_model import MeasureModel, TrainedModel
 
 GROUP = "unisono.tasks"
 PRESETS = {TEXT: "unisono.tasks.text.text_inputs:KIND"}
@@ -40,7 +40,7 @@ class TaskKind:
 
     task: its class, for messages.
     open: (recipe, workers, notify, frames by split) → what a run works on.
-    load: (model folder, recipe, facts of unisono.json, measure_all) → the trained model.
+    load: (model folder, recipe, facts of unisono.json, measure_model) → the trained model.
     warm: imports what every worker needs, before workers are forked.
     uses: tables of the recipe ("screen"), and keys ("train.label_smoothing"), that only some tasks use, and this one
         does.
@@ -48,7 +48,7 @@ class TaskKind:
 
     task: type[Task]
     open: Callable[[Recipe, int, Notify, Mapping[str, object]], RunInputs]
-    load: Callable[[Path, Recipe, Mapping[str, Any], MeasureAll], TrainedModel]
+    load: Callable[[Path, Recipe, Mapping[str, Any], MeasureModel], TrainedModel]
     warm: Callable[[], None]
     uses: frozenset[str]
 
@@ -96,8 +96,8 @@ def kind_of(task: type[Task]) -> TaskKind:
         made = make_task(task, recipe)
         return open_own(recipe, made, **frames) if frames else open_tables(recipe, made, notify)
 
-    def load(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_all: MeasureAll) -> TrainedModel:
-        return table_model.load(folder, recipe, make_task(task, recipe), measure_all)
+    def load(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_model: MeasureModel) -> TrainedModel:
+        return table_model.load(folder, recipe, make_task(task, recipe), measure_model)
 
     return TaskKind(task=task, open=open_, load=load, warm=lambda: None, uses=frozenset())
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import nn
 
 from unisono.config.recipe import Recipe
@@ -24,7 +23,7 @@ from unisono.storage.files import load_tensors
 from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
 from unisono.tasks.tables import RecordRows, read_rows, samples_of
 from unisono.tasks.task import Task
-from unisono.tasks.trained_model import MeasureAll
+from unisono.tasks.trained_model import MeasureModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class TableModel:
     module: nn.Module
     task: Task
     recipe: Recipe
-    measure_all: MeasureAll
+    measure_model: MeasureModel
 
     def predict(self, data: Any) -> Any:
         """Return what the task predicts: of a frame, a frame of its kind with new columns; of a mapping of columns as
@@ -47,13 +46,15 @@ class TableModel:
         if is_frame(data):
             frame = settle(data)
             rows = self.read(frame)
-            return add_columns(frame, self.new_columns(rows, self._measure(self.task.predict, self.samples(rows))))
-        return self._measure(self.task.predict, open_source(data, self.recipe.train.seed))
+            return add_columns(
+                frame, self.new_columns(rows, self.measure_model(self, self.task.predict, self.samples(rows)))
+            )
+        return self.measure_model(self, self.task.predict, open_source(data, self.recipe.train.seed))
 
     def measure(self, data: Any) -> dict[str, float]:
         """Return the scores on labelled data: a frame, or a mapping of columns as the model reads them."""
         source = self.labelled(self.read(settle(data)))[0] if is_frame(data) else open_source(data)
-        return summarise(self._measure(self.task.measure, source), self.task.metrics())
+        return summarise(self.measure_model(self, self.task.measure, source), self.task.metrics())
 
     def read(self, source: object) -> RecordRows:
         """The rows of a file or a frame."""
@@ -122,27 +123,18 @@ class TableModel:
                 lines.append(f"{name} {value:.6g}{direction}")
         return lines
 
-    def _measure(self, measure: Any, source: Source) -> dict[str, np.ndarray]:
-        from unisono.exchange.solo import Solo
 
-        return self.measure_all(
-            self.module,
-            measure,
-            source,
-            Solo(),
-            device=torch.device("cpu"),
-            precision=self.recipe.train.precision,
-            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch,
-            seed=self.recipe.train.seed,
-        )
-
-
-def load(folder: Path, recipe: Recipe, task: Task, measure_all: MeasureAll) -> TableModel:
+def load(folder: Path, recipe: Recipe, task: Task, measure_model: MeasureModel) -> TableModel:
     """Build a task's module and load the weights of a model folder.
 
     Raises:
         ModelError: they do not belong together.
     """
+    if task.backend != "torch":
+        raise ModelError(
+            f"{str(folder)!r}: {type(task).__name__} is computed by {task.backend!r}; allowed here is 'torch'. "
+            "Read the arrays from model.safetensors."
+        )
     module = task.build()
     try:
         module.load_state_dict(load_tensors(folder / "model.safetensors"))
@@ -151,7 +143,7 @@ def load(folder: Path, recipe: Recipe, task: Task, measure_all: MeasureAll) -> T
             f"{str(folder)!r}: the weights do not fit the module that {type(task).__name__} builds: {error}. Use the "
             "task, and its settings, with which the model was trained."
         ) from None
-    return TableModel(module=module.eval(), task=task, recipe=recipe, measure_all=measure_all)
+    return TableModel(module=module.eval(), task=task, recipe=recipe, measure_model=measure_model)
 
 
 def _spread(values: np.ndarray, usable: np.ndarray, rows: int) -> pa.Array:

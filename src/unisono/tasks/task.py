@@ -37,6 +37,9 @@ class Task(ABC):
 
     pretrained: tuple[str, ...] = ()
     """Prefixes of the names of parameters that learn at `train.pretrained_rate` times the rate."""
+    backend: str = "torch"
+    """Name of what computes this task's model: "torch", or another backend that is installed or registered. With
+    another one, `build`, `loss` and `measure` have the form that it describes."""
 
     columns: tuple[str, ...] = ()
     """Names of the columns that a record must have, before `encode`; (): whatever numbers it has."""

@@ -20,8 +20,8 @@ from unisono.tasks.task import Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MeasureAll = Callable[..., dict[str, np.ndarray]]
-"""`engine.evaluation.measure_all`, handed in from above: tasks do not know the engine."""
+MeasureModel = Callable[..., dict[str, np.ndarray]]
+"""(model, method of its task, source) → results of every sample. Handed in from above: tasks do not know the engine."""
 
 
 class TableRows(Protocol):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
-import torch
 from torch import nn
 
 from unisono.config.recipe import Recipe
@@ -24,11 +23,10 @@ from unisono.data.screening.rules import Examiner
 from unisono.data.source import Source
 from unisono.data.store import open_dataset
 from unisono.errors import DataError, ModelError
-from unisono.exchange.solo import Solo
 from unisono.storage.files import load_tensors
 from unisono.tasks.metrics import Results, confusion, per_class, summarise
 from unisono.tasks.text.classification import TextClassification
-from unisono.tasks.trained_model import MeasureAll
+from unisono.tasks.trained_model import MeasureModel
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,22 +47,13 @@ class Classifier:
     recipe: Recipe
     dataset: str
     """SHA-256 of the dataset that it was trained on."""
-    measure_all: MeasureAll
+    measure_model: MeasureModel
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """float64 [texts, classes]: how likely each class is for each text."""
         if not len(texts):
             return np.zeros((0, len(self.labels)))
-        results = self.measure_all(
-            self.module,
-            self.task.predict,
-            self.encode(texts),
-            Solo(),
-            device=torch.device("cpu"),
-            precision=self.recipe.train.precision,
-            samples_per_microbatch=self.recipe.evaluate.samples_per_microbatch,
-            seed=self.recipe.train.seed,
-        )
+        results = self.measure_model(self, self.task.predict, self.encode(texts))
         return results["probabilities"]
 
     def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> EncodedSamples:
@@ -191,7 +180,7 @@ class Classifier:
         return lines
 
 
-def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_all: MeasureAll) -> Classifier:
+def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_model: MeasureModel) -> Classifier:
     """Load the text classifier of a model folder.
 
     Raises:
@@ -223,5 +212,5 @@ def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], meas
         labels=tuple(facts["labels"]),
         recipe=recipe,
         dataset=facts["dataset"],
-        measure_all=measure_all,
+        measure_model=measure_model,
     )

@@ -1,0 +1,59 @@
+"""Which backends there are: those that come along, those of installed packages, those that a program registers.
+
+Owns the names. A backend's module, and its framework, is imported when a task asks for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+
+from unisono.backends.backend import Backend
+from unisono.errors import ContractError
+
+ENTRY_POINTS = "unisono.backends"
+"""Group of entry points in which a package names its backend: `name = "package.module:Class"`."""
+COME_ALONG = {"torch": "unisono.backends.torch_backend:TorchBackend"}
+"""Name → module and class."""
+_registered: dict[str, type[Backend]] = {}
+
+
+def register_backend(backend: type[Backend]) -> None:
+    """Let tasks of this process, and of those forked from it, choose this class by its `name`.
+
+    Raises:
+        ContractError: there is another one of that name.
+    """
+    name = backend.name
+    if name in COME_ALONG or _registered.get(name, backend) is not backend:
+        raise ContractError(
+            f"backend {name!r}: another one has this name; allowed is a new one. Change {backend.__name__}.name."
+        )
+    _registered[name] = backend
+
+
+def find_backend(name: str) -> type[Backend]:
+    """The class that a task means by `Task.backend`.
+
+    Raises:
+        ContractError: there is none of that name.
+    """
+    if name in _registered:
+        return _registered[name]
+    place = COME_ALONG.get(name)
+    if place is None:
+        for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
+            place = point.value
+    if place is None:
+        raise ContractError(
+            f"the task's backend is {name!r}; there are {', '.join(map(repr, list_backends()))}. Choose one of them, "
+            f"install a package that has an entry point of that name in the group {ENTRY_POINTS!r}, or call "
+            "unisono.backends.backend_registry.register_backend first."
+        )
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def list_backends() -> list[str]:
+    """Every name that `find_backend` knows."""
+    points = metadata.entry_points(group=ENTRY_POINTS)
+    return sorted({*COME_ALONG, *_registered, *(point.name for point in points)})
