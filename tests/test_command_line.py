@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from toy import Command, make_toy, run_command
+from toy import Command, make_toy, run_command, run_python
 from unisono.config import recipe as recipes
 
 FILES = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "curves.svg", "summary.json", "checkpoints", "model"}
@@ -98,6 +98,19 @@ def test_plain_lines_say_what_a_person_needs(runs: dict[int, tuple[Path, subproc
 
 def test_quiet_says_nothing(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
     assert (runs[2][1].stdout, runs[2][1].stderr) == ("", "")
+
+
+def test_the_curves_leave_the_callers_pyplot_alone(tmp_path: Path) -> None:
+    """A notebook's own figures and backend. Fails if curves are drawn by pyplot, or a backend is chosen for the process."""
+    make_toy(tmp_path)
+    code = """if True:
+        import matplotlib, sys, unisono
+        matplotlib.use("pdf")
+        folder = unisono.train("toy.toml", workers=1, overrides=("train.max_steps=1",), quiet=True).folder
+        print((folder / "curves.svg").exists(), "matplotlib.pyplot" in sys.modules, matplotlib.get_backend())
+    """
+    process = run_python(["-c", code], tmp_path)
+    assert process.stdout == "True False pdf\n", process.stderr
 
 
 def test_json_is_one_object_per_line(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:

@@ -154,7 +154,7 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-EVIL = "<script>alert(1)</script> \" onload='x' &amp; </title></style> \0 \u202e \ud800"
+EVIL = "<script>alert(1)</script> \" onload='x' &amp; </title></style> {{ 7 * 7 }} {% raw %} {# \0 \u202e \ud800"
 
 
 def make_evil() -> Review:
@@ -179,6 +179,7 @@ def test_the_page_is_whole_and_runs_nothing() -> None:
     assert not re.search(r"https?:|url\(|@import", page)
     assert "\0" not in page and "\u202e" not in page and "\\u202e" in page
     assert sum("<script>alert(1)</script>" in text for text in read.texts) > 8
+    assert sum("{{ 7 * 7 }} {% raw %} {#" in text for text in read.texts) > 8  # the data are no template
     assert page == render(make_evil(), title=EVIL, max_tokens=2, facts=[(EVIL, EVIL)], mended=EVIL)
 
 
