@@ -113,7 +113,7 @@ def test_refused_personal_details_are_not_shown() -> None:
         found.show(reason, text[150:], place=(1, number), split="train", file="f", row=1, label=None)
     texts = [one.text for shown in found.examples.values() for one in shown]
     assert len(texts) == 6 and not re.search("bob|4111|1234567", " ".join(texts))
-    assert sum("[mail], [card], [phone]" in text for text in texts) == 3
+    assert sum("[mail], [card], [number]" in text for text in texts) == 3
     kept = Review()
     kept.show("duplicate", text[150:], place=(0, 0), split="train", file="f", row=1, label=None)
     assert "bob.smith@example.org" in kept.examples["duplicate"][0].text

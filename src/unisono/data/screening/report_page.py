@@ -1,8 +1,8 @@
 """The review of the data as one HTML page: what came in, what stayed, why the rest went, and what that changed.
 
 Owns the page's numbers and sentences; its looks are the matter of `report_page.html`, a template for Jinja2. Whatever
-comes from the data is escaped, and what could not be seen is spelt out, by the environment and so without exception; the
-page holds no scripts and loads nothing. The same review always gives the same bytes.
+comes from the data is escaped, and what could not be seen is spelt out, by the environment and so everywhere; the page
+holds no scripts and loads nothing. The same review always gives the same bytes.
 """
 
 from __future__ import annotations
