@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from unisono.tasks.task import Task
 
+    __version__: str
+
 _HOMES = {
     "train": "api.training",
     "Trained": "api.training",
@@ -82,6 +84,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 30 ms
+
+        return version("unisono")
     if name in _MODULES:
         return import_module(f"unisono.{name}")
     if name not in _HOMES:
