@@ -51,7 +51,8 @@ def my_rank() -> Iterator[Callable[[], int]]:
 @pytest.fixture(scope="session")
 def warm() -> None:
     """Import once what every forked worker would import for itself: it takes longer than training the toy."""
-    import matplotlib.pyplot
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
     import torch._inductor.config
 
     import unisono.api.application

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import socket
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from toy import Command, make_toy, run_command
+from toy import Command, make_toy, run_command, run_python
 from unisono.config import recipe as recipes
 
 FILES = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "curves.svg", "summary.json", "checkpoints", "model"}
@@ -98,6 +100,19 @@ def test_plain_lines_say_what_a_person_needs(runs: dict[int, tuple[Path, subproc
 
 def test_quiet_says_nothing(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
     assert (runs[2][1].stdout, runs[2][1].stderr) == ("", "")
+
+
+def test_the_curves_leave_the_callers_pyplot_alone(tmp_path: Path) -> None:
+    """A notebook's own figures and backend. Fails if curves are drawn by pyplot, or a backend is chosen for the process."""
+    make_toy(tmp_path)
+    code = """if True:
+        import matplotlib, sys, unisono
+        matplotlib.use("pdf")
+        folder = unisono.train("toy.toml", workers=1, overrides=("train.max_steps=1",), quiet=True).folder
+        print((folder / "curves.svg").exists(), "matplotlib.pyplot" in sys.modules, matplotlib.get_backend())
+    """
+    process = run_python(["-c", code], tmp_path)
+    assert process.stdout == "True False pdf\n", process.stderr
 
 
 def test_json_is_one_object_per_line(runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]]) -> None:
@@ -202,11 +217,54 @@ def test_recipe_shows_every_key(command: Command, tmp_path: Path) -> None:
     make_toy(tmp_path)
     code, out, _ = command("recipe", "toy.toml", "--set", "train.seed=5")
     assert (code, "seed = 5" in out, "samples_per_step = 16" in out) == (0, True, True)
-    code, out, _ = command("recipe", "--show-defaults")
-    assert (code, "clip_norm = 0.0" in out) == (0, True)
+    for kind in ("bag", "transformer", "pretrained"):
+        code, out, _ = command("recipe", "--show-defaults", "--model", kind)
+        (tmp_path / "run.toml").write_text(out)
+        assert (code, recipes.load(tmp_path / "run.toml").model.kind) == (0, kind)
+    assert command("recipe", "--show-defaults")[1] == recipes.document(model="bag")
+    code, _, err = command("recipe", "toy.toml", "--model", "bag")
+    assert (code, "Give both" in err) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "evaluate", "predict", "verify", "recipe"])
+@pytest.mark.parametrize(
+    "name", ["train", "prepare", "evaluate", "predict", "verify", "resize", "checkpoints", "recipe"]
+)
 def test_every_command_has_help(command: Command, name: str) -> None:
-    code, out, _ = command(name, "--help")
-    assert (code, "Usage" in out) == (0, True)
+    helped = [command(name, option) for option in ("--help", "-h")]
+    assert helped[0] == helped[1]
+    assert (helped[0][0], f"Usage: unisono {name} " in helped[0][1]) == (0, True)
+
+
+def test_version(command: Command) -> None:
+    import unisono
+
+    assert unisono.__version__ == metadata.version("unisono")
+    assert command("--version") == (0, f"unisono {unisono.__version__}\n", "")
+
+
+def test_shells_complete(tmp_path: Path) -> None:
+    """What the script of --show-completion calls. Fails if it could not find the commands and their options."""
+    shown = run_command(["--show-completion", "bash"], tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_UNISONO_COMPLETE=complete_bash" in shown.stdout
+    for line, expected in (("unisono ver", "verify"), ("unisono train --on", "--on-loss")):
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        completed = run_command([], tmp_path, _UNISONO_COMPLETE="complete_bash", **words)
+        assert completed.stdout.split() == [expected], completed.stderr
+
+
+def test_help_imports_little(tmp_path: Path) -> None:
+    """It should answer at once. Fails if the command line, or typer for it, imported a library such as rich or pydantic."""
+    code = """if True:
+        import sys
+        before = set(sys.modules)
+        sys.argv = ["unisono", "--help"]
+        from unisono.cli import main
+        try:
+            main()
+        finally:
+            loaded = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+            print(sorted(loaded), file=sys.stderr)
+    """
+    process = run_python(["-c", code], tmp_path)
+    assert set(ast.literal_eval(process.stderr)) <= {"typer", "unisono", "annotated_doc", "shellingham", "click"}
+    assert "Usage: unisono" in process.stdout

@@ -167,7 +167,8 @@ class Begun:
 
 def warm() -> None:
     """Import once what every forked process would import for itself."""
-    import matplotlib.pyplot
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
     import pyarrow.compute
     import tokenizers
     import torch

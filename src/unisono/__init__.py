@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from unisono.tasks.task import Task
     from unisono.tasks.text.classifier import Classifier
 
+    __version__: str
+
 _HOMES = {
     "train": "api.training",
     "Trained": "api.training",
@@ -92,6 +94,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 30 ms
+
+        return version("unisono")
     if name in _MODULES:
         return import_module(f"unisono.{name}")
     if name not in _HOMES:

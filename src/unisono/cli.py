@@ -1,10 +1,8 @@
 """The command line: parse, then call one function.
 
 Owns options, exit codes and what is printed on failure. Heavy imports happen inside the commands, so that --help
-answers at once.
+answers at once; typer is most of the time that it takes, and takes longer where annotations are strings.
 """
-
-from __future__ import annotations
 
 import json
 import sys
@@ -19,7 +17,7 @@ from unisono.errors import UnisonoError
 app = typer.Typer(
     help="Train on any number of workers. Get the same bits.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -51,6 +49,23 @@ TaskName = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import unisono
+
+        typer.echo(f"unisono {unisono.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 class _Train(TyperCommand):
@@ -226,7 +241,15 @@ def recipe(
     path: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="show this recipe, checked and with defaults filled in")
     ] = None,
-    show_defaults: Annotated[bool, typer.Option("--show-defaults", help="document every key")] = False,
+    show_defaults: Annotated[
+        bool, typer.Option("--show-defaults", help="print a recipe with every key, its default and its meaning")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="bag|transformer|pretrained", help="kind of model for --show-defaults; default: bag"
+        ),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Check a recipe, or document all keys."""
@@ -234,10 +257,12 @@ def recipe(
 
     if path is None and not show_defaults:
         raise typer.BadParameter("give a RECIPE to check, or --show-defaults.")
+    if model is not None and not show_defaults:
+        raise typer.BadParameter("it chooses what --show-defaults prints. Give both.", param_hint="--model")
     if path is not None:
         typer.echo(recipes.to_toml(recipes.load(path, tuple(set_ or ()))), nl=False)
     if show_defaults:
-        typer.echo(recipes.document(), nl=False)
+        typer.echo(recipes.document(model=model or "bag"), nl=False)
 
 
 def check_count(workers: str, *, auto: bool = True) -> int | str:
@@ -260,7 +285,7 @@ def _with(overrides: list[str] | None, task: str | None, strict: bool = False) -
 def main() -> None:
     """Run the command line; turn an error raised on purpose into its message and exit code."""
     try:
-        app()
+        app(prog_name="unisono")
     except UnisonoError as error:
         print(f"unisono: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -20,6 +20,7 @@ from unisono.data.ingest.input_splits import find_input_splits
 from unisono.data.prepare import prepare
 from unisono.data.store import read_quarantine
 from unisono.errors import DamagedError, DataError, RecipeError
+from unisono.storage.files import facts_sha256
 
 
 def lines(count: int = 40, start: int = 0) -> list[str]:
@@ -233,3 +234,12 @@ def test_splits_given_twice_or_too_large(tmp_path: Path) -> None:
         prepare(recipe(tmp_path, train=train), frames={"tset": []})
     with pytest.raises(DataError, match="no such file"):
         prepare(recipe(tmp_path, train=str(tmp_path / "absent.csv")))
+
+
+def test_a_key_that_changes_nothing_names_no_dataset() -> None:
+    """Fails if screen.phone_region were part of what a dataset without phone rules is named after."""
+
+    def name(**screen: str) -> str:
+        return facts_sha256(inputs.make_key(check({"screen": screen}), {}))
+
+    assert name() == name(phone_region="DE") != name(phone="mask") != name(phone="mask", phone_region="DE")

@@ -113,7 +113,7 @@ def test_refused_personal_details_are_not_shown() -> None:
         found.show(reason, text[150:], place=(1, number), split="train", file="f", row=1, label=None)
     texts = [one.text for shown in found.examples.values() for one in shown]
     assert len(texts) == 6 and not re.search("bob|4111|1234567", " ".join(texts))
-    assert sum("[mail], [card], [phone]" in text for text in texts) == 3
+    assert sum("[mail], [card], [number]" in text for text in texts) == 3
     kept = Review()
     kept.show("duplicate", text[150:], place=(0, 0), split="train", file="f", row=1, label=None)
     assert "bob.smith@example.org" in kept.examples["duplicate"][0].text
@@ -154,7 +154,7 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-EVIL = "<script>alert(1)</script> \" onload='x' &amp; </title></style> \0 \u202e \ud800"
+EVIL = "<script>alert(1)</script> \" onload='x' &amp; </title></style> {{ 7 * 7 }} {% raw %} {# \0 \u202e \ud800"
 
 
 def make_evil() -> Review:
@@ -179,6 +179,7 @@ def test_the_page_is_whole_and_runs_nothing() -> None:
     assert not re.search(r"https?:|url\(|@import", page)
     assert "\0" not in page and "\u202e" not in page and "\\u202e" in page
     assert sum("<script>alert(1)</script>" in text for text in read.texts) > 8
+    assert sum("{{ 7 * 7 }} {% raw %} {#" in text for text in read.texts) > 8  # the data are no template
     assert page == render(make_evil(), title=EVIL, max_tokens=2, facts=[(EVIL, EVIL)], mended=EVIL)
 
 

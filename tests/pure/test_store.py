@@ -13,11 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unisono.data import store
 from unisono.data.encoding.ngrams import NGrams
 from unisono.data.samples import EncodedSamples, SampleChunk, encode_samples, hash_content
 from unisono.data.store import Dataset, open_dataset, read_quarantine, write_dataset
 from unisono.errors import DamagedError, DataError
+from unisono.storage.file_lock import hold
 
 ENCODER = NGrams.learn([["one two three", "two three", "中"]], 50, words=10, order=1, lowercase=True)
 
@@ -200,7 +200,7 @@ def test_the_lock_admits_one(tmp_path: Path) -> None:
             status = 1
             try:
                 for _ in range(25):
-                    with store.alone(tmp_path / "lock"):
+                    with hold(tmp_path / "lock"):
                         counter.write_text(str(int(counter.read_text()) + 1))
                 status = 0
             finally:

@@ -135,14 +135,22 @@ def unused_tables(uses: frozenset[str]) -> list[str]:
     return [name for name in OPTIONAL if "." not in name and name not in uses]
 
 
-def document(section: type[BaseModel] = Recipe, prefix: str = "") -> str:
-    """Every key with its default, allowed values and meaning, as a commented TOML file."""
+def document(section: type[BaseModel] = Recipe, prefix: str = "", *, model: str = "bag") -> str:
+    """Every key with its default, allowed values and meaning: a commented TOML file that `load` reads as the default
+    recipe for this kind of model.
+
+    Raises:
+        RecipeError: there is no such kind.
+    """
+    if model not in MODELS:
+        raise RecipeError(f"--model {model!r}: allowed are {', '.join(MODELS)}.")
     lines: list[str] = []
     tables: list[str] = []
     for name, field in section.model_fields.items():
         if name == "model":
-            for kind in MODELS.values():
-                tables.append(f"# One of the [model] tables. {kind.__doc__}\n[model]\n" + document(kind, "model."))
+            others = " or ".join(kind for kind in MODELS if kind != model)
+            told = f"# {MODELS[model].__doc__}\n# Other kinds: {others}; --show-defaults --model KIND shows their keys."
+            tables.append(f"{told}\n[model]\n" + document(MODELS[model], "model."))
         elif isinstance(field.default, Section):
             section_type: type[BaseModel] = type(field.default)
             tables.append(f"# {section_type.__doc__}\n[{name}]\n" + document(section_type, name + "."))

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Personal = Literal["keep", "mask", "refuse"]
-Script = Literal[
-    "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati", "Gurmukhi",
-    "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana", "Khmer", "Lao", "Latin", "Malayalam", "Myanmar",
-    "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan",
-]  # fmt: skip
+
+
+def _find_script(name: str) -> str:
+    """Return the name of a script, if the regex package knows its letters."""
+    import regex
+
+    try:
+        regex.compile(rf"\p{{Script={name}}}")
+    except regex.error:
+        raise ValueError(
+            "Unicode has no script of this name; allowed are for instance Latin, Greek, Cyrillic, Han, Hiragana, Arabic"
+        ) from None
+    return name
+
+
+Script = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z _-]*$"), AfterValidator(_find_script)]
 
 
 TEXT = "text_classification"
@@ -95,7 +106,7 @@ class Screen(Section):
     min_characters: int = Field(0, ge=0, description="shorter texts are refused; space around a text does not count")
     max_characters: int = Field(0, ge=0, description="longer texts are refused; 0: no limit")
     scripts: Annotated[tuple[Script, ...], Field(strict=False)] = Field(
-        (), description='scripts that letters should be of, for instance ["Latin", "Greek"]; empty: any'
+        (), description='scripts that letters should be of, by Unicode\'s names: ["Latin", "Greek"]; empty: any'
     )
     script_share: Share = Field(0.5, description="scripts: smallest share of a text's letters that must be of them")
     invisible: Literal["keep", "strip", "refuse"] = Field(
@@ -110,7 +121,12 @@ class Screen(Section):
     )
     mail: Personal = Field("keep", description="mail addresses; mask: [mail] in their place")
     card: Personal = Field("keep", description="numbers of payment cards, by length and check digit; mask: [card]")
-    phone: Personal = Field("keep", description="phone numbers as they are usually written; mask: [phone]")
+    phone: Personal = Field(
+        "keep", description="phone numbers that exist, if they begin with +; mask: [phone]; needs phonenumbers"
+    )
+    phone_region: str = Field(
+        "", pattern="^([A-Z]{2})?$", description="phone: also numbers as they are written there: US, DE, CN, …"
+    )
     near_duplicates: Literal["keep", "refuse"] = Field(
         "keep", description="texts of which about 80 % is in an earlier text of their split, or in one of train"
     )

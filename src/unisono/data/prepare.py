@@ -38,6 +38,7 @@ from unisono.data.screening.rules import Examiner, describe_treatments
 from unisono.data.screening.screen import SPLITS, screen
 from unisono.data.share import Share
 from unisono.errors import DataError, RunFolderError, UnisonoError
+from unisono.storage.file_lock import hold
 from unisono.storage.files import boot_id, facts_sha256, remove_leftovers, whole_folder, write_text
 
 REPORT = "report.html"
@@ -77,7 +78,7 @@ def prepare(
     folder = Path(recipe.data.store) / facts_sha256(key)[:24]
     if not folder.exists():
         _make_store(folder.parent)
-        with store.alone(folder.with_name(f".{folder.name}.work.lock")):
+        with hold(folder.with_name(f".{folder.name}.work.lock")):
             if not folder.exists():
                 return _make(recipe, inputs, key, folder, share, notify)
     notify(f"dataset {folder}: prepared before")

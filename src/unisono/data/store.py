@@ -11,14 +11,11 @@ holds the SHA-256 of each.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +29,7 @@ from unisono.data.encoding.encode import load_encoder
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.samples import ContentHash, EncodedSamples, SampleChunk
 from unisono.errors import DamagedError, DataError
+from unisono.storage.file_lock import hold
 from unisono.storage.files import check_file, facts_sha256, file_sha256, sync
 
 FORMAT = 1
@@ -99,7 +97,7 @@ def write_dataset(
     unfinished = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone(folder.with_name(f".{folder.name}.lock")):
+        with hold(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
                 try:
@@ -275,26 +273,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if manifest.pop("manifest_sha256", None) != facts_sha256(manifest):
         raise damaged
     return manifest
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, and leave no file behind."""
-    while True:
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _names(path, file.fileno()):
-                continue  # its last holder has removed it meanwhile
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
-
-
-def _names(path: Path, descriptor: int) -> bool:
-    """Whether the path still names the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

@@ -4,13 +4,13 @@
     .wanted       {"workers": N}, put there by `unisono resize`
     .answer       what came of it
 
-The lock is the kernel's, so it ends with the process, however that ends. Owns these files. Files are used rather than a
-socket, because a folder has no port, needs no permission of its own, and is seen from other containers and hosts.
+The lock (`file_lock.py`) ends with the process and its workers, however they end. Owns these files. Files are used
+rather than a socket, because a folder has no port, needs no permission of its own, and is seen from other containers
+and hosts.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unisono.errors import RecipeError, RunFolderError
+from unisono.storage.file_lock import HeldFile, Timeout, is_held
 from unisono.storage.files import write_text
 
 RUNNING, WANTED, ANSWER = ".running", ".wanted", ".answer"
@@ -38,38 +39,28 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = -1
-        deadline = time.monotonic() + DYING_SECONDS
-        with suppress(OSError):
-            while not self._take():
-                if time.monotonic() > deadline:
-                    holder = _read(folder / RUNNING)
-                    raise RunFolderError(
-                        f"{str(folder)!r} is being trained by process {holder.get('pid', '?')} on "
-                        f"{holder.get('host', '?')}. Wait for it, stop it (kill -TERM), or use another --run-folder."
-                    )
-                time.sleep(POLL_SECONDS)
+        self._held: HeldFile | None
+        try:
+            self._held = HeldFile(folder / RUNNING, seconds=DYING_SECONDS, poll_seconds=POLL_SECONDS)
+        except Timeout:
+            holder = _read(folder / RUNNING)
+            raise RunFolderError(
+                f"{str(folder)!r} is being trained by process {holder.get('pid', '?')} on "
+                f"{holder.get('host', '?')}. Wait for it, stop it (kill -TERM), or use another --run-folder."
+            ) from None
+        except OSError:
+            self._held = None  # a folder that cannot be written, a file system without locks: nobody is kept out
         for name in (WANTED, ANSWER):
             with suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
 
-    def _take(self) -> bool:
-        """Try to get the lock, on the file that is there."""
-        path = self._folder / RUNNING
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        held = _lock(file)
-        if held and path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            self._file = file
-            return True
-        os.close(file)  # somebody has it, or has removed it just now, letting go
-        return False
-
     def tell(self, **facts: Any) -> None:
         """Say who holds the folder, and what can be asked."""
         text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **facts}).encode()
-        with suppress(OSError):  # a full disk: it is for information
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, text, 0)
+        if self._held is not None:
+            with suppress(OSError):  # a full disk: it is for information
+                os.ftruncate(self._held.descriptor, 0)
+                os.pwrite(self._held.descriptor, text, 0)
 
     def wanted_workers(self) -> int | None:
         """The number of workers that somebody has asked for since; None: nobody has."""
@@ -88,13 +79,12 @@ class RunLock:
 
     def release(self) -> None:
         """Let go of the folder."""
-        if self._file < 0:
+        if self._held is None:
             return
-        for name in (WANTED, RUNNING):
-            with suppress(OSError):
-                (self._folder / name).unlink(missing_ok=True)
-        os.close(self._file)
-        self._file = -1
+        with suppress(OSError):
+            (self._folder / WANTED).unlink(missing_ok=True)
+        self._held.release()
+        self._held = None
 
 
 def ask_for_workers(folder: Path, workers: int) -> str:
@@ -114,7 +104,7 @@ def ask_for_workers(folder: Path, workers: int) -> str:
     write_text(folder / WANTED, json.dumps({"workers": workers}))
     deadline = time.monotonic() + ANSWER_SECONDS
     while not (folder / ANSWER).exists():
-        if time.monotonic() > deadline or not _is_held(folder):
+        if time.monotonic() > deadline or not is_held(folder / RUNNING):
             raise RunFolderError(f"{str(folder)!r}: the run has ended, or does not answer.")
         time.sleep(POLL_SECONDS)
     found = _read(folder / ANSWER)
@@ -125,32 +115,12 @@ def ask_for_workers(folder: Path, workers: int) -> str:
 
 
 def _holder(folder: Path) -> dict[str, Any]:
-    if not _is_held(folder):
+    if not is_held(folder / RUNNING):
         raise RunFolderError(
             f"{str(folder)!r} is not being trained now. Name the folder of a run at work; a stopped one goes on with "
             "any number of workers: unisono train RECIPE --resume --workers N."
         )
     return _read(folder / RUNNING)
-
-
-def _is_held(folder: Path) -> bool:
-    try:
-        file = os.open(folder / RUNNING, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    held = not _lock(file)
-    os.close(file)
-    return held
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks keeps nobody out
-    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -303,13 +303,11 @@ def _write_all(file: int, content: bytes) -> None:
 
 def draw_curves(lines: list[Line], path: Path) -> None:
     """Draw the training loss of each step, and the loss and accuracy of each evaluation, against epochs."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which has a state that is the caller's
 
     done = [line for line in lines if line["event"] == "StepDone"]
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     axis.plot(
         [line["epoch"] for line in done],
         [line["loss"] for line in done],
@@ -334,8 +332,5 @@ def draw_curves(lines: list[Line], path: Path) -> None:
             of.plot(epochs, values, style, color=color, markersize=4, label=f"{split} {name}")
     handles = [handle for part in (axis, right) if part for handle in part.get_legend_handles_labels()[0]]
     axis.legend(handles=handles, loc="center right", fontsize=8)
-    try:
-        with whole_file(path) as part:
-            figure.savefig(part, format="svg", metadata={"Date": None})
-    finally:
-        plt.close(figure)
+    with whole_file(path) as part:
+        figure.savefig(part, format="svg", metadata={"Date": None})

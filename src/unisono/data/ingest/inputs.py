@@ -90,7 +90,9 @@ def make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
             split: {"name": one.name, "format": one.kind, "sha256": one.sha256} for split, one in inputs.items()
         },
         "data": recipe.data.model_dump(mode="json", include=set(SEEN)),
-        "screen": recipe.screen.model_dump(mode="json"),
+        "screen": recipe.screen.model_dump(
+            mode="json", exclude={"phone_region"} if recipe.screen.phone == "keep" else set()
+        ),
         "encode": encode.find_settings(recipe),
         "versions": {
             "format": store.FORMAT,

@@ -1,8 +1,9 @@
 """What one record is judged by, and what is mended in it: rules that need no other record.
 
-Owns the order of these rules, their reasons, and what counts as an invisible character, a script, or a personal
-detail. Does not compare records (`data/screen.py`, `data/near.py`), and keeps no state: the same record, settings and
-versions always give the same answer, in any process.
+Owns the order of these rules, their reasons, and what counts as an invisible character or a personal detail. Which
+script a letter is of is known to the regex package, what a phone number is to phonenumbers. Does not compare records
+(`screen.py`, `near_duplicates.py`), and keeps no state: the same record, settings and versions always give the same
+answer, in any process.
 
 Regular expressions stand behind the cheapest test that excludes most texts, and take time in proportion to the text:
 what may repeat is bounded, or anchored to where it begins.
@@ -15,11 +16,13 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from unisono.config.sections import Screen
 from unisono.data.ingest.read import Record
-from unisono.errors import DataError
+from unisono.errors import DataError, RecipeError
 
 EMPTY = "empty text"
 UNLABELLED = "no label"
@@ -52,49 +55,9 @@ _CARD_RUN = re.compile("[0-9](?:[ \xa0\u2010-\u2013-]?[0-9]){12,}")
 _DIGITS = re.compile("[0-9]+")
 _CARD_BEGINS = "23456"  # Mastercard, JCB, Diners, American Express, Visa, Maestro, Discover, UnionPay
 _CARD_DIGITS = range(13, 20)  # ISO/IEC 7812-1
-_PHONE = re.compile(
-    r"[+(0-9](?:"  # a set to begin with is looked for ten times as fast as the alternatives
-    r"(?:(?<=\+)|(?<=0)(?<![0-9]0)0(?=[ 1-9]))[ (]?[1-9](?:[ ()./-]{0,2}[0-9]){6,14}"  # at most 15 digits
-    r"|(?<=1)(?<![0-9]1)[ .-](?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4}"
-    r"|(?:(?<=\()[2-9][0-9]{2}\) ?|(?<=[2-9])(?<![0-9][2-9])[0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4}"
-    r"|(?<=\()0[0-9]{1,4}\) ?[0-9](?:[ /.-]?[0-9]){5,9}"
-    r"|(?<=0)(?<![0-9]0)(?![0-9]?[./-][0-9]{1,2}[./-][0-9]{2,4})[0-9](?:[ /.-]?[0-9]){7,10}"  # 01.02.2003 is a date
-    r")(?![0-9])"
-)
-"""International, North American (two ways), national with the area in brackets, national. A match ends at a digit; one
-that begins right there begins with + or a bracket, to which nothing before it matters: so one pass finds them all."""
-
-_LETTERS = re.compile(r"[^\W\d_]+")
-SCRIPTS = {
-    "Arabic": "\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufeff",
-    "Armenian": "\u0530-\u058f\ufb13-\ufb17",
-    "Bengali": "\u0980-\u09ff",
-    "Cyrillic": "\u0400-\u052f\u1c80-\u1c8f\u2de0-\u2dff\ua640-\ua69f",
-    "Devanagari": "\u0900-\u097f\ua8e0-\ua8ff",
-    "Ethiopic": "\u1200-\u139f\u2d80-\u2ddf\uab00-\uab2f",
-    "Georgian": "\u10a0-\u10ff\u1c90-\u1cbf\u2d00-\u2d2f",
-    "Greek": "\u0370-\u03ff\u1f00-\u1fff",
-    "Gujarati": "\u0a80-\u0aff",
-    "Gurmukhi": "\u0a00-\u0a7f",
-    "Han": "\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
-    "Hangul": "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc",
-    "Hebrew": "\u0590-\u05ff\ufb1d-\ufb4f",
-    "Hiragana": "\u3040-\u309f",
-    "Kannada": "\u0c80-\u0cff",
-    "Katakana": "\u30a0-\u30ff\u31f0-\u31ff\uff66-\uff9f",
-    "Khmer": "\u1780-\u17ff",
-    "Lao": "\u0e80-\u0eff",
-    "Latin": "A-Za-z\xaa\xba\xc0-\u024f\u0250-\u02af\u1d00-\u1dbf\u1e00-\u1eff\u2c60-\u2c7f\ua720-\ua7ff"
-    "\uab30-\uab6f\ufb00-\ufb06\uff21-\uff3a\uff41-\uff5a",
-    "Malayalam": "\u0d00-\u0d7f",
-    "Myanmar": "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f",
-    "Sinhala": "\u0d80-\u0dff",
-    "Tamil": "\u0b80-\u0bff",
-    "Telugu": "\u0c00-\u0c7f",
-    "Thai": "\u0e00-\u0e7f",
-    "Tibetan": "\u0f00-\u0fff",
-}
-"""The blocks of Unicode where each script's letters stand."""
+_SOME_DIGITS = re.compile(r"\d\D{0,4}\d\D{0,4}\d")
+_PLUSES = "+\uff0b"  # one begins an international number
+_NUMBER = re.compile(r"[+\uff0b(]{0,2}\d(?:[^\w\n]{0,3}\d){4,}")
 
 
 class Examiner:
@@ -156,7 +119,13 @@ def find_versions(screen: Screen) -> dict[str, str]:
     versions = {}
     if screen.mojibake != "keep":
         versions["ftfy"] = str(_import_ftfy().__version__)
-    if screen.scripts or screen.mail != "keep" or "refuse" in (screen.near_duplicates, screen.contradicted):
+    if screen.phone != "keep":
+        versions["phonenumbers"] = str(_import_phonenumbers().__version__)
+    if screen.scripts:
+        import regex  # which has tables of Unicode of its own
+
+        versions["regex"] = regex.__version__
+    if screen.mail != "keep" or "refuse" in (screen.near_duplicates, screen.contradicted):
         versions["unicode"] = unicodedata.unidata_version
     return versions
 
@@ -188,15 +157,28 @@ def mask_cards(text: str) -> str:
     return _CARD_RUN.sub(_mask_run, text)
 
 
-def mask_phones(text: str) -> str:
-    """Put [phone] in the place of phone numbers: international ones (+ or 00), North American ones in their usual
-    groups, and national ones that begin with 0 and have 9 to 12 digits."""
-    return _PHONE.sub("[phone]", text)
+def mask_phones(text: str, region: str = "") -> str:
+    """Put [phone] in the place of phone numbers that exist: international ones that begin with +, and those that are
+    written as in `region`, a code of ISO 3166 such as US; empty: none."""
+    if not (_SOME_DIGITS.search(text) if region else any(plus in text for plus in _PLUSES)):
+        return text
+    numbers = _import_phonenumbers()
+    while True:  # without the one before it, something else may be a number
+        found = numbers.PhoneNumberMatcher(
+            text, region or None, leniency=numbers.Leniency.VALID, max_tries=len(text) + 1
+        )
+        masked, end = [], 0
+        for one in found:
+            masked += [text[end : one.start], "[phone]"]
+            end = one.end
+        if not masked:
+            return text
+        text = "".join(masked) + text[end:]
 
 
 def mask_all(text: str) -> str:
-    """Mask personal details of every kind."""
-    return mask_phones(mask_cards(mask_mail(text)))
+    """Mask personal details of every kind, for eyes that should see none: every number of five digits is masked."""
+    return _NUMBER.sub("[number]", mask_cards(mask_mail(text)))
 
 
 def is_card(digits: str) -> bool:
@@ -237,10 +219,12 @@ def _choose_treatments(screen: Screen) -> tuple[tuple[str, Callable[[str], str |
         treatments.append((INVISIBLE, _strip))
     elif screen.invisible == "refuse":
         treatments.append((INVISIBLE, partial(_refuse_invisible, share=screen.invisible_share)))
+    if screen.phone != "keep":
+        _check_region(screen.phone_region)
     for reason, mask, wanted in (
         (MAIL, mask_mail, screen.mail),
         (CARD, mask_cards, screen.card),
-        (PHONE, mask_phones, screen.phone),
+        (PHONE, partial(mask_phones, region=screen.phone_region), screen.phone),
     ):
         if wanted != "keep":
             treatments.append((reason, mask if wanted == "mask" else partial(_refuse_change, mask)))
@@ -255,14 +239,29 @@ def _choose_rules(screen: Screen) -> tuple[tuple[str, Callable[[str], bool]], ..
     if screen.max_characters:
         rules.append((LONG, partial(_is_longer, limit=screen.max_characters)))
     if screen.scripts:
-        letters = re.compile("[" + "".join(SCRIPTS[script] for script in screen.scripts) + "]+")
-        ascii_share = 1.0 if "Latin" in screen.scripts else 0.0
-        rules.append(
-            (SCRIPT, partial(_is_foreign, letters=letters, ascii_share=ascii_share, least=screen.script_share))
-        )
+        rules.append((SCRIPT, _choose_letters(screen.scripts, screen.script_share)))
     if screen.repeated_lines_share < 1:
         rules.append((LINES, partial(_repeats_itself, most=screen.repeated_lines_share)))
     return tuple(rules)
+
+
+def _choose_letters(scripts: Sequence[str], least: float) -> Callable[[str], bool]:
+    import regex
+
+    wanted = regex.compile("[" + "".join(rf"\p{{Script={script}}}" for script in scripts) + "]+")
+    letters = regex.compile(r"[\p{L}--[\p{Script=Common}\p{Script=Inherited}]]+", regex.VERSION1)
+    ascii_share = 1.0 if wanted.match("a") else 0.0
+    return partial(_is_foreign, wanted=wanted, letters=letters, ascii_share=ascii_share, least=least)
+
+
+def _check_region(region: str) -> None:
+    """Raise RecipeError for a region that has no phone numbers."""
+    allowed = _import_phonenumbers().SUPPORTED_REGIONS
+    if region and region not in allowed:
+        raise RecipeError(
+            f"screen.phone_region = {region!r}: no such region. Allowed are {', '.join(sorted(allowed))}; or leave it "
+            "empty for international numbers alone."
+        )
 
 
 def _refuse_change(change: Callable[[str], str], text: str) -> str | None:
@@ -291,14 +290,15 @@ def _is_longer(text: str, limit: int) -> bool:
     return len(text) > limit and len(text.strip()) > limit
 
 
-def _is_foreign(text: str, letters: re.Pattern[str], ascii_share: float, least: float) -> bool:
-    """Too few of the text's letters match `letters`. A text without letters has none that are wrong."""
+def _is_foreign(text: str, wanted: Any, letters: Any, ascii_share: float, least: float) -> bool:
+    """Too few of the text's letters are of the wanted scripts. Letters that several scripts share do not count, and a
+    text without letters has none that are wrong."""
     if ascii_share >= least and text.isascii():
         return False
-    found = "".join(_LETTERS.findall(text))
+    found = "".join(letters.findall(text))
     if not found:
         return False
-    share = ascii_share if found.isascii() else 1 - len(letters.sub("", found)) / len(found)
+    share = ascii_share if found.isascii() else 1 - len(wanted.sub("", found)) / len(found)
     return share < least
 
 
@@ -311,11 +311,18 @@ def _repeats_itself(text: str, most: float) -> bool:
 
 
 def _import_ftfy() -> ModuleType:
+    return _import_extra("ftfy", extra="mend", key="screen.mojibake")
+
+
+def _import_phonenumbers() -> ModuleType:
+    return _import_extra("phonenumbers", extra="phone", key="screen.phone")
+
+
+def _import_extra(package: str, *, extra: str, key: str) -> ModuleType:
     try:
-        import ftfy
+        return import_module(package)
     except ImportError:
         raise DataError(
-            "screen.mojibake needs the package ftfy, which is not installed. Install it with pip install "
-            "'unisono[mend]', or set screen.mojibake = \"keep\"."
+            f"{key} needs the package {package}, which is not installed. Install it with pip install "
+            f"'unisono[{extra}]', or set {key} = \"keep\"."
         ) from None
-    return ftfy

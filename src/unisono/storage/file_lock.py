@@ -1,0 +1,82 @@
+"""A lock on a file, by filelock: the kernel's, so it ends with the processes that hold it, however they end.
+
+Owns that the processes which are forked meanwhile hold it as well, and that no file is left behind. filelock takes the
+lock away from forked processes; here they keep it through a copy of the descriptor, so that nobody enters while workers
+of a killed process are still ending. A program that is executed does not inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+__all__ = ["HeldFile", "Timeout", "hold", "is_held"]
+
+_FOREVER = -1.0
+
+
+class HeldFile:
+    """The hold on a file, which is made, with mode 0600, if it is not there.
+
+    Args:
+        path: its folder must exist.
+        seconds: how long to wait for another holder; −1: until it lets go.
+
+    Raises:
+        Timeout: another process has it, or another object of this one.
+        OSError: the file cannot be made, or its file system has no locks.
+    """
+
+    def __init__(self, path: Path, *, seconds: float = _FOREVER, poll_seconds: float = 0.05) -> None:
+        self.path = path
+        self.descriptor = -1
+        self._lock = FileLock(
+            path,
+            mode=0o600,
+            timeout=seconds,
+            poll_interval=poll_seconds,
+            thread_local=False,
+            fallback_to_soft=False,  # a file that only says that somebody is there would outlive him
+            on_acquired=self._copy,
+        )
+        self._lock.acquire()
+
+    def _copy(self, descriptor: int) -> None:
+        self.descriptor = os.dup(descriptor)
+
+    def release(self) -> None:
+        """Remove the file and let go of it, in all processes."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        self._lock.release()
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold a file while a block runs; wait for it before."""
+    held = HeldFile(path)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a file. False where it is not there, or its file system has no locks."""
+    if not path.exists():
+        return False
+    probe = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        probe.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    probe.release()
+    return False
