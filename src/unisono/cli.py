@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,12 +104,14 @@ def train(
 ) -> None:
     """Train, test and export a model. Under torchrun, join its workers."""
     count = check_count(workers)
+    overrides = (*_with_strict(set_, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else []))
+    _limit(recipe, overrides)
     from unisono.api import training as api
 
     api.train(
         recipe,
         workers=count,
-        overrides=(*_with_strict(set_, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else [])),
+        overrides=overrides,
         run=run,
         resume="auto" if resume == "auto" else resume == "yes",
         faults=tuple(fault or ()),
@@ -141,6 +144,7 @@ def evaluate(
 ) -> None:
     """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
     count = check_count(workers)
+    _limit_as(run)
     from unisono.api import application
 
     application.evaluate(run, data, workers=count, as_json=as_json)
@@ -160,6 +164,7 @@ def predict(
 ) -> None:
     """Predict the class of each row, with probabilities."""
     count = check_count(workers)
+    _limit_as(run)
     from unisono.api import application
 
     application.predict(run, source, target, workers=count)
@@ -176,6 +181,7 @@ def verify(
 ) -> None:
     """Train under each number of workers and compare every bit; exit code 1 names the first that differs."""
     counts = [int(check_count(count, auto=False)) for count in workers.split(",")]
+    _limit(recipe, tuple(set_ or ()))
     from unisono.api import verification
 
     if not verification.verify(recipe, workers=counts, steps=steps, overrides=tuple(set_ or ())):
@@ -239,6 +245,25 @@ def check_count(workers: str, *, auto: bool = True) -> int | str:
 
 def _with_strict(overrides: list[str] | None, strict: bool) -> tuple[str, ...]:
     return (*(overrides or ()), *(["data.strict=true"] if strict else ()))
+
+
+def _limit(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Limit this process to the recipe's instruction sets, before torch is imported: it reads them once."""
+    from unisono.config import recipe as recipes
+    from unisono.determinism import instruction_sets
+
+    instruction_sets.limit(recipes.load(recipe, overrides).train.numerics)
+
+
+def _limit_as(run: Path) -> None:
+    """Limit this process to the instruction sets that a run was trained with, as `_limit` does."""
+    from unisono.config import recipe as recipes
+    from unisono.determinism import instruction_sets
+
+    written = run / "model" / "unisono.json"
+    if written.is_file():  # else the command says what is missing
+        facts = json.loads(written.read_text(encoding="utf-8"))
+        instruction_sets.limit(recipes.check(facts["recipe"]).train.numerics)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from unisono.data.ingest.read import Texts, read_texts
 from unisono.data.samples import EncodedSamples, encode_samples
 from unisono.data.screening.rules import Examiner
 from unisono.data.store import open_dataset
+from unisono.determinism import instruction_sets
 from unisono.engine.evaluation import measure_all
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
@@ -185,6 +186,7 @@ def evaluate(
         DataError: the data cannot be used, or the run has no test samples of its own.
     """
     classifier = load(run)
+    instruction_sets.limit(classifier.recipe.train.numerics)
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
@@ -234,6 +236,7 @@ def predict(run: str | Path, source: Any, target: str | Path | None = None, *, w
     from unisono.data.write import check_target, write_table
 
     classifier = load(run)
+    instruction_sets.limit(classifier.recipe.train.numerics)
     if target is None and isinstance(source, str | Path):
         raise DataError(
             f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."
