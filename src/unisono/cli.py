@@ -6,7 +6,6 @@ answers at once.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -257,13 +256,12 @@ def _limit(recipe: Path, overrides: tuple[str, ...]) -> None:
 
 def _limit_as(run: Path) -> None:
     """Limit this process to the instruction sets that a run was trained with, as `_limit` does."""
-    from unisono.config import recipe as recipes
     from unisono.determinism import instruction_sets
+    from unisono.storage.run_folder import read_recipe
 
-    written = run / "model" / "unisono.json"
-    if written.is_file():  # else the command says what is missing
-        facts = json.loads(written.read_text(encoding="utf-8"))
-        instruction_sets.limit(recipes.check(facts["recipe"]).train.numerics)
+    recipe = read_recipe(run)
+    if recipe is not None:  # else the command says what is missing
+        instruction_sets.limit(recipe.train.numerics)
 
 
 def main() -> None:

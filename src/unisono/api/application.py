@@ -36,7 +36,7 @@ from unisono.runtime.launchers import run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Stop
 from unisono.storage.files import load_tensors, whole_file
-from unisono.storage.run_folder import model_folder
+from unisono.storage.run_folder import model_folder, read_recipe
 from unisono.tasks.metrics import confusion, per_class, summarise
 from unisono.tasks.text.classification import TextClassification
 
@@ -174,6 +174,14 @@ def load(run: str | Path) -> Classifier:
     )
 
 
+def _load_to_compute(run: str | Path) -> Classifier:
+    """As `load`, in the instruction sets that the run was trained with: they are limited before anything computes."""
+    recipe = read_recipe(run)
+    if recipe is not None:
+        instruction_sets.limit(recipe.train.numerics)
+    return load(run)
+
+
 def evaluate(
     run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
@@ -184,9 +192,9 @@ def evaluate(
 
     Raises:
         DataError: the data cannot be used, or the run has no test samples of its own.
+        NumericsError: the run's numerics are portable, and this process is not limited to them.
     """
-    classifier = load(run)
-    instruction_sets.limit(classifier.recipe.train.numerics)
+    classifier = _load_to_compute(run)
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
@@ -232,11 +240,11 @@ def predict(run: str | Path, source: Any, target: str | Path | None = None, *, w
 
     Raises:
         DataError: the source cannot be read, the target's format is unknown, or a file is given without a target.
+        NumericsError: as for `evaluate`.
     """
     from unisono.data.write import check_target, write_table
 
-    classifier = load(run)
-    instruction_sets.limit(classifier.recipe.train.numerics)
+    classifier = _load_to_compute(run)
     if target is None and isinstance(source, str | Path):
         raise DataError(
             f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."

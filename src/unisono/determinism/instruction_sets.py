@@ -25,6 +25,7 @@ LIMITS: Mapping[str, str] = {
 }
 NEEDED = ("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm")
 """Flags of x86-64-v3 as Linux names them: what kernels of our own are compiled for, and more than torch's ask for."""
+CPUINFO = Path("/proc/cpuinfo")
 MKL_BRANCH, MKL_COMPATIBLE = 1, 3  # mkl_types.h: MKL_CBWR_BRANCH, MKL_CBWR_COMPATIBLE
 
 
@@ -44,9 +45,16 @@ def limit(numerics: str) -> None:
             + ", ".join(f"{name}={value}" for name, value in other.items())
             + f"; allowed is {_assignments(other)}. Unset it: portable sets it itself."
         )
-    os.environ.update(LIMITS)
-    if "torch" in sys.modules:
+    added = {name: value for name, value in LIMITS.items() if name not in os.environ}
+    os.environ.update(added)
+    if "torch" not in sys.modules:
+        return
+    try:
         verify()
+    except NumericsError:
+        for name in added:
+            del os.environ[name]
+        raise
 
 
 def limited() -> bool:
@@ -86,7 +94,7 @@ def check_processor() -> None:
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         missing = f"Linux on x86-64; this is {sys.platform} on {platform.machine()}"
     else:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(encoding="utf-8"), re.MULTILINE)
         flags = found.group(1).split() if found else []
         missing = ", ".join(flag for flag in NEEDED if flag not in flags)
         missing = missing and f"AVX2 and what comes with it (x86-64-v3); this processor lacks {missing}"
