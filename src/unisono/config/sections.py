@@ -210,7 +210,7 @@ class Train(Section):
     numerics: Literal["native", "portable"] = Field(
         "native",
         description="native: all instruction sets of the processor; portable: those that AVX2 and AVX-512 processors "
-        'share, the same bits on both, slower where products are large; needs device = "cpu"; '
+        'share, the same bits on both, about three times as slow where products are large; needs device = "cpu"; '
         "docs/design/0015-portable-numerics.md",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
