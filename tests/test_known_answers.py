@@ -1,4 +1,4 @@
-"""Weights that portable numerics give on every processor with AVX2; known_answers.json has them.
+"""Weights that portable numerics are to give on every processor with AVX2; known_answers.json has them.
 
 They hold for the libraries that are named there. After a change that means to give other bits: run this file with
 UNISONO_WRITE_ANSWERS=1, and say in CHANGELOG.md that trained weights change.
