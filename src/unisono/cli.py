@@ -128,12 +128,14 @@ def train(
 ) -> None:
     """Train, test and export a model. Under torchrun, join its workers."""
     count = check_count(workers)
+    overrides = (*_with(set_, task, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else []))
+    _limit(recipe, overrides)
     from unisono.api import training as api
 
     api.train(
         recipe,
         workers=count,
-        overrides=(*_with(set_, task, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else [])),
+        overrides=overrides,
         run=run,
         resume="auto" if resume == "auto" else resume == "yes",
         faults=tuple(fault or ()),
@@ -167,6 +169,7 @@ def evaluate(
 ) -> None:
     """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
     count = check_count(workers)
+    _limit_as(run)
     from unisono.api import application
 
     application.evaluate(run, data, workers=count, task=task, as_json=as_json)
@@ -188,6 +191,7 @@ def predict(
 ) -> None:
     """Predict for each row: of a text its class, with probabilities."""
     count = check_count(workers)
+    _limit_as(run)
     from unisono.api import application
 
     application.predict(run, source, target, workers=count, task=task)
@@ -205,9 +209,11 @@ def verify(
 ) -> None:
     """Train under each number of workers and compare every bit; exit code 1 names the first that differs."""
     counts = [int(check_count(count, auto=False)) for count in workers.split(",")]
+    overrides = _with(set_, task)
+    _limit(recipe, overrides)
     from unisono.api import verification
 
-    if not verification.verify(recipe, workers=counts, steps=steps, overrides=_with(set_, task)):
+    if not verification.verify(recipe, workers=counts, steps=steps, overrides=overrides):
         raise typer.Exit(1)
 
 
@@ -280,6 +286,24 @@ def _with(overrides: list[str] | None, task: str | None, strict: bool = False) -
     """`--set`, and the options that stand for keys of a recipe."""
     named = [f"task.kind={json.dumps(task)}"] if task else []
     return (*(overrides or ()), *named, *(["data.strict=true"] if strict else ()))
+
+
+def _limit(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Limit this process to the recipe's instruction sets, before torch is imported: it reads them once."""
+    from unisono.config import recipe as recipes
+    from unisono.determinism import instruction_sets
+
+    instruction_sets.limit(recipes.load(recipe, overrides).train.numerics)
+
+
+def _limit_as(run: Path) -> None:
+    """Limit this process to the instruction sets that a run was trained with, as `_limit` does."""
+    from unisono.determinism import instruction_sets
+    from unisono.storage.run_folder import read_recipe
+
+    recipe = read_recipe(run)
+    if recipe is not None:  # else the command says what is missing
+        instruction_sets.limit(recipe.train.numerics)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
+from unisono.determinism import instruction_sets
 from unisono.engine.evaluation import measure_all
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
@@ -28,7 +29,7 @@ from unisono.runtime.launchers import run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Stop
 from unisono.storage.files import whole_file
-from unisono.storage.run_folder import FACTS, model_folder
+from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
@@ -69,6 +70,14 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
     return kind.load(folder, recipe, facts, measure_model)
 
 
+def _load_to_compute(run: str | Path, task: TaskName) -> Any:
+    """As `load`, in the instruction sets that the run was trained with: they are limited before anything computes."""
+    recipe = read_recipe(run)
+    if recipe is not None:
+        instruction_sets.limit(recipe.train.numerics)
+    return load(run, task=task)
+
+
 def evaluate(
     run: str | Path,
     data: object = None,
@@ -88,8 +97,9 @@ def evaluate(
 
     Raises:
         DataError: the data cannot be used, or the run has no test samples of its own.
+        NumericsError: the run's numerics are portable, and this process is not limited to them.
     """
-    model = load(run, task=task)
+    model = _load_to_compute(run, task)
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
@@ -146,10 +156,11 @@ def predict(
     Raises:
         DataError: the source cannot be read, the target's format is unknown, or a file is given without a target.
         ContractError: the task does not define `predict`.
+        NumericsError: as for `evaluate`.
     """
     from unisono.data.write import check_target, write_table
 
-    model = load(run, task=task)
+    model = _load_to_compute(run, task)
     if target is None and isinstance(source, str | Path):
         raise DataError(
             f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."

@@ -17,7 +17,9 @@ from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.columns import hold
 from unisono.data.ingest.frames import is_frame, take_columns
+from unisono.determinism import instruction_sets
 from unisono.errors import Interrupted, Preempted, RecipeError
+from unisono.kernels.kernel import declared_kernels
 from unisono.processes.fault_injection import parse
 from unisono.processes.progress_table import PHASES
 from unisono.runtime.launchers import assignment_from_torchrun, count_workers, join_torchrun, restarted_by_torchrun
@@ -179,9 +181,11 @@ def run_job(
 ) -> None:
     """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
     train = job.recipe.train
+    instruction_sets.limit(train.numerics)  # workers inherit it
     if workers != "auto":
         check_workers(job.recipe, int(workers))
     runner = Runner(job, open_inputs)
+    declared_kernels()  # once, before workers are forked: each would import them for itself
     assignment = assignment_from_torchrun()
     if assignment is not None:
         _run_alone(job, runner, assignment, quiet=quiet, as_json=as_json)

@@ -244,6 +244,12 @@ class Train(Section):
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="bf16: autocast; weights and sums stay float32"
     )
+    numerics: Literal["native", "portable"] = Field(
+        "native",
+        description="native: all instruction sets of the processor; portable: those that AVX2 and AVX-512 processors "
+        'share, the same bits on both, about three times as slow where products are large; needs device = "cpu"; '
+        "docs/design/0015-portable-numerics.md",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
     ema_decay: Rate = Field(0.0, description="keep an averaged copy of the weights, and test and export that; 0: none")
     lazy_rows: bool = Field(
@@ -259,6 +265,15 @@ class Train(Section):
         ge=0,
         description="steps between audits: another worker recomputes a microbatch, and bits are compared; 0: off",
     )
+
+    @model_validator(mode="after")
+    def _portable_numerics_are_for_processors(self) -> Train:
+        if self.numerics == "portable" and self.device != "cpu":
+            raise ValueError(
+                f'numerics = "portable" with device = {self.device!r}: GPUs of different kinds give different bits; '
+                'allowed is device = "cpu", or numerics = "native"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _lazy_rows_have_no_average(self) -> Train:

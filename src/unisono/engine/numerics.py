@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from unisono.config.sections import Train
+from unisono.determinism import instruction_sets
 from unisono.errors import NumericsError
-from unisono.kernels import packed_attention as fused
-from unisono.kernels.linear import multiplies_bf16
+from unisono.kernels.kernel import declared_kernels
 
 LIMITING_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -65,7 +65,12 @@ def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], 
     """Everything that decides bits beside the recipe, as plain names and values; `battery` is computed, not named.
 
     `data` names the dataset's hashes and versions, `layout` the hash of the model's names and shapes and first weights.
+
+    Raises:
+        NumericsError: the recipe's numerics are portable, and this process is not limited to them.
     """
+    if train.numerics == "portable":
+        instruction_sets.verify()
     flags = torch.__config__.show()
     libraries = re.findall(r"(oneAPI Math Kernel Library Version [\d.]+|MKL-DNN v[\d.]+|OpenMP [\d]+)", flags)
     found = {
@@ -76,16 +81,16 @@ def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], 
         "processor": _processor(),
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "numerics": train.numerics,
         "threads": train.threads,
         "flush_to_zero": _flushes_to_zero(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "precision": train.precision,
-        "bf16_products": "native" if multiplies_bf16() else "rounded, in float32",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "attention": ",".join(
             name for name in ("flash", "mem_efficient", "math") if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
         ),
-        "packed_attention": "compiled" if fused.is_compiled() else "operations",
+        **{kernel.name: kernel.describe() for kernel in declared_kernels() if not kernel.same_bits},
         "compile": "off",
         "optimizer": f"{train.optimizer}, {'foreach' if train.optimizer == 'lion' else 'fused'}",
         "microbatches": train.microbatches,
@@ -157,9 +162,8 @@ def _kernels(device: torch.device) -> list[Tensor]:
     ]
     query = numbers(2, 3, 19, 32)
     out.append(F.scaled_dot_product_attention(query, query * 0.5, query + 0.25))
-    packed = numbers(21, 48)
-    if fused.takes(packed, heads=2):
-        out.append(fused.attend(packed, torch.tensor([9, 12]), heads=2, dropout=0.0))
+    for kernel in declared_kernels():
+        out += [] if kernel.same_bits else kernel.battery(numbers, device)
     out.append(F.conv2d(numbers(2, 3, 17, 17), numbers(5, 3, 3, 3, seed=3), padding=1))
     out.append(
         F.embedding_bag(torch.arange(40, device=device) % 77, x, torch.tensor([0, 7, 20], device=device), mode="sum")

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unisono.kernels import packed_attention as fused
 from unisono.kernels.dropout import Dropout
+from unisono.kernels.kernel import Kernel, declare
 from unisono.kernels.masks import Mask
 from unisono.kernels.packing import Packing, Rectangle
 
@@ -39,7 +40,15 @@ def attend(projected: Tensor, packing: Packing, heads: int, *, dropout: float = 
     Returns a float [m, w]; on CPUs in float32 at least.
     """
     if fused.takes(projected, heads):
-        return fused.attend(projected, packing.lengths, heads, dropout)
+        return _attend_packed(projected, packing, heads, dropout)
+    return _attend_in_rectangles(projected, packing, heads, dropout)
+
+
+def _attend_packed(projected: Tensor, packing: Packing, heads: int, dropout: float) -> Tensor:
+    return fused.attend(projected, packing.lengths, heads, dropout)
+
+
+def _attend_in_rectangles(projected: Tensor, packing: Packing, heads: int, dropout: float) -> Tensor:
     device = projected.device.type
     grid = packing.grid(heads)
     cells = grid.spread(projected, 3)
@@ -185,3 +194,14 @@ def mean_over_tokens(states: Tensor, packing: Packing) -> Tensor:
     """Average each sample's packed states [m, w], in float32 at least; returns [n, w]."""
     precise = states.to(torch.promote_types(states.dtype, torch.float32))
     return torch.segment_reduce(precise, "mean", lengths=packing.lengths, axis=0, unsafe=True)
+
+
+declare(
+    Kernel(
+        name="packed_attention",
+        compiled=_attend_packed if fused.is_compiled() else None,
+        reference=_attend_in_rectangles,
+        same_bits=False,
+        battery=fused.try_out,
+    )
+)

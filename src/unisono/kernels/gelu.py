@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from unisono.kernels.kernel import Kernel, declare
+
 try:
     from unisono.kernels import _elementwise as _compiled
 except ImportError:  # no C compiler where unisono was installed
@@ -52,17 +54,22 @@ def gelu(values: Tensor) -> tuple[Tensor, Tensor]:
     """GELU of CPU float32 numbers, and its derivative there."""
     values = values.contiguous()
     found, slopes = torch.empty_like(values), torch.empty_like(values)
-    if _compiled is not None:
-        _compiled.gelu(values.numel(), values.data_ptr(), found.data_ptr(), slopes.data_ptr())
-        return found, slopes
-    given, *targets = (each.view(-1).numpy() for each in (values.detach(), found, slopes))
-    for start in range(0, len(given), _IN_CACHE):
-        part = slice(start, start + _IN_CACHE)
-        _of_operations(given[part], *(target[part] for target in targets))
+    (_gelu_by_operations if _compiled is None else _gelu)(values, found, slopes)
     return found, slopes
 
 
-def _of_operations(x: Floats, found: Floats, slopes: Floats) -> None:
+def _gelu(values: Tensor, found: Tensor, slopes: Tensor) -> None:
+    _compiled.gelu(values.numel(), values.data_ptr(), found.data_ptr(), slopes.data_ptr())
+
+
+def _gelu_by_operations(values: Tensor, found: Tensor, slopes: Tensor) -> None:
+    given, *targets = (each.view(-1).numpy() for each in (values.detach(), found, slopes))
+    for start in range(0, len(given), _IN_CACHE):
+        part = slice(start, start + _IN_CACHE)
+        _compute_part(given[part], *(target[part] for target in targets))
+
+
+def _compute_part(x: Floats, found: Floats, slopes: Floats) -> None:
     """The compiled one, operation by operation."""
     with np.errstate(all="ignore"):
         power = np.maximum(x * x * -0.5, -87.0)
@@ -89,3 +96,8 @@ def _of_operations(x: Floats, found: Floats, slopes: Floats) -> None:
         phi = np.where(x < 0, tail, 1.0 - tail)
         np.multiply(x, phi, out=found)
         np.add(x * (bell * 0.398942280), phi, out=slopes)
+
+
+declare(
+    Kernel(name="gelu", compiled=None if _compiled is None else _gelu, reference=_gelu_by_operations, same_bits=True)
+)

@@ -20,10 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from unisono.determinism import instruction_sets
+from unisono.kernels.kernel import Kernel, declare
+
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 numbers."""
+    """Whether this process may use instructions for products of bfloat16 numbers, and the processor has them."""
+    if instruction_sets.limited():
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -104,3 +109,14 @@ class _Product(torch.autograd.Function):
                 outer = gradient.t() @ input
         back = (gradient @ weight.float()).to(ctx.dtype) if wants_input else None
         return back, outer, gradient.sum(0) if wants_bias else None, None, None
+
+
+declare(  # both are in the battery without it: they are made of torch's products
+    Kernel(
+        name="bf16_products",
+        compiled=F.linear,
+        reference=_Product.apply,
+        same_bits=False,
+        state=lambda: "native" if multiplies_bf16() else "rounded, in float32",
+    )
+)

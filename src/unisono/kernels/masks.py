@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unisono.kernels.kernel import Kernel, declare
+
 try:
     from unisono.kernels import _elementwise as _compiled
 except ImportError:  # no C compiler where unisono was installed
@@ -60,13 +62,8 @@ class Mask:
         values = values.contiguous()
         added = None if added is None else added.contiguous()
         if _compiled is not None and values.dtype == torch.float32:
-            place = 0 if added is None else added.data_ptr()
-            key, size = self.key % 2**64, values.numel()
-            ends = (values.data_ptr(), place, target.data_ptr())
-            _compiled.drop(size, key, self.first, self.dropped, self.factor, *ends)
-            return target
-        torch.mul(values, self.factors(values.shape, values.dtype), out=target)
-        return target if added is None else target.add_(added)
+            return _drop(self, values, added, target)
+        return _drop_by_operations(self, values, added, target)
 
     def factors(self, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
         """All factors of a tensor."""
@@ -89,3 +86,20 @@ class Mask:
     def factor(self) -> float:
         """What the others are multiplied by."""
         return _LEVELS / (_LEVELS - self.dropped)
+
+
+def _drop(mask: Mask, values: Tensor, added: Tensor | None, target: Tensor) -> Tensor:
+    place = 0 if added is None else added.data_ptr()
+    ends = (values.data_ptr(), place, target.data_ptr())
+    _compiled.drop(values.numel(), mask.key % 2**64, mask.first, mask.dropped, mask.factor, *ends)
+    return target
+
+
+def _drop_by_operations(mask: Mask, values: Tensor, added: Tensor | None, target: Tensor) -> Tensor:
+    torch.mul(values, mask.factors(values.shape, values.dtype), out=target)
+    return target if added is None else target.add_(added)
+
+
+declare(
+    Kernel(name="dropout", compiled=None if _compiled is None else _drop, reference=_drop_by_operations, same_bits=True)
+)

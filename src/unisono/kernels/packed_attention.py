@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unisono.kernels.kernel import Numbers
 from unisono.kernels.masks import Mask
 from unisono.kernels.packing import LANES
 
@@ -47,6 +48,12 @@ def attend(projected: Tensor, lengths: Tensor, heads: int, dropout: float) -> Te
     key = Mask.draw(dropout).key if dropout else 0
     mixed: Tensor = _Fused.apply(projected.float(), lengths, heads, dropout, key)
     return mixed
+
+
+def try_out(numbers: Numbers, device: torch.device) -> list[Tensor]:
+    """Its part of the battery; nothing where it would not be used."""
+    packed = numbers(21, 48)
+    return [attend(packed, torch.tensor([9, 12]), heads=2, dropout=0.0)] if takes(packed, heads=2) else []
 
 
 class _Fused(torch.autograd.Function):

@@ -21,6 +21,7 @@ from torch import Tensor
 from unisono.config.sections import Train
 from unisono.determinism.space import BLOCK
 from unisono.determinism.tree import fold_values
+from unisono.kernels.kernel import Kernel, declare
 from unisono.kernels.update_rules import SLOTS, UpdateSlice, update_adam
 
 try:
@@ -42,9 +43,21 @@ def mean(
         squares: float64 [blocks], to hold the sum of squares of each block of 1,024.
     """
     if _runs_compiled(target) and len(target) % BLOCK == 0:
-        asked = 0 if squares is None else squares.data_ptr()
-        _compiled.mean(len(target), _addresses(values, additions), terms, target.data_ptr(), asked)
-        return target
+        return _mean(values, additions, terms, target, squares)
+    return _mean_by_operations(values, additions, terms, target, squares)
+
+
+def _mean(
+    values: Sequence[Tensor], additions: Sequence[int], terms: int, target: Tensor, squares: Tensor | None
+) -> Tensor:
+    asked = 0 if squares is None else squares.data_ptr()
+    _compiled.mean(len(target), _addresses(values, additions), terms, target.data_ptr(), asked)
+    return target
+
+
+def _mean_by_operations(
+    values: Sequence[Tensor], additions: Sequence[int], terms: int, target: Tensor, squares: Tensor | None
+) -> Tensor:
     torch.div(fold_values(values, additions, target), terms, out=target)
     if squares is not None:
         squares.copy_(block_squares(target))
@@ -172,3 +185,11 @@ def _update_with_torch(train: Train, gradient: Tensor, old: Sequence[Tensor]) ->
     pieces = UpdateSlice(weights=weights, gradients=[gradient], slots=tuple(slots), counts=[torch.tensor(3.0)])
     update_adam(train, pieces, 0.01, 0.1)
     return values
+
+
+declare(
+    Kernel(name="mean", compiled=None if _compiled is None else _mean, reference=_mean_by_operations, same_bits=True)
+)
+declare(  # `find_adam` sees to it that the bits are the same
+    Kernel(name="adam", compiled=None if _compiled is None else AdamWalk.update, reference=update_adam, same_bits=True)
+)

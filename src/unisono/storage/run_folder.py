@@ -7,8 +7,11 @@ Owns names and the choice of a folder. What the files hold is the matter of who 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from unisono.config import recipe as recipes
+from unisono.config.recipe import Recipe
 from unisono.errors import RunFolderError
 
 RUNS = Path("runs")
@@ -72,6 +75,14 @@ def model_folder(run: str | Path) -> Path:
             f"{str(run)!r} has no finished model (no folder {str(path)!r}). Give the folder of a run that has ended."
         )
     return path
+
+
+def read_recipe(run: str | Path) -> Recipe | None:
+    """The recipe of a run's finished text classifier; None where there is no such model."""
+    path = Path(run) / "model" / "unisono.json"
+    if not path.is_file():
+        return None
+    return recipes.check(json.loads(path.read_text(encoding="utf-8"))["recipe"])
 
 
 def _newest_number(name: str) -> int:
