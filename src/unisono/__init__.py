@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DataError,
         DivergedError,
         Interrupted,
+        ObserverError,
         Preempted,
         RecipeError,
         UnisonoError,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from unisono.tasks.task import Task
+    from unisono.tracking import events
+    from unisono.tracking.events import STOP, Observer
 
 _HOMES = {
     "train": "api.training",
@@ -39,12 +42,15 @@ _HOMES = {
     "verify": "api.verification",
     "Task": "tasks.task",
     "Recipe": "config.recipe",
+    "Observer": "tracking.events",
+    "STOP": "tracking.events",
     **dict.fromkeys(
         (
             "ContractError",
             "DataError",
             "DivergedError",
             "Interrupted",
+            "ObserverError",
             "Preempted",
             "RecipeError",
             "UnisonoError",
@@ -55,14 +61,17 @@ _HOMES = {
     ),
 }
 
-_MODULES = ("parallel",)
+_MODULES = {"events": "tracking.events", "parallel": "parallel"}
 
 __all__ = [
+    "STOP",
     "Classifier",
     "ContractError",
     "DataError",
     "DivergedError",
     "Interrupted",
+    "Observer",
+    "ObserverError",
     "Preempted",
     "Recipe",
     "RecipeError",
@@ -72,6 +81,7 @@ __all__ = [
     "UserError",
     "WorkerError",
     "evaluate",
+    "events",
     "load",
     "parallel",
     "predict",
@@ -83,7 +93,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"unisono.{name}")
+        return import_module(f"unisono.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'unisono' has no attribute {name!r}")
     return getattr(import_module(f"unisono.{_HOMES[name]}"), name)
