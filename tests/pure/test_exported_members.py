@@ -78,7 +78,14 @@ def test_errors_are_one_tree() -> None:
     assert all(issubclass(error, unisono.UnisonoError) for error in errors)
     codes = {error.__name__: error.exit_code for error in errors}
     expected = dict.fromkeys(("UserError", "RecipeError", "DataError", "ContractError"), 2)
-    expected |= {"UnisonoError": 1, "WorkerError": 1, "ObserverError": 1, "DivergedError": 3, "Interrupted": 130, "Preempted": 75}
+    expected |= {
+        "UnisonoError": 1,
+        "WorkerError": 1,
+        "ObserverError": 1,
+        "DivergedError": 3,
+        "Interrupted": 130,
+        "Preempted": 75,
+    }
     assert codes == expected
 
 

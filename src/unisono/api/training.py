@@ -127,8 +127,8 @@ def train(
             trace=trace,
             profile=profile,
         )
-        observed = {"quiet": quiet, "as_json": as_json, "observers": observers}
-        run_job(job, open_inputs, workers=workers, faults=faults, **observed)
+        reporter = Reporter(place, quiet=quiet, as_json=as_json)
+        run_job(job, open_inputs, workers=workers, reporter=reporter, observers=observers, faults=faults)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -173,10 +173,9 @@ def run_job(
     open_inputs: OpenInputs,
     *,
     workers: str | int,
-    quiet: bool,
-    as_json: bool,
-    faults: Sequence[str] = (),
+    reporter: Reporter,
     observers: Sequence[Observer] = (),
+    faults: Sequence[str] = (),
 ) -> None:
     """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
     train = job.recipe.train
@@ -185,7 +184,7 @@ def run_job(
     if workers != "auto":
         check_workers(job.recipe, int(workers))
     runner = Runner(job, open_inputs)
-    dispatcher = EventDispatcher(Reporter(job.folder, quiet=quiet, as_json=as_json), observers)
+    dispatcher = EventDispatcher(reporter, observers)
     assignment = assignment_from_torchrun()
     if assignment is not None:
         _run_alone(job, runner, assignment, dispatcher)
