@@ -95,9 +95,12 @@ def play(folder: Path, told: list[Event], recipe: Recipe | None = None) -> list[
     warned: list[str] = []
     folder.mkdir(exist_ok=True)
     dispatcher = EventDispatcher(Reporter(folder, quiet=True, as_json=False))
-    dispatcher.loggers = Deliveries(
-        recipe or make_recipe(), lambda message: (warned.append(message), dispatcher.warn(message)) and None
-    )
+
+    def warn(message: str) -> None:
+        warned.append(message)
+        dispatcher.warn(message)
+
+    dispatcher.loggers = Deliveries(recipe or make_recipe(), warn)
     for event in told:
         dispatcher.observe(event)
     dispatcher.close()

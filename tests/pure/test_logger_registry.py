@@ -22,7 +22,7 @@ def test_unknown_name_is_refused_with_the_allowed_ones_and_a_close_match() -> No
 
 
 def test_name_that_is_like_no_other_gets_no_guess() -> None:
-    with pytest.raises(RecipeError, match="'xyz': allowed are .*Name one of them"):
+    with pytest.raises(RecipeError, match=r"'xyz': allowed are .*Name one of them"):
         logger.check(["xyz"])
 
 

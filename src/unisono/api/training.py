@@ -99,8 +99,7 @@ def train(
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
         resume: go on from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
-        accept_new_numerics: resume although the numerics fingerprint differs, to other bits.
-        allow_impure: train a model that fails the purity probe, without the promise.
+        accept_new_numerics, allow_impure: resume to other bits; train what fails the purity probe: without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
         profile: write where the time went: profile.md, profile.json and trace.json in the run folder.
         trace: a folder for the digests of every contribution, which `verify` compares.
@@ -108,8 +107,7 @@ def train(
         observers: objects that see each event of the run, and may ask for its end: see `unisono.Observer`.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
 
-    Returns:
-        The finished run. Under torchrun every process returns one.
+    Returns: the finished run; under torchrun every process returns one.
 
     Raises:
         UserError (what was given cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
