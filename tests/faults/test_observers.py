@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from histories import read_ledger, read_warnings
 
 import unisono
-from histories import read_ledger, read_warnings
 from toy import make_toy
 from unisono.tracking import logger
 

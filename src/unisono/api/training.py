@@ -101,8 +101,7 @@ def train(
         resume: go on from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
         accept_new_numerics, allow_impure: resume to other bits; train what fails the purity probe: without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
-        profile: write where the time went: profile.md, profile.json and trace.json in the run folder.
-        trace: a folder for the digests of every contribution, which `verify` compares.
+        profile, trace: write where the time went to the run folder; all contributions' digests, for `verify`, to this.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
         observers: objects that see each event of the run, and may ask for its end: see `unisono.Observer`.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
