@@ -113,7 +113,7 @@ def test_wandb_has_each_step_once_in_two_offline_folders_of_one_run(warm: None, 
     config = {item.key: json.loads(item.value_json) for item in begun[0].config.update}
     assert config["train"]["samples_per_step"] == 16
     summary = {item.key: item.value_json for record in records for item in record.summary.update}
-    assert "worker 1 was killed by SIGKILL" in summary["events"]
+    assert "worker 1 was killed by SIGKILL" in summary["recovery at step 2"]
     assert json.loads(summary["weights_sha256"]) == json.loads((run / "summary.json").read_text())["weights_sha256"]
     ends = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
     assert ends == [1, 0]
@@ -130,7 +130,7 @@ def test_mlflow_has_each_step_once_in_one_run(warm: None, tmp_path: Path) -> Non
     (found,) = client.search_runs([experiment.experiment_id])
     for name, values in expect(run).items():
         history = sorted(client.get_metric_history(found.info.run_id, name), key=lambda metric: metric.step)
-        assert [(metric.step, metric.value) for metric in history] == pytest.approx(values), name
+        assert [(metric.step, metric.value) for metric in history] == values, name
     assert found.info.status == "FINISHED"
     assert found.data.params["train.samples_per_step"] == "16"
     assert any(

@@ -40,7 +40,6 @@ class WandbLogger:
         if self._run.resumed:  # the server knows best
             context.cursor.reach("train", self._run.starting_step - 1)
         self._has_ended = False
-        self._befallen: list[str] = []
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.RunEnded):
@@ -48,10 +47,9 @@ class WandbLogger:
             self._run.summary.update(flatten(event.summary))
         elif told := describe(event):
             kind, sentence, step = told
-            self._befallen.append(f"{kind} at step {step}: {sentence}")
+            self._run.summary[f"{kind} at step {step}"] = sentence  # a key each: a resumed run keeps the earlier ones
             if kind != "checkpoint":
                 self._run.tags = (*(self._run.tags or ()), kind)
-            self._run.summary["events"] = "\n".join(self._befallen)
         elif numbers := measure(event):
             self._run.log(numbers, step=event.step)  # type: ignore[union-attr]
 
