@@ -45,7 +45,7 @@ def log(name: str, folder: Path) -> Path:
     for newer in sorted((run / "checkpoints").iterdir())[1:]:
         shutil.rmtree(newer)
     unisono.train(recipe, **given, resume=True)
-    assert read_warnings(run) == []
+    assert [warning for warning in read_warnings(run) if "logger" in warning] == []
     return run
 
 
