@@ -24,8 +24,10 @@ LAYERS = (  # from top to bottom; imports point downwards, or sideways within a 
     ("errors",),
 )
 APART = {("data", "exchange"), ("exchange", "data"), ("kernels", "data"), ("kernels", "exchange"), ("parallel", "data")}
-OPTIONAL = {"transformers", "pandas", "polars", "ray", "jax", "matplotlib", "ftfy", "datasets", "fsspec", "s3fs"}
-OPTIONAL |= {"phonenumbers"}
+OPTIONAL = {
+    "transformers", "pandas", "polars", "ray", "jax", "matplotlib", "ftfy", "datasets", "fsspec", "s3fs",
+    "phonenumbers", "tensorboard", "wandb", "mlflow",
+}  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc", "base"}
 MOST_ENTRIES = 20
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

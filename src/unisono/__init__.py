@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DataError,
         DivergedError,
         Interrupted,
+        ObserverError,
         Preempted,
         RecipeError,
         UnisonoError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from unisono.tasks.table_model import TableModel
     from unisono.tasks.task import Task
     from unisono.tasks.text.classifier import Classifier
+    from unisono.tracking import events
+    from unisono.tracking.events import STOP, Observer
 
     __version__: str
 
@@ -46,12 +49,15 @@ _HOMES = {
     "verify": "api.verification",
     "Task": "tasks.task",
     "Recipe": "config.recipe",
+    "Observer": "tracking.events",
+    "STOP": "tracking.events",
     **dict.fromkeys(
         (
             "ContractError",
             "DataError",
             "DivergedError",
             "Interrupted",
+            "ObserverError",
             "Preempted",
             "RecipeError",
             "UnisonoError",
@@ -62,15 +68,18 @@ _HOMES = {
     ),
 }
 
-_MODULES = ("parallel",)
+_MODULES = {"events": "tracking.events", "parallel": "parallel"}
 
 __all__ = [
+    "STOP",
     "Classifier",
     "ContractError",
     "DataError",
     "DivergedError",
     "Interrupted",
     "Metric",
+    "Observer",
+    "ObserverError",
     "Perplexity",
     "Preempted",
     "Recipe",
@@ -84,6 +93,7 @@ __all__ = [
     "WeightedMean",
     "WorkerError",
     "evaluate",
+    "events",
     "load",
     "parallel",
     "predict",
@@ -99,7 +109,7 @@ def __getattr__(name: str) -> Any:
 
         return version("unisono")
     if name in _MODULES:
-        return import_module(f"unisono.{name}")
+        return import_module(f"unisono.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'unisono' has no attribute {name!r}")
     return getattr(import_module(f"unisono.{_HOMES[name]}"), name)

@@ -14,6 +14,7 @@ UnisonoError
 ├── DivergedError (exit code 3)   the loss or the gradient is no longer finite
 ├── WorkerError (exit code 1)     a worker failed; carries its rank and traceback
 ├── TaskError (exit code 1)       a task of unisono.parallel failed; names its item
+├── ObserverError (exit code 1)   a user's own observer failed; names it
 ├── CorruptionError               a worker computed wrong bits: the worker is lost, not the run
 ├── LostPeerError                 another worker vanished during an exchange: a symptom, never the cause
 └── Interrupted (exit code 130)   the user stopped the run; a checkpoint was written
@@ -92,6 +93,11 @@ class TaskError(UnisonoError):
     def __init__(self, message: str, number: int = -1) -> None:
         super().__init__(message)
         self.number = number
+
+
+class ObserverError(UnisonoError):
+    """An observer that was given to `unisono.train` raised, or returned what is not allowed. Its own error is the
+    `__cause__`."""
 
 
 class CorruptionError(UnisonoError):

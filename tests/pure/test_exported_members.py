@@ -23,6 +23,8 @@ PUBLIC = {
     "DataError",
     "DivergedError",
     "Interrupted",
+    "Observer",
+    "ObserverError",
     "Preempted",
     "Recipe",
     "RecipeError",
@@ -40,13 +42,14 @@ PUBLIC = {
 }
 
 
-MODULES = {"parallel"}
+CONSTANTS = {"STOP"}
+MODULES = {"events", "parallel"}
 
 
 def test_public_names_are_the_documented_ones() -> None:
-    assert set(unisono.__all__) == PUBLIC | MODULES
+    assert set(unisono.__all__) == PUBLIC | CONSTANTS | MODULES
     assert dir(unisono) == sorted(unisono.__all__)
-    assert set(unisono._HOMES) == PUBLIC
+    assert set(unisono._HOMES) == PUBLIC | CONSTANTS
     assert set(unisono._MODULES) == MODULES
 
 
@@ -59,9 +62,9 @@ def test_name_resolves_and_is_documented(name: str) -> None:
 
 
 def test_modules_resolve_without_being_imported_first() -> None:
-    asked = "import unisono; print(unisono.parallel.map.__module__)"
+    asked = "import unisono; print(unisono.parallel.map.__module__, unisono.events.STOP is unisono.STOP)"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
-    assert done.stdout.strip() == "unisono.parallel.calls", done.stderr
+    assert done.stdout.strip() == "unisono.parallel.calls True", done.stderr
 
 
 @pytest.mark.parametrize("name", ["evaluate", "load", "predict", "prepare", "train", "verify"])
@@ -80,7 +83,14 @@ def test_errors_are_one_tree() -> None:
     assert all(issubclass(error, unisono.UnisonoError) for error in errors)
     codes = {error.__name__: error.exit_code for error in errors}
     expected = dict.fromkeys(("UserError", "RecipeError", "DataError", "ContractError"), 2)
-    expected |= {"UnisonoError": 1, "WorkerError": 1, "DivergedError": 3, "Interrupted": 130, "Preempted": 75}
+    expected |= {
+        "UnisonoError": 1,
+        "WorkerError": 1,
+        "ObserverError": 1,
+        "DivergedError": 3,
+        "Interrupted": 130,
+        "Preempted": 75,
+    }
     assert codes == expected
 
 
@@ -112,7 +122,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 def test_type_checkers_and_users_see_the_same_names() -> None:
     source = inspect.getsource(unisono).partition("if TYPE_CHECKING:")[2].partition("_HOMES")[0]
-    assert all(name in source for name in PUBLIC | MODULES)
+    assert all(name in source for name in PUBLIC | CONSTANTS | MODULES)
     assert typing.TYPE_CHECKING is False
 
 

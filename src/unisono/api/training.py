@@ -24,6 +24,7 @@ from unisono.processes.fault_injection import parse
 from unisono.processes.progress_table import PHASES
 from unisono.runtime.launchers import assignment_from_torchrun, count_workers, join_torchrun, restarted_by_torchrun
 from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.logger_process import LoggerProcess
 from unisono.runtime.run import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
 from unisono.runtime.supervisor import Supervisor
@@ -33,6 +34,10 @@ from unisono.storage.run_folder import choose_folder
 from unisono.tasks.kinds import find_kind, name_of
 from unisono.tasks.run_inputs import open_own
 from unisono.tasks.task import Task
+from unisono.tracking.delivery import Deliveries
+from unisono.tracking.dispatcher import EventDispatcher, check_observers
+from unisono.tracking.events import Observer
+from unisono.tracking.logger import check as check_loggers
 from unisono.tracking.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -88,6 +93,7 @@ def train(
     profile: bool = False,
     trace: Path | None = None,
     faults: Sequence[str] = (),
+    observers: Sequence[Observer] = (),
     **settings: Any,
 ) -> Trained:
     """Train on any number of workers; the weights' bits do not depend on it.
@@ -101,19 +107,17 @@ def train(
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
         resume: go on from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
-        accept_new_numerics: resume although the numerics fingerprint differs, to other bits.
-        allow_impure: train a model that fails the purity probe, without the promise.
+        accept_new_numerics, allow_impure: resume to other bits; train what fails the purity probe: without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
-        profile: write where the time went: profile.md, profile.json and trace.json in the run folder.
-        trace: a folder for the digests of every contribution, which `verify` compares.
+        profile, trace: write where the time went to the run folder; all contributions' digests, for `verify`, to this.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
-        settings: keys of [train], such as epochs=3; "evaluate", "checkpoint" and "recovery" take tables.
+        observers: objects that see each event of the run, and may ask for its end: see `unisono.Observer`.
+        settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
 
-    Returns:
-        The finished run. Under torchrun every process returns one.
+    Returns: the finished run; under torchrun every process returns one.
 
     Raises:
-        UserError (what was given cannot be used), DivergedError, WorkerError, Interrupted, Preempted: see errors.
+        UserError (what was given cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
     """
     recipe = resolve(what, name, overrides, settings)
     open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
@@ -128,7 +132,8 @@ def train(
             trace=trace,
             profile=profile,
         )
-        run_job(job, open_inputs, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
+        reporter = Reporter(place, quiet=quiet, as_json=as_json)
+        run_job(job, open_inputs, workers=workers, reporter=reporter, observers=observers, faults=faults)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -175,41 +180,47 @@ def run_job(
     open_inputs: OpenInputs,
     *,
     workers: str | int,
-    quiet: bool,
-    as_json: bool,
+    reporter: Reporter,
+    observers: Sequence[Observer] = (),
     faults: Sequence[str] = (),
 ) -> None:
     """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
     train = job.recipe.train
+    check_observers(observers)
+    check_loggers(job.recipe.tracking.loggers)
     instruction_sets.limit(train.numerics)  # workers inherit it
     if workers != "auto":
         check_workers(job.recipe, int(workers))
     runner = Runner(job, open_inputs)
     declared_kernels()  # once, before workers are forked: each would import them for itself
+    dispatcher = EventDispatcher(reporter, observers)
     assignment = assignment_from_torchrun()
     if assignment is not None:
-        _run_alone(job, runner, assignment, quiet=quiet, as_json=as_json)
+        _run_alone(job, runner, assignment, dispatcher)
         return
-    reporter = Reporter(job.folder, quiet=quiet, as_json=as_json)
     try:
+        if job.recipe.tracking.loggers:
+            dispatcher.loggers = LoggerProcess(job.recipe, dispatcher.warn)
         Supervisor(
             runner,
             recipe=job.recipe,
             folder=job.folder,
-            observer=reporter,
+            observer=dispatcher,
             workers=count_workers(workers, train.microbatches, train.device),
             faults=[parse(fault, PHASES) for fault in faults],
+            may_stop=bool(observers),
         ).run()
     finally:
-        reporter.close()
+        dispatcher.close()
 
 
-def _run_alone(job: Job, runner: Runner, assignment: RankAssignment, *, quiet: bool, as_json: bool) -> None:
+def _run_alone(job: Job, runner: Runner, assignment: RankAssignment, dispatcher: EventDispatcher) -> None:
     """Be one of torchrun's workers."""
 
     def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        observers = [Reporter(job.folder, quiet=quiet, as_json=as_json)] if assignment.rank == 0 else []
-        client = UnsupervisedClient(observers, stop)
+        if assignment.rank == 0 and job.recipe.tracking.loggers:  # here, since a process with a group does not fork
+            dispatcher.loggers = Deliveries(job.recipe, dispatcher.warn)
+        client = UnsupervisedClient([dispatcher] if assignment.rank == 0 else [], stop)
         try:
             rank, workers = assignment.local_rank, assignment.local_workers
             runner.train(exchange, device, client, local_rank=rank, local_workers=workers, again=False)
@@ -225,7 +236,9 @@ def resolve(
     what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]
 ) -> Recipe:
     """The recipe that the arguments of `train` describe."""
-    tables = {key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery")}
+    tables = {
+        key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery", "tracking")
+    }
     train = {key: value for key, value in settings.items() if key not in tables}
     if isinstance(what, Task):
         task = {"kind": name_of(what), **what.settings()}

@@ -27,6 +27,7 @@ from unisono.config.sections import (
     Screen,
     Section,
     TaskTable,
+    Tracking,
     Train,
     Transformer,
 )
@@ -46,6 +47,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     recovery: Recovery = Recovery()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _encoding_fits_model(self) -> Recipe:
@@ -59,7 +61,14 @@ class Recipe(Section):
         return self
 
 
-PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("encode", "tokenizer"), ("model", "folder"))
+PATHS = (
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("encode", "tokenizer"),
+    ("model", "folder"),
+    ("tracking", "folder"),
+)
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
 

@@ -307,6 +307,19 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints to keep")
 
 
+class Tracking(Section):
+    """Where a run is recorded beside its own folder: see docs/tracking.md. No key decides a bit."""
+
+    loggers: Names = Field(
+        (), description="tensorboard, wandb, mlflow, or what an installed package offers under unisono.loggers"
+    )
+    project: str = Field("unisono", min_length=1, description="the project (wandb) or experiment (mlflow) of the run")
+    folder: str = Field(
+        "", description="where loggers keep their files, shared by several runs; empty: inside the run folder"
+    )
+    every_steps: int = Field(1, ge=1, description="loggers get step 1 and every so many steps; the rest is in full")
+
+
 class Recovery(Section):
     """What happens when workers are lost or hang, or the machine is wanted back. No key decides a bit."""
 

@@ -24,7 +24,9 @@ from unisono.engine.sparse_rows import Rows, add_up, pack, rows_of, unpack
 from unisono.errors import ContractError, DivergedError, LostPeerError
 from unisono.exchange.protocol import Exchange
 from unisono.kernels.update import mean
-from unisono.processes.progress_table import REGROUP, RUNNING, STOP
+from unisono.processes.progress_table import FINISH, REGROUP, RUNNING, STOP
+
+REQUESTS = (STOP, FINISH, REGROUP)  # the first one that any worker reports counts for all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class Totals:
 
     loss: mean over all terms, float64 arithmetic. terms: number of terms. used: whether each parameter got a gradient
     at all. integers: int64, the integer buffers as microbatch 0 left them. request: what the workers were asked to do
-    after this step, `progress_table.STOP` before `progress_table.REGROUP`.
+    after this step, one of REQUESTS or `progress_table.RUNNING`.
     """
 
     loss: float
@@ -214,7 +216,7 @@ class Reduction:
             "terms": terms,
             "used": self._used,
             "integers": integers.cpu(),
-            "requests": torch.tensor([int(request == STOP), int(request == REGROUP)]),
+            "requests": torch.tensor([int(request == asked) for asked in REQUESTS]),
             "pace": pace,
             "names": names,
             "rows": rows,
@@ -248,7 +250,6 @@ class Reduction:
     def _conclude(self, told: dict[str, Tensor]) -> Totals:
         assert self._step is not None
         losses, counts = told["losses"].view(torch.float64).tolist(), told["terms"].tolist()
-        stops, regroups = told["requests"].tolist()
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise DivergedError(
@@ -266,7 +267,7 @@ class Reduction:
             terms=terms,
             used=(told["used"] > 0).tolist(),
             integers=told["integers"],
-            request=STOP if stops else REGROUP if regroups else RUNNING,
+            request=next((REQUESTS[place] for place, count in enumerate(told["requests"].tolist()) if count), RUNNING),
         )
 
     def _combine(self, node: Node, left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:

@@ -21,6 +21,7 @@ from unisono.engine.optimizer import Optimizer
 from unisono.engine.reduction import Totals
 from unisono.engine.replica import Replica
 from unisono.exchange.protocol import Exchange
+from unisono.processes.progress_table import FINISH
 from unisono.storage.checkpoints import Content
 
 
@@ -30,7 +31,8 @@ class TrainState:
     shard).
 
     last: loss, norm and rate of the last step, plain values. evaluated: whether the evaluation that may follow it is
-    done. has_best: whether the best evaluation's weights are kept.
+    done. has_best: whether the best evaluation's weights are kept. finished: an observer has asked for the end, so no
+    step follows; it is committed with the step, so that a loss after it changes nothing.
     """
 
     step: int
@@ -42,12 +44,14 @@ class TrainState:
     evaluations_since_best: int = 0
     has_best: bool = False
     evaluated: bool = True
+    finished: bool = False
     last: Mapping[str, Any] | None = None
     _took_best: bool = False
 
     def commit(self, step: int, totals: Totals, last: Mapping[str, Any]) -> None:
         """Make what the optimiser worked out the state after `step` steps: on all workers, or on none."""
         self.step, self.last, self.evaluated = step, last, False
+        self.finished = totals.request == FINISH
         self.optimizer.publish(totals.integers, self.facts())
 
     def begin(self) -> None:
@@ -68,6 +72,7 @@ class TrainState:
             "evaluations_since_best": self.evaluations_since_best,
             "has_best": self.has_best,
             "evaluated": self.evaluated,
+            "finished": self.finished,
             "last": self.last,
         }
 

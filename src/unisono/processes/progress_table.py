@@ -38,12 +38,13 @@ PHASES = (
 )
 """What a worker can be at: from "begin" to "commit" the verbs of the loop, then what may follow a step."""
 
-RUNNING, STOP, REGROUP = 0, 1, 2
-"""What the supervisor asks of all workers, at the end of a step."""
+RUNNING, STOP, REGROUP, FINISH = 0, 1, 2, 3
+"""What the supervisor asks of all workers, at the end of a step. FINISH: end normally, as after the last step."""
 
-_GENERATION, _REQUEST, _PREPARED, _STRUCK, _HEADER = 0, 1, 2, 8, 64
+_GENERATION, _REQUEST, _PREPARED, _ASKED_FIRST, _STRUCK, _HEADER = 0, 1, 2, 3, 8, 64
 MOST_FAULTS = _HEADER - _STRUCK
-_PHASE, _STEP, _MICROBATCH, _SINCE, _ENTERED, _LEFT, _CALL, _ROW = 0, 1, 2, 3, 4, 5, 6, 8
+_PHASE, _STEP, _MICROBATCH, _SINCE, _ENTERED, _LEFT, _CALL, _HEARD, _ROW = 0, 1, 2, 3, 4, 5, 6, 7, 8
+HEARING_SECONDS = 0.0005  # between two looks at how many events have been heard
 CALLS = ("", "add_integers", "to_owners", "gather_shards", "gather_bytes", "wait_for_all", "join")
 """Ways to wait for other workers."""
 
@@ -121,7 +122,7 @@ class ProgressTable:
 
     @property
     def request(self) -> int:
-        """RUNNING, STOP or REGROUP."""
+        """RUNNING, STOP, REGROUP or FINISH."""
         return int(self._words[_REQUEST])
 
     @request.setter
@@ -136,6 +137,20 @@ class ProgressTable:
     @prepared.setter
     def prepared(self, done: bool) -> None:
         self._words[_PREPARED] = int(done)
+
+    @property
+    def observers_first(self) -> bool:
+        """Whether a step ends only after observers have seen the events before it: they may ask for the end, and the
+        step at which it comes must not depend on how fast they are."""
+        return bool(self._words[_ASKED_FIRST])
+
+    @observers_first.setter
+    def observers_first(self, wanted: bool) -> None:
+        self._words[_ASKED_FIRST] = int(wanted)
+
+    def count_heard(self, slot: int) -> None:
+        """One more event from the worker in `slot` has been passed to the observers."""
+        self._words[_HEADER + slot * _ROW + _HEARD] += 1
 
     def count_strike(self, fault: int) -> int:
         """How often fault number `fault` has struck before; counts one more."""
@@ -199,6 +214,13 @@ class ProgressWriter:
     def leave(self) -> None:
         self._words[_LEFT] += 1
         self._words[_SINCE] = time.monotonic_ns()
+
+    def wait_until_heard(self, events: int) -> None:
+        """Wait until observers have seen so many events of this worker. Waiting for them is no hang."""
+        while self._words[_HEARD] < events:
+            self._words[_SINCE] = time.monotonic_ns()
+            self._check()
+            time.sleep(HEARING_SECONDS)
 
     def _check(self) -> None:
         if self.generation >= 0 and self.progress_table.generation != self.generation:

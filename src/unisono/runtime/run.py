@@ -180,7 +180,7 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
     state = run.state
     if state.step and state.last is not None:
         _attend(run, 0.0, 0.0)  # who attended to this step may have been lost before it was done
-    if _has_settled(run):
+    if state.finished or _has_settled(run):
         return RUNNING
     audit = Audit(
         contributor,
@@ -205,6 +205,8 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
                 events.Notice(message=f"stopping early: no better {evaluate.metric} in {evaluate.patience} evaluations")
             )
             return RUNNING
+        if state.finished:
+            run.tell(events.Notice(message=f"ending after step {state.step}: an observer asked for it"))
         if done.totals.request != RUNNING:
             return done.totals.request
         last, waited = time.perf_counter(), feed.waited_seconds
@@ -247,6 +249,12 @@ def _has_settled(run: Run) -> bool:
     """Whether early stopping is on and its patience is over."""
     patience = run.recipe.evaluate.patience
     return bool(patience) and run.state.evaluations_since_best >= patience
+
+
+def _find_stopper(run: Run) -> str | None:
+    """What ended training before its last step."""
+    stopped = "observer" if run.state.finished else "evaluate.patience"
+    return stopped if run.state.step < run.order.total_steps else None
 
 
 def _is_due(run: Run) -> bool:
@@ -377,6 +385,7 @@ def _finish(run: Run, feed: Feed) -> None:
                 "train": {"loss": state.last["loss"] if state.last else None, "samples": len(run.inputs.train)},
                 "test": test,
                 "best_step": state.best_step or None,
+                "stopped_by": _find_stopper(run),
                 "weights_sha256": tensors_sha256(tensors),
                 "optimizer_sha256": optimizer_sha256,
             }

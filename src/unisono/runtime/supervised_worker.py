@@ -27,7 +27,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import end_with_parent
-from unisono.processes.progress_table import ProgressTable, ProgressWriter
+from unisono.processes.progress_table import FINISH, RUNNING, ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
 from unisono.runtime.launchers.rank_assignment import RankAssignment
@@ -88,6 +88,7 @@ class SupervisedClient:
         self.memory = spec.memory
         self._channel = spec.channel
         self._progress_table = spec.progress_table
+        self._told = 0  # events
         # without a snapshot, the worker has to write checkpoints itself
         self._writer = BackgroundWriter(self.tell) if spec.memory < 0 else None
 
@@ -100,9 +101,13 @@ class SupervisedClient:
         self._progress_table.prepared = done
 
     def request(self) -> int:
-        return self._progress_table.request
+        if self.progress.rank == 0 and self._progress_table.observers_first:
+            self.progress.wait_until_heard(self._told)
+        request = self._progress_table.request
+        return RUNNING if request == FINISH and self.progress.rank else request  # others may look before or after
 
     def tell(self, event: events.Event) -> None:
+        self._told += 1
         self._channel.send({"event": type(event).__name__, "fields": dataclasses.asdict(event)})
 
     def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from unisono.config.recipe import Recipe
 from unisono.engine.snapshot import Snapshot, new_file
-from unisono.errors import Interrupted, Preempted, RecipeError, WorkerError
+from unisono.errors import Interrupted, ObserverError, Preempted, RecipeError, WorkerError
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import forget_kernel_buffers
-from unisono.processes.progress_table import MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
+from unisono.processes.progress_table import FINISH, MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
 from unisono.runtime.channel import Message
 from unisono.runtime.checkpoint_writer import CheckpointWriter
 from unisono.runtime.hang_detection import HangDetector
@@ -45,7 +45,11 @@ LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --
 
 
 class Supervisor:
-    """Runs `workload` in `workers` processes, whatever happens to them. `observer` hears of everything."""
+    """Runs `workload` in `workers` processes, whatever happens to them.
+
+    observer: sees every event. may_stop: it may return events.STOP; each step then waits until it has seen what
+    happened before, so that the run ends at the same step however fast anybody is.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Supervisor:
         observer: events.Observer,
         workers: int,
         faults: Sequence[Fault] = (),
+        may_stop: bool = False,
     ) -> None:
         self._workload = workload
         self._recipe = recipe
@@ -68,6 +73,8 @@ class Supervisor:
         check_gpus(workers, recipe.train.device)
         self._gpus = count_gpus(recipe.train.device)
         self._progress_table = ProgressTable(min(recipe.train.microbatches, MOST_WORKERS))
+        self._progress_table.observers_first = may_stop
+        self._is_finishing = False  # the observer has asked for the end
         self._memory = new_file()
         self._budget = RestartBudget(recipe.recovery)
         self._run_lock: RunLock | None = None
@@ -139,6 +146,7 @@ class Supervisor:
         for handle, message in said:
             if "event" in message:
                 self._tell(getattr(events, message["event"])(**message["fields"]))
+                self._progress_table.count_heard(handle.slot)
             elif "waiting" in message:
                 self._on_ready(handle, message["waiting"])
             elif "ask" in message:
@@ -297,7 +305,8 @@ class Supervisor:
             return
         self._pool.release(staying[self._wanted :])
         self._progress_table.generation += 1
-        self._progress_table.request = RUNNING if self._stop_at is None else STOP
+        going_on = FINISH if self._is_finishing else RUNNING
+        self._progress_table.request = going_on if self._stop_at is None else STOP
         self._dissolved_at = None
         self._pool.assignment(self._progress_table.generation, staying[: self._wanted])
         if change is not None:
@@ -327,10 +336,23 @@ class Supervisor:
     def _observe(self, event: events.Event) -> None:
         if not isinstance(event, events.CheckpointWritten | events.Notice):  # they come from beside
             self._last_event = time.monotonic()
-        self._observer.observe(event)
+        try:
+            if self._observer.observe(event) == events.STOP:
+                self._finish()
+        except ObserverError as error:
+            self._terminate(self._pool.staying())
+            end = ObserverError(f"{error} {'The run itself is complete.' if self._has_ended else self._rescue()}")
+            end.__cause__ = error.__cause__
+            self._fail(end)
         if isinstance(event, events.Resized) and self._run_lock is not None:
             sizes = f"{event.before} → {event.workers} workers"
             self._run_lock.answer(f"{sizes} after step {event.step}, in {event.seconds:.2f} s", done=True)
+
+    def _finish(self) -> None:
+        """The observer has asked for the end: the next step is the last one."""
+        self._is_finishing = True
+        if self._stop_at is None:
+            self._progress_table.request = FINISH
 
     @property
     def _step(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unisono.engine.state import TrainState
-from unisono.processes.progress_table import UNWATCHED, Progress
+from unisono.processes.progress_table import FINISH, RUNNING, UNWATCHED, Progress
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.tracking import events
 
@@ -35,7 +35,8 @@ class SupervisorClient(Protocol):
     def prepared(self, done: bool) -> None: ...
 
     def request(self) -> int:
-        """What is asked of this worker at the end of a step: board.RUNNING, STOP or REGROUP."""
+        """What is asked of this worker at the end of a step: progress_table.RUNNING, STOP, REGROUP or FINISH.
+        Of FINISH only worker 0 knows, and it asks once observers have seen all that it told."""
         ...
 
     def tell(self, event: events.Event) -> None:
@@ -62,14 +63,17 @@ class UnsupervisedClient:
     def __init__(self, observers: Sequence[events.Observer], request: Callable[[], int]) -> None:
         self._observers = observers
         self._request = request
+        self._is_asked_to_finish = False
         self._writer = BackgroundWriter(self.tell)
 
     def request(self) -> int:
-        return self._request()
+        request = self._request()
+        return FINISH if request == RUNNING and self._is_asked_to_finish else request
 
     def tell(self, event: events.Event) -> None:
         for observer in self._observers:
-            observer.observe(event)
+            if observer.observe(event) == events.STOP:
+                self._is_asked_to_finish = True
 
     def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
         self._writer.save(state, facts, folder, keep)

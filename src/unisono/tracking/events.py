@@ -1,13 +1,14 @@
-"""What happened in a run: typed records, written everywhere, read by whoever shows or keeps them.
+"""What happened in a run: typed records, and the interface of whatever takes them in.
 
-Owns the records' fields. `report/` shows and keeps them.
+Owns the records' fields, and how an observer asks for the end. The terminal, the ledger, the loggers and a user's own
+callbacks are all observers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,9 +127,17 @@ class RunEnded:
 Event = RunStarted | StepDone | Evaluated | CheckpointWritten | Recovered | Resized | Corrupted | Notice | RunEnded
 
 
-class Observer(Protocol):
-    """Reads events; never changes what happens."""
+STOP: Final = "stop"
+"""What `Observer.observe` returns to end the run: the next step is the last one; then the model is tested, exported."""
 
-    def observe(self, event: Event) -> None: ...
+
+class Observer(Protocol):
+    """Takes in the events of a run, in order. It never changes what a step computes.
+
+    `observe` runs in the supervisor's process (under torchrun in worker 0's), so it should be quick. After it returns
+    STOP, the run ends normally once the next step is done. `close` is called once, however the run ends.
+    """
+
+    def observe(self, event: Event) -> Literal["stop"] | None: ...
 
     def close(self) -> None: ...

@@ -30,11 +30,15 @@ class Reporter:
         finally:
             self._show(lambda screen: screen.observe(event))
 
+    def complete(self, event: events.RunEnded) -> events.RunEnded:
+        """The run's end with all that its summary holds, for those that are to tell the same."""
+        return self._ledger.complete(event)
+
     def close(self) -> None:
         self._ledger.close()
         self._show(lambda screen: screen.close())
 
-    def _show(self, act: Callable[[events.Observer], None]) -> None:
+    def _show(self, act: Callable[[events.Observer], object]) -> None:
         if self._screen is None:
             return
         try:
