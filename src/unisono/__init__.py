@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unisono.api.training import Trained, train
     from unisono.api.verification import verify
     from unisono.config.recipe import Recipe
+    from unisono.data.samplers import weighted
     from unisono.errors import (
         ContractError,
         DataError,
@@ -39,6 +40,7 @@ _HOMES = {
     "verify": "api.verification",
     "Task": "tasks.task",
     "Recipe": "config.recipe",
+    "weighted": "data.samplers",
     **dict.fromkeys(
         (
             "ContractError",
@@ -78,6 +80,7 @@ __all__ = [
     "prepare",
     "train",
     "verify",
+    "weighted",
 ]
 
 

@@ -17,6 +17,8 @@ from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.columns import hold
 from unisono.data.ingest.frames import is_frame, take_columns
+from unisono.data.items import Collate
+from unisono.data.samplers import Sampler
 from unisono.errors import Interrupted, Preempted, RecipeError
 from unisono.processes.fault_injection import parse
 from unisono.processes.progress_table import PHASES
@@ -68,6 +70,8 @@ def train(
     *,
     validation: Any = None,
     test: Any = None,
+    collate: Collate | None = None,
+    sampler: Sampler | None = None,
     workers: str | int = "auto",
     run: str | Path | None = None,
     name: str | None = None,
@@ -86,8 +90,11 @@ def train(
 
     Args:
         what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
-        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for a
-            recipe, frames or lists with its text and label columns, instead of its files. See docs/frames.md.
+        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style dataset, see
+            docs/data.md; for a recipe, frames or lists with its text and label columns, instead of its files.
+        collate: for a task, a function that makes one mapping of tensors from a list of a dataset's items.
+        sampler: for a task, what each epoch visits: `unisono.weighted(weights)`, or a function (seed, epoch) → int64
+            array of sample numbers. None: every sample once, in a new order.
         workers: a number, or "auto": all GPUs, else all cores, at most one per microbatch. Ignored under torchrun.
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         name: of the run; None: the recipe's, or the task's class.
@@ -108,18 +115,11 @@ def train(
         UserError (what was given cannot be used), DivergedError, WorkerError, Interrupted, Preempted: see errors.
     """
     recipe = resolve(what, name, overrides, settings)
-    open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
+    open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
     place, mode = _choose_start(recipe, run, resume)
     if mode is not None:
-        job = Job(
-            recipe=recipe,
-            folder=place,
-            resume=mode,
-            accept_new_numerics=accept_new_numerics,
-            allow_impure=allow_impure,
-            trace=trace,
-            profile=profile,
-        )
+        options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
+        job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
         run_job(job, open_inputs, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
@@ -141,10 +141,22 @@ def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
 
-def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str, Any]) -> OpenInputs:
+def _opener(
+    what: Task | Recipe | str | Path,
+    recipe: Recipe,
+    given: Mapping[str, Any],
+    collate: Collate | None,
+    sampler: Sampler | None,
+) -> OpenInputs:
     """How each worker comes to what it trains on."""
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
+        for name, value in (("collate", collate), ("sampler", sampler)):
+            if value is not None:
+                raise RecipeError(
+                    f"unisono.train(recipe, …, {name}=…): {name} is for a task of your own; a recipe's texts are put "
+                    "together by its model. Leave it out."
+                )
         import_for_text()
         parts = {
             split: take_columns(frame, f"{split} frame") if is_frame(frame) else frame
@@ -157,7 +169,7 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
         )
     check_own_sections(recipe)
     held = hold(frames)
-    return lambda workers, notify: open_own(recipe, what, **held)
+    return lambda workers, notify: open_own(recipe, what, **held, collate=collate, sampler=sampler, notify=notify)
 
 
 def run_job(

@@ -65,7 +65,7 @@ class Contributor:
         if not all(part.training for part in replica.parts):  # setting it again costs more than looking
             replica.module.train()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            loss, terms = self.task.loss(replica.module, microbatch)
+            loss, terms = self.task.loss(replica.module, dict(microbatch))  # its own: it may take columns out
         terms = _whole(terms)
         if loss.ndim != 0 or not loss.is_floating_point():
             raise ContractError(

@@ -27,7 +27,14 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
     module = contributor.replica.module
     before = _remembered(module, contributor.task)
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    columns = {name: column.clone() for name, column in first.items()}
     a = contributor.contribute(0, 0, first)
+    if written := [name for name, column in columns.items() if not same_bits(column, first[name])]:
+        raise ImpureError(
+            f"the task's loss writes into column {written[0]!r} of its microbatch; it may be needed again, to audit "
+            "the step or after a loss. Work on a copy (column.clone()), or use operations that do not end in _. "
+            "--allow-impure trains it without the promise of equal bits."
+        )
     b = contributor.contribute(0, 1, second)
     b_again = contributor.contribute(0, 1, second)
     a_again = contributor.contribute(0, 0, first)

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
-from unisono.data.columns import Columns, open_source
+from unisono.data.columns import Columns
+from unisono.data.items import Collate, Items
+from unisono.data.own_sources import open_source
+from unisono.data.samplers import EpochSamples, Sampler
 from unisono.data.source import Source
-from unisono.errors import RecipeError
+from unisono.errors import DataError, RecipeError
 from unisono.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class RunInputs:
     data: names and hashes for the numerics fingerprint.
     labels: names of the classes; () where there are none.
     export: writes what else prediction needs into a folder that holds the weights.
+    sampled: the training samples of each epoch, where a sampler chooses them.
     """
 
     task: Task
@@ -43,14 +47,35 @@ class RunInputs:
     data: Mapping[str, str]
     labels: tuple[str, ...] = ()
     export: Callable[[Path], None] = field(default=lambda folder: None)
+    sampled: EpochSamples | None = None
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self.train) if self.sampled is None else self.sampled.per_epoch
 
     def changed(self) -> bool:
         """Whether somebody has written into data that lies in memory since it was opened."""
-        sources = (self.train, self.validation, self.test)
-        return any(isinstance(source, Columns) and source.changed() for source in sources)
+        return any(isinstance(source, Columns) and source.changed() for source in self._sources)
+
+    @property
+    def _sources(self) -> tuple[Source | None, ...]:
+        return self.train, self.validation, self.test
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe that asks for a validation split which is not there, or for a metric that is not measured."""
+        """Refuse a recipe that asks for what these inputs do not have: a validation split, a metric, items to load, a
+        whole step."""
+        train = recipe.train
+        if train.loader_workers and all(source is None or source.prefetchable for source in self._sources):
+            raise RecipeError(
+                f"'train.loader_workers' = {train.loader_workers}: the data lies in memory or in encoded files, and is "
+                "read ahead by a thread. Allowed is 0; more are for datasets with __getitem__."
+            )
+        if train.drop_last and self.samples_per_epoch < train.samples_per_step:
+            raise RecipeError(
+                f"'train.drop_last' = true: an epoch has {self.samples_per_epoch:,} samples, fewer than a step of "
+                f"{train.samples_per_step:,}, so nothing would be left. Set it to false, or train.samples_per_step to "
+                f"{self.samples_per_epoch:,} at most."
+            )
         metric = recipe.evaluate.metric
         if self.labels and metric not in MEASURED:
             raise RecipeError(f"'evaluate.metric' = {metric!r}: allowed are {', '.join(MEASURED)}.")
@@ -127,14 +152,49 @@ def text_task(recipe: Recipe, dataset: Dataset, train: Any) -> TextClassificatio
     )
 
 
-def open_own(recipe: Recipe, task: Task, train: Any, validation: Any = None, test: Any = None) -> RunInputs:
-    """Take a user's task and data as they are."""
+def open_own(
+    recipe: Recipe,
+    task: Task,
+    train: Any,
+    validation: Any = None,
+    test: Any = None,
+    *,
+    collate: Collate | None = None,
+    sampler: Sampler | None = None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> RunInputs:
+    """Take a user's task and data as they are.
+
+    collate: puts items together; None: the task's method `collate`, if it has one, else they are stacked. sampler:
+    chooses the training samples of each epoch; None: all of them, once.
+
+    Raises:
+        DataError: some of it cannot be used.
+    """
     seed = recipe.train.seed
-    sources = [None if data is None else open_source(data, seed) for data in (train, validation, test)]
-    assert sources[0] is not None
-    hashes = {
-        f"data.{name}": source.sha256
-        for name, source in zip(("train", "validation", "test"), sources, strict=True)
-        if source
-    }
-    return RunInputs(task=task, train=sources[0], validation=sources[1], test=sources[2], data=hashes)
+    chosen: Collate | None = collate if collate is not None else getattr(task, "collate", None)
+    if chosen is not None and not callable(chosen):
+        raise DataError(f"collate is {type(chosen).__name__}; allowed is a function of a list of items.")
+    given = {"train": train, "validation": validation, "test": test}
+    sources = {split: open_source(data, seed, chosen) for split, data in given.items() if data is not None}
+    if collate is not None and not any(isinstance(source, Items) for source in sources.values()):
+        raise DataError(
+            "collate is for datasets that give items one by one; this data is columns already. Leave it out, or do in "
+            "the task's loss what it should do."
+        )
+    for split, source in sources.items():
+        if isinstance(source, Items) and source.left_out:
+            names = ", ".join(map(repr, source.left_out))
+            notify(f"{split}: {names} of the items is text, and left out; collate= would get it.")
+    hashes = {f"data.{split}": source.sha256 for split, source in sources.items()}
+    sampled = None if sampler is None else EpochSamples(sampler, len(sources["train"]), seed)
+    if sampled is not None:
+        hashes["data.sampler"] = sampled.sha256
+    return RunInputs(
+        task=task,
+        train=sources["train"],
+        validation=sources.get("validation"),
+        test=sources.get("test"),
+        data=hashes,
+        sampled=sampled,
+    )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unisono.config.recipe import Recipe
 from unisono.data.order import Order, count_steps
@@ -153,16 +154,8 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
     client.progress.at("join")
     replica = Replica(ready.module, rank=exchange.rank, workers=exchange.workers, pretrained=inputs.task.pretrained)
     warnings = _compare_workers(ready.fingerprint, exchange)
-    total_steps = count_steps(len(inputs.train), train.samples_per_step, train.epochs, train.max_steps)
-    order = Order(
-        lengths=inputs.train.lengths,
-        padded=inputs.train.padded,
-        samples_per_step=train.samples_per_step,
-        microbatches=train.microbatches,
-        seed=train.seed,
-        total_steps=total_steps,
-    )
-    arrays = _open_snapshot(job, ready, replica, exchange, client, total_steps)
+    order = _make_order(recipe, ready)
+    arrays = _open_snapshot(job, ready, replica, exchange, client, order.total_steps)
     optimizer = Optimizer(replica, exchange, train, arrays)
     run = Run(
         job=job,
@@ -189,6 +182,32 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
             run.tell(events.Notice(message=warning, warning=True))
     run.begun = run.state.step
     return run
+
+
+def _make_order(recipe: Recipe, ready: Ready) -> Order:
+    """Which samples each step's microbatches hold: from the recipe, the data and the module, so the same on every
+    worker."""
+    train, inputs = recipe.train, ready.inputs
+    compares = any(isinstance(part, _BatchNorm) for part in ready.module.modules())
+    min_samples = 2 if compares else 1
+    return Order(
+        lengths=inputs.train.lengths,
+        padded=inputs.train.padded,
+        samples_per_step=train.samples_per_step,
+        microbatches=train.microbatches,
+        seed=train.seed,
+        total_steps=count_steps(
+            inputs.samples_per_epoch,
+            train.samples_per_step,
+            train.epochs,
+            train.max_steps,
+            drop_last=train.drop_last,
+            min_samples=min_samples,
+        ),
+        min_samples=min_samples,
+        drop_last=train.drop_last,
+        sampled=inputs.sampled,
+    )
 
 
 def _open_snapshot(
@@ -284,7 +303,7 @@ def _resume(run: Run) -> list[str]:
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]."""
     dump = recipe.model_dump(mode="json")
-    for key in ("device", "audit_every"):
+    for key in ("device", "audit_every", "loader_workers"):
         dump["train"].pop(key)
     dump["model"].pop("folder", None)
     return {

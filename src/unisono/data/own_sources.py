@@ -1,0 +1,47 @@
+"""What a Python user may give as data of an own task, and which `Source` is made of it.
+
+Owns the choice and its messages. The sources themselves are in `columns.py`, `items.py` and `streams.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from unisono.data.columns import Columns, list_columns
+from unisono.data.ingest.frames import is_frame
+from unisono.data.items import Collate, Items
+from unisono.data.source import Source
+from unisono.errors import DataError
+
+ALLOWED = (
+    "a mapping of columns, a pandas or Polars frame, an Arrow table, a map-style dataset (with __getitem__ and "
+    "__len__), or a unisono dataset's split"
+)
+
+
+def open_source(data: Any, seed: int = 0, collate: Collate | None = None) -> Source:
+    """Make a Source of what a user gave.
+
+    Allowed: a Source; a mapping of columns (tensors, arrays, Series, lists of numbers); a frame (pandas, Polars, Arrow)
+    with columns of numbers, categories, or lists of numbers; a map-style dataset, whose items `collate` puts together.
+
+    Raises:
+        DataError: it is none of these, empty, or ragged.
+    """
+    if isinstance(data, Mapping) or is_frame(data):
+        return Columns(list_columns(data, "frame"))
+    if all(hasattr(data, name) for name in ("take", "lengths", "padded", "prefetchable")):
+        return data  # type: ignore[no-any-return]
+    if isinstance(data, DataLoader):
+        raise DataError(
+            "data is a torch DataLoader, which decides itself what a batch holds; allowed are datasets, which unisono "
+            "cuts into microbatches. Give its parts: train(task, loader.dataset, collate=loader.collate_fn, "
+            "samples_per_step=loader.batch_size, loader_workers=loader.num_workers); for a weighted sampler, "
+            "sampler=unisono.weighted(weights)."
+        )
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+        return Items(data, seed, collate)
+    raise DataError(f"{type(data).__name__} is no data that can be read; allowed are {ALLOWED}.")
