@@ -311,7 +311,9 @@ def _write(microbatch: dict[str, Tensor], columns: dict[str, Any], memory: Any) 
 def _receive_memory(connection: Connection, size: int, by_file: bool) -> Any:
     """The memory that a loader has filled: mapped, or read. It is freed with the last tensor in it."""
     if not by_file:
-        return bytearray(connection.recv_bytes())
+        content = torch.empty(max(size, 1), dtype=torch.uint8).numpy()
+        connection.recv_bytes_into(content.data)
+        return content
     file = recv_handle(connection)
     try:
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
