@@ -6,7 +6,7 @@ in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,8 @@ class TrainState:
     shard).
 
     last: loss, norm and rate of the last step, plain values. evaluated: whether the evaluation that may follow it is
-    done. has_best: whether the best evaluation's weights are kept.
+    done. has_best: whether the best evaluation's weights are kept. stream: where a stream of samples stands, as it says
+    of itself; None: there is none, or it cannot tell. read_stream: the same, for a number of steps.
     """
 
     step: int
@@ -42,11 +43,14 @@ class TrainState:
     has_best: bool = False
     evaluated: bool = True
     last: Mapping[str, Any] | None = None
+    read_stream: Callable[[int], Any] | None = None
+    stream: Any = None
     _took_best: bool = False
 
     def commit(self, step: int, totals: Totals, last: Mapping[str, Any]) -> None:
         """Make what the optimiser worked out the state after `step` steps: on all workers, or on none."""
         self.step, self.last, self.evaluated = step, last, False
+        self.stream = None if self.read_stream is None else self.read_stream(step)
         self.optimizer.publish(totals.integers, self.facts())
 
     def begin(self) -> None:
@@ -68,6 +72,7 @@ class TrainState:
             "has_best": self.has_best,
             "evaluated": self.evaluated,
             "last": self.last,
+            **({} if self.read_stream is None else {"stream": self.stream}),
         }
 
     def recover(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:

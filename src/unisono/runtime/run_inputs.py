@@ -15,9 +15,10 @@ from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
 from unisono.data.columns import Columns
 from unisono.data.items import Collate, Items
-from unisono.data.own_sources import open_source
+from unisono.data.own_sources import is_stream, open_source
 from unisono.data.samplers import EpochSamples, Sampler
 from unisono.data.source import Source
+from unisono.data.streams import SampleStream
 from unisono.errors import DataError, RecipeError
 from unisono.tasks.task import Task
 
@@ -176,14 +177,20 @@ def open_own(
     if chosen is not None and not callable(chosen):
         raise DataError(f"collate is {type(chosen).__name__}; allowed is a function of a list of items.")
     given = {"train": train, "validation": validation, "test": test}
-    sources = {split: open_source(data, seed, chosen) for split, data in given.items() if data is not None}
-    if collate is not None and not any(isinstance(source, Items) for source in sources.values()):
+    sources = {
+        split: _open_stream(recipe, data, chosen, sampler, notify)
+        if split == "train" and is_stream(data)
+        else open_source(data, seed, chosen)
+        for split, data in given.items()
+        if data is not None
+    }
+    if collate is not None and not any(isinstance(source, Items | SampleStream) for source in sources.values()):
         raise DataError(
             "collate is for datasets that give items one by one; this data is columns already. Leave it out, or do in "
             "the task's loss what it should do."
         )
     for split, source in sources.items():
-        if isinstance(source, Items) and source.left_out:
+        if isinstance(source, Items | SampleStream) and source.left_out:
             names = ", ".join(map(repr, source.left_out))
             notify(f"{split}: {names} of the items is text, and left out; collate= would get it.")
     hashes = {f"data.{split}": source.sha256 for split, source in sources.items()}
@@ -198,3 +205,30 @@ def open_own(
         data=hashes,
         sampled=sampled,
     )
+
+
+def _open_stream(
+    recipe: Recipe, data: Any, collate: Collate | None, sampler: Sampler | None, notify: Callable[[str], None]
+) -> SampleStream:
+    """Take a stream to train on; refuse what needs to know how much there is."""
+    train = recipe.train
+    if not train.max_steps:
+        raise RecipeError(
+            f"{type(data).__name__} is a stream, of which nobody knows how much there is, and the learning rate's "
+            "schedule needs the number of steps. Set train.max_steps; epochs are not counted."
+        )
+    if sampler is not None:
+        raise DataError("sampler chooses samples by their numbers, which a stream's do not have. Leave it out.")
+    if train.loader_workers:
+        raise RecipeError(
+            f"'train.loader_workers' = {train.loader_workers}: a stream is read in order, by each worker itself. "
+            "Allowed is 0."
+        )
+    samples = train.max_steps * train.samples_per_step
+    stream = SampleStream(data, train.seed, collate, samples=samples, samples_per_step=train.samples_per_step)
+    if not stream.has_state:
+        notify(
+            "the stream has no state_dict() and load_state_dict(), so a resumed run reads it again from the beginning, "
+            "up to the samples that it has not trained on."
+        )
+    return stream

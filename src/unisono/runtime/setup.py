@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unisono.config.recipe import Recipe
 from unisono.data.order import Order, count_steps
+from unisono.data.streams import SampleStream
 from unisono.determinism import keys
 from unisono.engine import numerics
 from unisono.engine.contribution import Contributor
@@ -162,7 +163,13 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         ready=ready,
         exchange=exchange,
         client=client,
-        state=TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange),
+        state=TrainState(
+            step=0,
+            replica=replica,
+            optimizer=optimizer,
+            exchange=exchange,
+            read_stream=inputs.train.state_at if isinstance(inputs.train, SampleStream) else None,
+        ),
         order=order,
         contributor=Contributor(
             replica=replica, task=inputs.task, precision=train.precision, seed=train.seed, offload=exchange.offload
@@ -172,11 +179,13 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
     if arrays is not None and arrays.committed:
         run.state.recover(arrays.snapshot.facts(), *arrays.integers())
         run.recovered = True
+        _go_on_in_stream(run)
     else:
         if not job.allow_impure:
             _probe(run)
         if job.resume != "no":
             warnings += _resume(run)
+        _go_on_in_stream(run)
         run.state.begin()
         for warning in warnings:
             run.tell(events.Notice(message=warning, warning=True))
@@ -190,6 +199,7 @@ def _make_order(recipe: Recipe, ready: Ready) -> Order:
     train, inputs = recipe.train, ready.inputs
     compares = any(isinstance(part, _BatchNorm) for part in ready.module.modules())
     min_samples = 2 if compares else 1
+    shuffled = not isinstance(inputs.train, SampleStream)
     return Order(
         lengths=inputs.train.lengths,
         padded=inputs.train.padded,
@@ -199,7 +209,7 @@ def _make_order(recipe: Recipe, ready: Ready) -> Order:
         total_steps=count_steps(
             inputs.samples_per_epoch,
             train.samples_per_step,
-            train.epochs,
+            train.epochs if shuffled else 1,
             train.max_steps,
             drop_last=train.drop_last,
             min_samples=min_samples,
@@ -207,7 +217,16 @@ def _make_order(recipe: Recipe, ready: Ready) -> Order:
         min_samples=min_samples,
         drop_last=train.drop_last,
         sampled=inputs.sampled,
+        shuffled=shuffled,
     )
+
+
+def _go_on_in_stream(run: Run) -> None:
+    """Have a stream go on where the run does."""
+    stream, step = run.inputs.train, run.state.step
+    if isinstance(stream, SampleStream) and not stream.go_to(step, run.state.stream) and stream.has_state:
+        told = f"the stream does not go on from its state after step {step}: it is read again from the beginning"
+        run.tell(events.Notice(message=told, warning=True))
 
 
 def _open_snapshot(
