@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unisono
+from test_parallel_guide import read_blocks
 from unisono.config import recipe as recipes
 from unisono.data.items import Items
 from unisono.errors import ContractError, DataError, RecipeError
@@ -166,6 +167,28 @@ def test_loss_that_writes_into_its_microbatch_is_told_so(tmp_path: Path) -> None
         unisono.train(Writes(), Pictures(), run=tmp_path / "run", **(SETTINGS | {"workers": 1}))
 
 
+def test_dataset_with_a_generator_of_its_own_is_refused(tmp_path: Path) -> None:
+    class Streamed(Pictures):
+        generator = np.random.default_rng(0)
+
+        def __getitem__(self, sample: int) -> dict[str, Any]:
+            item = super().__getitem__(sample)
+            return item | {"input": item["input"] + self.generator.random()}
+
+    with pytest.raises(ContractError, match=r"dataset is not pure.*another 'input'.*in __getitem__"):
+        train(tmp_path / "run", Streamed())
+    assert train(tmp_path / "run", Streamed(), allow_impure=True, max_steps=1).summary["pure"] is False
+
+
+def test_verify_takes_the_same_data() -> None:
+    told: list[str] = []
+    options = {name: value for name, value in SETTINGS.items() if name != "quiet"}
+    assert unisono.verify(
+        Sums(), Pictures(), sampler=SAMPLER, workers=(1, 2), steps=1, say=told.append, loader_workers=1, **options
+    )
+    assert told[-1] == "equal, bit for bit"
+
+
 # What is taken, and what is refused
 
 
@@ -273,3 +296,14 @@ def test_settings_that_would_do_nothing_are_refused(train: dict[str, Any], told:
 def test_recipes_for_text_take_neither(given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"{next(iter(given))} is for a task of your own"):
         unisono.train(unisono.Recipe(), run=tmp_path / "run", **given)
+
+
+def test_guide_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = Path(__file__).parents[1] / "docs" / "data.md"
+    monkeypatch.chdir(tmp_path)
+    blocks = read_blocks(guide)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, str(guide), "exec"), names)
+    assert capsys.readouterr().out.splitlines() == ["True"]

@@ -90,8 +90,8 @@ def train(
 
     Args:
         what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
-        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style dataset, see
-            docs/data.md; for a recipe, frames or lists with its text and label columns, instead of its files.
+        data, validation, test: for a task, columns, a frame of numbers, a dataset or (`data` alone) a stream of items,
+            see docs/data.md; for a recipe, frames or lists with its text and label columns, instead of its files.
         collate: for a task, a function that makes one mapping of tensors from a list of a dataset's items.
         sampler: for a task, what each epoch visits: `unisono.weighted(weights)`, or a function (seed, epoch) → int64
             array of sample numbers. None: every sample once, in a new order.

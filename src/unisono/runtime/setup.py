@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unisono.config.recipe import Recipe
@@ -26,10 +26,10 @@ from unisono.engine.contribution import Contributor
 from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.profile import Profile
 from unisono.engine.purity import probe
-from unisono.engine.replica import Replica, layout_digest
+from unisono.engine.replica import Replica, layout_digest, same_bits
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
-from unisono.errors import DamagedError, RecipeError, RunFolderError
+from unisono.errors import DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import Progress
 from unisono.runtime.run_inputs import RunInputs
@@ -269,10 +269,23 @@ def _probe(run: Run) -> None:
     first = run.order.step(0).microbatches
     smaller, larger = first[-1][:PROBED], np.concatenate([first[0][:PROBED], first[-1][:1]])
     take = run.inputs.train.take
-    one, other = (
-        {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (smaller, larger)
-    )
+    taken = [take(samples) for samples in (smaller, larger)]
+    if not run.inputs.train.prefetchable:
+        _compare_taken(taken[0], take(smaller))
+    one, other = ({name: column.to(run.ready.device) for name, column in found.items()} for found in taken)
     probe(run.judge, one, other)
+
+
+def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
+    """Refuse a dataset that loads the same samples to other tensors the second time."""
+    for name, column in first.items():
+        if not same_bits(column, again.get(name)):
+            raise ImpureError(
+                f"the dataset is not pure: loaded a second time, the same samples gave another {name!r}. Keep no state "
+                "in it, and draw random numbers from the global generators of torch, NumPy or Python, which are seeded "
+                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure trains it "
+                "without the promise of equal bits."
+            )
 
 
 def _resume(run: Run) -> list[str]:
