@@ -279,30 +279,31 @@ def _answer(source: Source, connection: Connection, request: dict[str, Any], by_
     for name, tensor in microbatch.items():
         columns[name] = (size, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    if by_file:
-        file = os.memfd_create("unisono-microbatch")
-        try:
-            os.ftruncate(file, max(size, 1))
-            with mmap.mmap(file, max(size, 1)) as memory:
-                _write(microbatch, columns, memory)
-            connection.send_bytes(json.dumps({"columns": columns, "bytes": size}).encode())
-            send_handle(connection, file, 0)
-        finally:
-            os.close(file)
-    else:
-        content = bytearray(max(size, 1))
-        _write(microbatch, columns, content)
-        connection.send_bytes(json.dumps({"columns": columns, "bytes": size}).encode())
-        connection.send_bytes(content)
+    header = json.dumps({"columns": columns, "bytes": size}).encode()
+    if not by_file:
+        content = np.zeros(max(size, 1), np.uint8)
+        for name, tensor in microbatch.items():
+            start = columns[name][0]
+            content[start : start + tensor.nbytes] = _as_bytes(tensor)
+        connection.send_bytes(header)
+        connection.send_bytes(content.data)
+        return
+    file = os.memfd_create("unisono-microbatch")
+    try:
+        os.ftruncate(file, max(size, 1))
+        for name, tensor in microbatch.items():  # in half the time that it takes to map it and fault its pages
+            plain, done = _as_bytes(tensor).data, 0
+            while done < len(plain):
+                done += os.pwrite(file, plain[done:], columns[name][0] + done)
+        connection.send_bytes(header)
+        send_handle(connection, file, 0)
+    finally:
+        os.close(file)
 
 
-def _write(microbatch: dict[str, Tensor], columns: dict[str, Any], memory: Any) -> None:
-    whole = np.frombuffer(memory, np.uint8)
-    for name, tensor in microbatch.items():
-        start = columns[name][0]
-        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        whole[start : start + len(plain)] = plain
-    del whole  # or the memory could not be closed
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return found
 
 
 # In the worker
