@@ -272,7 +272,7 @@ def test_a_sample_given_twice_is_augmented_differently() -> None:
         ([{"x": 1}], lambda items: {"x": torch.empty(1, device="meta")}, "tensor on meta under 'x'"),
         ({"x": [1, 2]}, pad, "collate is for datasets that give items one by one"),
         (torch.utils.data.DataLoader(Pictures()), None, r"DataLoader.*collate=loader\.collate_fn"),  # type: ignore[arg-type]
-        (iter([1]), None, "list_iterator is no data that can be read"),
+        (5, None, "int is no data that can be read; allowed are .* a stream"),
     ],
 )
 def test_wrong_items_are_refused(items: Any, collate: Callable[..., Any] | None, told: str) -> None:
