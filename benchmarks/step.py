@@ -31,7 +31,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING
 from unisono.runtime.setup import Job, join, make_ready
 from unisono.runtime.supervisor_client import UnsupervisedClient
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 
 REPEATS = 3
 ROWS = (

@@ -46,6 +46,7 @@ class NumpyBackend:
     by name: arrays, or (row numbers, rows))."""
 
     name: ClassVar[str] = "numpy"
+    min_samples = 1
 
     def __init__(self, task: Task, key: int) -> None:
         self._task: Any = task

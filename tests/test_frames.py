@@ -26,12 +26,13 @@ import unisono
 from test_parallel_guide import read_blocks
 from toy import RECIPE, make_records, make_toy, run_python
 from unisono.config.sections import Data
-from unisono.data.columns import Columns, hold, open_source
+from unisono.data.columns import Columns, hold
 from unisono.data.ingest.column_batch import COLUMN_BATCH_BYTES, ColumnBatch, cut_by_size, list_values
 from unisono.data.ingest.frames import add_columns, is_frame, take_columns
 from unisono.data.ingest.inputs import find_inputs
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import read_texts
+from unisono.data.own_sources import open_source
 from unisono.data.share import Share
 from unisono.errors import DataError, UserError
 

@@ -30,7 +30,7 @@ from workloads import Workload, transformer
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Checkpoint
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 from unisono.tracking.events import CheckpointWritten
 
 WORKERS = 2

@@ -32,7 +32,7 @@ from workloads import transformer
 
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 from unisono.tasks.task import Task
 
 SLOW = 1  # the rank that is slow

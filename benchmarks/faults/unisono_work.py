@@ -14,7 +14,7 @@ from marks import Mark, train_supervised
 from peer_work import Journal, Work, workload
 
 from unisono.config.sections import Recovery
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 
 WORKERS = 2
 

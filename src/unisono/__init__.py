@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unisono.api.training import Trained, train
     from unisono.api.verification import verify
     from unisono.config.recipe import Recipe
+    from unisono.data.samplers import weighted
     from unisono.errors import (
         ContractError,
         DataError,
@@ -51,6 +52,7 @@ _HOMES = {
     "Recipe": "config.recipe",
     "Observer": "tracking.events",
     "STOP": "tracking.events",
+    "weighted": "data.samplers",
     **dict.fromkeys(
         (
             "ContractError",
@@ -100,6 +102,7 @@ __all__ = [
     "prepare",
     "train",
     "verify",
+    "weighted",
 ]
 
 

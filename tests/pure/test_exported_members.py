@@ -39,6 +39,7 @@ PUBLIC = {
     "prepare",
     "train",
     "verify",
+    "weighted",
 }
 
 
@@ -67,7 +68,7 @@ def test_modules_resolve_without_being_imported_first() -> None:
     assert done.stdout.strip() == "unisono.parallel.calls True", done.stderr
 
 
-@pytest.mark.parametrize("name", ["evaluate", "load", "predict", "prepare", "train", "verify"])
+@pytest.mark.parametrize("name", ["evaluate", "load", "predict", "prepare", "train", "verify", "weighted"])
 def test_functions_are_typed_and_name_their_errors(name: str) -> None:
     function = getattr(unisono, name)
     signature = inspect.signature(function)

@@ -165,6 +165,65 @@ def test_count_steps(samples: int, per_step: int, epochs: float, most: int, step
     assert count_steps(samples, per_step, epochs, most) == steps
 
 
+@settings(max_examples=60)
+@given(
+    st.integers(1, 200), st.integers(1, 40), st.integers(1, 12), st.integers(1, 3), st.booleans(), st.booleans(), KEYS
+)
+def test_no_microbatch_has_less_than_the_least_and_no_sample_is_lost(
+    samples: int, per_step: int, pieces: int, least: int, even: bool, drop_last: bool, key: tuple[int, int]
+) -> None:
+    """For any sizes, such as 16 samples a step in 8 microbatches, and 65 to 79 samples."""
+    lengths = np.ones(samples, np.int32) if even else np.random.default_rng(key).integers(1, 500, samples, np.int32)
+    kinds = {"min_samples": least, "drop_last": drop_last}
+    total = count_steps(samples, per_step, 1, **kinds)
+    if not total:
+        assert drop_last and samples < per_step
+        return
+    made = Order(
+        lengths=lengths, padded=True, samples_per_step=per_step, microbatches=pieces, seed=key[0], total_steps=total,
+        **kinds,
+    )  # fmt: skip
+    assert made.steps_per_epoch == total
+    steps = list(made.steps())
+    seen = sorted(number for step in steps for piece in step.microbatches for number in piece.tolist())
+    lost = samples % per_step if drop_last else 0
+    assert len(seen) == len(set(seen)) == samples - lost
+    for step in steps:
+        assert step.samples == per_step or (step is steps[-1] and step.samples < per_step + least)
+        assert 1 <= len(step.microbatches) <= pieces
+        if step.samples >= least:
+            assert min(map(len, step.microbatches)) >= least
+    if least == 1 and not drop_last:  # as without these keys
+        plain = order(lengths, per_step=per_step, pieces=pieces, seed=key[0])
+        for one, other in zip(steps, plain.steps(), strict=False):
+            assert all(map(np.array_equal, one.microbatches, other.microbatches))
+    if drop_last:
+        assert {step.samples for step in steps} == {per_step}
+
+
+def test_only_steps_with_too_small_microbatches_are_cut_otherwise() -> None:
+    plain, least = (
+        Order(
+            lengths=np.ones(70, np.int32), padded=True, samples_per_step=16, microbatches=8, seed=1, total_steps=5,
+            min_samples=min_samples,
+        )
+        for min_samples in (1, 2)
+    )  # fmt: skip
+    for one, other in zip(list(plain.steps())[:4], list(least.steps())[:4], strict=True):
+        assert all(map(np.array_equal, one.microbatches, other.microbatches))
+    assert [len(piece) for piece in plain.step(4).microbatches] == [1] * 6
+    assert [len(piece) for piece in least.step(4).microbatches] == [2] * 3
+
+
+def test_stream_order_is_that_of_the_samples() -> None:
+    made = Order(
+        lengths=np.broadcast_to(np.int32(1), 20), padded=True, samples_per_step=8, microbatches=3, seed=1,
+        total_steps=2, shuffled=False,
+    )  # fmt: skip
+    for step in made.steps():
+        assert sorted(np.concatenate(step.microbatches)) == list(range(step.number * 8, step.number * 8 + 8))
+
+
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.floats(0, 1))
 def test_a_place_is_that_of_numpys_interpolation(lengths: list[int], part: float) -> None:
     total = [0, *np.cumsum(lengths).tolist()]

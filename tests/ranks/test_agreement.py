@@ -33,7 +33,7 @@ from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.setup import Job, Resume
 from unisono.storage import checkpoints
 from unisono.storage.origin import COMMIT, Origin, compare
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 
 SETTINGS: dict[str, Any] = {
     "train": {"samples_per_step": 20, "microbatches": 4, "epochs": 3.0, "learning_rate": 0.05},

@@ -27,7 +27,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
 from unisono.runtime.setup import Job
 from unisono.storage.files import load_tensors
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 
 Trainer = Callable[..., unisono.Trained]
 SETTINGS: dict[str, Any] = {

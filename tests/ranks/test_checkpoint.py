@@ -24,7 +24,7 @@ from unisono.exchange.simulated import play
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.setup import Job
 from unisono.storage import checkpoints
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 from unisono.tasks.task import Microbatch
 
 SETTINGS: dict[str, Any] = {

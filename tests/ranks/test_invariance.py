@@ -29,7 +29,8 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
 from unisono.runtime.setup import Job
 from unisono.storage.files import load_tensors
-from unisono.tasks.run_inputs import RunInputs, open_own
+from unisono.tasks.own_inputs import open_own
+from unisono.tasks.run_inputs import RunInputs
 from unisono.tasks.task import Task
 from unisono.tasks.text.classification import TextClassification
 

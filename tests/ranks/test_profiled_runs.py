@@ -20,7 +20,7 @@ from unisono.engine.profile import PHASES
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
 from unisono.runtime.setup import Job
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 
 FILES = {"profile.md", "profile.json", "trace.json"}
 HASHES = ("weights_sha256", "optimizer_sha256", "test")

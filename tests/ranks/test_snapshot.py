@@ -37,7 +37,7 @@ from unisono.processes.progress_table import RUNNING, UNWATCHED, Progress
 from unisono.runtime import setup as joining
 from unisono.runtime.setup import Job, Run, join, make_ready, run_facts
 from unisono.storage.checkpoints import Content
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 
 
 class Mixed(nn.Module):

@@ -17,6 +17,8 @@ from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.columns import hold
 from unisono.data.ingest.frames import is_frame, take_columns
+from unisono.data.items import Collate
+from unisono.data.samplers import Sampler
 from unisono.determinism import instruction_sets
 from unisono.errors import Interrupted, Preempted, RecipeError
 from unisono.kernels.kernel import declared_kernels
@@ -32,7 +34,7 @@ from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Stop
 from unisono.storage.run_folder import choose_folder
 from unisono.tasks.kinds import find_kind, name_of
-from unisono.tasks.run_inputs import open_own
+from unisono.tasks.own_inputs import open_own
 from unisono.tasks.task import Task
 from unisono.tracking.delivery import Deliveries
 from unisono.tracking.dispatcher import EventDispatcher, check_observers
@@ -81,6 +83,8 @@ def train(
     *,
     validation: Any = None,
     test: Any = None,
+    collate: Collate | None = None,
+    sampler: Sampler | None = None,
     workers: str | int = "auto",
     run: str | Path | None = None,
     name: str | None = None,
@@ -100,8 +104,11 @@ def train(
 
     Args:
         what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
-        data, validation, test: for a task, a mapping of columns, a frame of numbers or a map-style torch dataset; for a
-            recipe, frames or lists with its text and label columns, instead of its files. See docs/frames.md.
+        data, validation, test: for a task, columns, a frame of numbers, a dataset or (`data` alone) a stream of items,
+            see docs/data.md; for a recipe, frames or lists with its text and label columns, instead of its files.
+        collate: for a task, a function that makes one mapping of tensors from a list of a dataset's items.
+        sampler: for a task, what each epoch visits: `unisono.weighted(weights)`, or a function (seed, epoch) → int64
+            array of sample numbers. None: every sample once, in a new order.
         workers: a number, or "auto": all GPUs, else all cores, at most one per microbatch. Ignored under torchrun.
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         name: of the run; None: the recipe's, or the task's class.
@@ -120,18 +127,11 @@ def train(
         UserError (what was given cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
     """
     recipe = resolve(what, name, overrides, settings)
-    open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
+    open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
     place, mode = _choose_start(recipe, run, resume)
     if mode is not None:
-        job = Job(
-            recipe=recipe,
-            folder=place,
-            resume=mode,
-            accept_new_numerics=accept_new_numerics,
-            allow_impure=allow_impure,
-            trace=trace,
-            profile=profile,
-        )
+        options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
+        job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
         reporter = Reporter(place, quiet=quiet, as_json=as_json)
         run_job(job, open_inputs, workers=workers, reporter=reporter, observers=observers, faults=faults)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
@@ -154,10 +154,22 @@ def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
 
-def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str, Any]) -> OpenInputs:
+def _opener(
+    what: Task | Recipe | str | Path,
+    recipe: Recipe,
+    given: Mapping[str, Any],
+    collate: Collate | None,
+    sampler: Sampler | None,
+) -> OpenInputs:
     """How each worker comes to what it trains on."""
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
+        for name, value in (("collate", collate), ("sampler", sampler)):
+            if value is not None:
+                raise RecipeError(
+                    f"unisono.train(recipe, …, {name}=…): {name} is for a task of your own; a recipe's texts are put "
+                    "together by its model. Leave it out."
+                )
         kind = find_kind(recipe.task.kind)
         recipes.check_uses(recipe, kind.uses, recipe.task.kind)
         kind.warm()
@@ -172,7 +184,7 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
         )
     recipes.check_uses(recipe, frozenset(), recipe.task.kind)
     held = hold(frames)
-    return lambda workers, notify: open_own(recipe, what, **held)
+    return lambda workers, notify: open_own(recipe, what, **held, collate=collate, sampler=sampler, notify=notify)
 
 
 def run_job(

@@ -15,6 +15,8 @@ from typing import Any
 from unisono.api.training import Trained, resolve, train
 from unisono.config.recipe import Recipe
 from unisono.data.ingest.frames import settle
+from unisono.data.items import Collate
+from unisono.data.samplers import Sampler
 from unisono.runtime.setup import check_workers
 from unisono.tasks.task import Task
 
@@ -58,6 +60,8 @@ def verify(
     what: Task | Recipe | str | Path,
     data: Any = None,
     *,
+    collate: Collate | None = None,
+    sampler: Sampler | None = None,
     workers: Sequence[int] = (1, 2, 3),
     steps: int = 0,
     overrides: Sequence[str] = (),
@@ -67,7 +71,7 @@ def verify(
     """Train under each number of workers and compare contributions, weights and optimiser state bit for bit.
 
     Args:
-        what, data, overrides, settings: as for `unisono.train`.
+        what, data, collate, sampler, overrides, settings: as for `unisono.train`.
         workers: the numbers to compare, the first being what the others are held against.
         steps: stop after so many; 0: train to the end.
 
@@ -86,8 +90,9 @@ def verify(
             folder = Path(scratch) / f"workers-{count}"
             folder.mkdir()
             subject = what if isinstance(what, Task) else recipe
-            given = settings if isinstance(what, Task) else {}
-            runs[count] = train(subject, data, workers=count, run=folder / "run", trace=folder, quiet=True, **given)
+            given = dict(settings) if isinstance(what, Task) else {}
+            given |= {"collate": collate, "sampler": sampler, "trace": folder}
+            runs[count] = train(subject, data, workers=count, run=folder / "run", quiet=True, **given)
             seconds = runs[count].summary["seconds"]
             say(f"{count} worker{'s' if count > 1 else ''}: {runs[count].summary['steps']} steps in {seconds:.1f} s")
         traces = {count: _read(Path(scratch) / f"workers-{count}") for count in runs}

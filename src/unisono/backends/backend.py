@@ -87,6 +87,13 @@ class Backend(Protocol):
     """
 
     name: ClassVar[str]
+
+    @property
+    def min_samples(self) -> int:
+        """Fewest samples that a microbatch must have in training; 2 where samples are compared with each other, as by
+        batch normalisation. Else 1."""
+        ...
+
     """Under which tasks choose it: `Task.backend`."""
 
     @classmethod

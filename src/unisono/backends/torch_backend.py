@@ -56,6 +56,11 @@ class TorchBackend:
             id(part.weight) for part in self._parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
         )
 
+    @property
+    def min_samples(self) -> int:
+        """2 with batch normalisation in any form: it refuses to train on one sample."""
+        return 2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self._parts) else 1
+
     @classmethod
     def build(cls, task: Task, train: Train, *, key: int, device: torch.device) -> TorchBackend:
         """From the global generators of torch, NumPy and Python, which the caller has seeded; `numerics.settle` has put
@@ -116,7 +121,7 @@ class TorchBackend:
         if not all(part.training for part in self._parts):  # setting it again costs more than looking
             self.module.train()
         with self._autocast():
-            loss, count = self._task.loss(self.module, microbatch)
+            loss, count = self._task.loss(self.module, dict(microbatch))  # its own: it may take columns out
         terms = check_sum(loss, count)
         if halfway:
             halfway()

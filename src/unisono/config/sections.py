@@ -217,11 +217,14 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 
 
 class Train(Section):
-    """How the weights are found. Every key but `device` and `audit_every` decides bits."""
+    """How the weights are found. Every key but `device`, `audit_every` and `loader_workers` decides bits."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
     samples_per_step: int = Field(64, ge=1, description="samples in one step's global batch")
+    drop_last: bool = Field(
+        False, description="true: the last step of an epoch is left out where it has fewer samples than the others"
+    )
     microbatches: int = Field(8, ge=1, le=65_536, description="pieces that a step is cut into; at most so many workers")
     optimizer: Literal["sgd", "adam", "adamw", "lion"] = Field("adamw", description="update rule")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate")
@@ -260,6 +263,12 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any")
+    loader_workers: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="own datasets: processes per worker that load items ahead; 0: each worker loads its own, in turn",
+    )
     audit_every: int = Field(
         0,
         ge=0,

@@ -1,8 +1,9 @@
-"""Samples that a Python user already has: columns in memory, frames, or any torch dataset.
+"""Samples that a Python user already has in memory: columns and frames.
 
 Owns their reading as a `Source`. Columns are not copied: they share the user's memory, nobody here writes into it, and
 what a microbatch takes of them is copied into memory of its own. Should somebody else write into it meanwhile, the hash
-tells (`Columns.changed`). Text in files is the matter of `data/prepare.py`.
+tells (`Columns.changed`). Datasets of items are the matter of `items.py`, text in
+files that of `prepare.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
 from unisono.data.ingest.frames import is_frame, take_column, take_columns
 from unisono.data.ingest.numbers import as_array, list_categories
-from unisono.data.source import Source
-from unisono.determinism import keys
 from unisono.errors import DataError
-
-HASHED_ITEMS = 64  # of a torch dataset; hashing all would load all
 
 
 class Columns:
@@ -42,51 +38,19 @@ class Columns:
         if not (size := next(iter(sizes.values()))):
             raise DataError("the data has no samples. Give at least one.")
         self.lengths = np.ones(size, dtype=np.int32)
-        self.sha256 = _hash(self._columns)
+        self.sha256 = hash_tensors(self._columns)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
+    def take(self, samples: np.ndarray, epoch: int = 0, repeats: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the columns' rows `samples`, in new memory."""
         rows = torch.from_numpy(samples)
         return {name: column[rows] for name, column in self._columns.items()}
 
     def changed(self) -> bool:
         """Whether somebody has written into the columns since they were opened."""
-        return _hash(self._columns) != self.sha256
-
-
-class Items:
-    """A map-style torch dataset, whose items are mappings, or (input, target) pairs under these two names.
-
-    Before each item the global generators are seeded from (seed, epoch, sample), so random augmentation is the same
-    whoever loads it.
-    """
-
-    padded = True
-    prefetchable = False
-
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset = dataset
-        self._seed = seed
-        size = len(dataset)  # type: ignore[arg-type]
-        if not size:
-            raise DataError("the dataset has no samples. Give at least one.")
-        self.lengths = np.ones(size, dtype=np.int32)
-        some = np.unique(np.linspace(0, size - 1, min(size, HASHED_ITEMS)).astype(np.int64))
-        self.sha256 = _hash(self.take(some))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
-        """Load the items `samples` and collate them as torch does by default."""
-        items = []
-        for sample in samples.tolist():
-            keys.seed_all(keys.key(self._seed, "sample", epoch, sample))
-            items.append(_named(self._dataset[sample]))
-        return default_collate(items)
+        return hash_tensors(self._columns) != self.sha256
 
 
 def hold(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +67,7 @@ def hold(given: Mapping[str, Any]) -> dict[str, Any]:
         if not is_frame(data) and not isinstance(data, Mapping):
             held[split] = data
             continue
-        columns = _list_columns(data, split)
+        columns = list_columns(data, split)
         for name, column in columns.items():
             found = list_categories(column) if isinstance(column, pa.ChunkedArray) else ()
             first, expected = categories.setdefault(name, (split, found))
@@ -125,29 +89,7 @@ def _show(categories: tuple[object, ...]) -> str:
     return f"[{told}{', …' if len(categories) > 5 else ''}]" if categories else "none"
 
 
-def open_source(data: Any, seed: int = 0) -> Source:
-    """Make a Source of what a user gave.
-
-    Allowed: a Source; a mapping of columns (tensors, arrays, Series, lists of numbers); a frame (pandas, Polars, Arrow)
-    with columns of numbers, categories, or lists of numbers; a map-style torch dataset.
-
-    Raises:
-        DataError: it is none of these, empty, or ragged.
-    """
-    if isinstance(data, Mapping) or is_frame(data):
-        return Columns(_list_columns(data, "frame"))
-    if hasattr(data, "take") and hasattr(data, "lengths") and hasattr(data, "prefetchable"):
-        return data
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return Items(data, seed)
-    raise DataError(
-        f"{type(data).__name__} is no data that can be read; allowed are a mapping of columns, a pandas or Polars "
-        "frame, an Arrow table, "
-        "a map-style torch dataset, or a unisono dataset's split."
-    )
-
-
-def _list_columns(data: Any, name: str) -> dict[str, Any]:
+def list_columns(data: Any, name: str) -> dict[str, Any]:
     """The columns of a frame or a mapping; those that Arrow can see are Arrow's."""
     if is_frame(data):
         return dict(take_columns(data, name))
@@ -185,18 +127,8 @@ def _as_numbers(name: str, column: Any) -> np.ndarray:
         ) from None
 
 
-def _named(item: Any) -> Mapping[str, Any]:
-    if isinstance(item, Mapping):
-        return item
-    if isinstance(item, tuple | list) and len(item) == 2:
-        return {"input": item[0], "target": item[1]}
-    raise DataError(
-        f"a dataset's item is {type(item).__name__}; allowed is a mapping of names to values, or an (input, "
-        "target) pair."
-    )
-
-
-def _hash(columns: Mapping[str, Tensor]) -> str:
+def hash_tensors(columns: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: their names, dtypes, shapes and bytes, in the order of the names."""
     result = hashlib.sha256()
     for name in sorted(columns):
         column = columns[name].contiguous()

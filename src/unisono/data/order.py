@@ -14,15 +14,23 @@ from functools import lru_cache
 import numpy as np
 
 from unisono.data.hashing import mix
+from unisono.data.samplers import EpochSamples
+
+KEPT_STEPS = 32
+"""Steps that are remembered: the feed has asked for some while those before were computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One update of the weights: its number from 0, its epoch, and the sample numbers (int64) of each microbatch."""
+    """One update of the weights: its number from 0, its epoch, and the sample numbers (int64) of each microbatch.
+
+    repeats: how often a sampler gave each of them before in the epoch, int64 of the same shapes; None: never.
+    """
 
     number: int
     epoch: int
     microbatches: tuple[np.ndarray, ...]
+    repeats: tuple[np.ndarray, ...] | None = None
 
     @property
     def samples(self) -> int:
@@ -33,7 +41,13 @@ class Step:
 class Order:
     """The order of all training: every sample exactly once an epoch, in a new permutation each epoch.
 
-    `lengths` (int32 [samples]) and `padded` are those of a `Source`.
+    lengths (int32 [samples]), padded: those of a `Source`.
+    min_samples: what a microbatch has at least, where a step allows it: 2 for a module whose BatchNorm needs to compare
+        samples. A step is cut into fewer microbatches where one would have less, and a last step of an epoch that has
+        less joins the step before.
+    drop_last: leave out the last step of an epoch where it is smaller than the others.
+    sampled: the samples of each epoch, instead of the permutation.
+    shuffled: false: no permutation; sample i is at place i, as of a stream.
     """
 
     lengths: np.ndarray
@@ -42,11 +56,21 @@ class Order:
     microbatches: int
     seed: int
     total_steps: int
+    min_samples: int = 1
+    drop_last: bool = False
+    sampled: EpochSamples | None = None
+    shuffled: bool = True
     _recent: dict[int, Step] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
+    def samples_per_epoch(self) -> int:
+        return len(self.lengths) if self.sampled is None else self.sampled.per_epoch
+
+    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.lengths) / self.samples_per_step)
+        return cut_epoch(
+            self.samples_per_epoch, self.samples_per_step, drop_last=self.drop_last, min_samples=self.min_samples
+        )
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """Yield the steps from `start` to the end of training."""
@@ -55,8 +79,8 @@ class Order:
 
     def step(self, number: int) -> Step:
         """Return step `number`. The last step of an epoch may be smaller; no microbatch is ever empty."""
-        if number not in self._recent:  # the feed has asked for this step while the one before was computed
-            while len(self._recent) > 1:
+        if number not in self._recent:
+            while len(self._recent) >= KEPT_STEPS:
                 self._recent.pop(next(iter(self._recent)))
             self._recent[number] = self._make(number)
         return self._recent[number]
@@ -64,21 +88,56 @@ class Order:
     def _make(self, number: int) -> Step:
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self.samples_per_step
-        positions = np.arange(first, min(first + self.samples_per_step, len(self.lengths)), dtype=np.uint64)
-        samples = permute(positions, size=len(self.lengths), key=(self.seed, epoch)).astype(np.int64)
-        return Step(number=number, epoch=epoch, microbatches=self._cut(samples))
+        is_last = within == self.steps_per_epoch - 1 and not self.drop_last
+        end = self.samples_per_epoch if is_last else first + self.samples_per_step
+        repeats = None
+        if self.sampled is not None:
+            samples = self.sampled.of(epoch)[first:end]
+            repeated = self.sampled.repeats(epoch)
+            repeats = None if repeated is None else repeated[first:end]
+        elif self.shuffled:
+            positions = np.arange(first, end, dtype=np.uint64)
+            samples = permute(positions, size=len(self.lengths), key=(self.seed, epoch)).astype(np.int64)
+        else:
+            samples = np.arange(first, end, dtype=np.int64)
+        parts = self._cut(samples)
+        return Step(
+            number=number,
+            epoch=epoch,
+            microbatches=tuple(samples[part] for part in parts),
+            repeats=None if repeats is None else tuple(repeats[part] for part in parts),
+        )
 
-    def _cut(self, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _cut(self, samples: np.ndarray) -> list[np.ndarray]:
+        """The places, among `samples`, of each microbatch's samples."""
         lengths = np.maximum(self.lengths[samples], 1)
         longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
-        parts = cut(lengths[longest_first], min(self.microbatches, len(samples)), padded=self.padded)
-        samples = samples[longest_first]
-        return tuple(samples[part] for part in parts)
+        pieces = min(self.microbatches, len(samples))
+        parts = cut(lengths[longest_first], pieces, padded=self.padded)
+        while pieces > 1 and min(map(len, parts)) < self.min_samples:
+            pieces = min(pieces - 1, max(len(samples) // self.min_samples, 1))
+            parts = cut(lengths[longest_first], pieces, padded=self.padded)
+        return [longest_first[part] for part in parts]
 
 
-def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int = 0) -> int:
+def cut_epoch(samples: int, samples_per_step: int, *, drop_last: bool = False, min_samples: int = 1) -> int:
+    """Number of steps in an epoch; drop_last, min_samples: as in `Order`. 0: all samples would be dropped."""
+    whole, rest = divmod(samples, samples_per_step)
+    return whole if not rest or drop_last or (whole and rest < min_samples) else whole + 1
+
+
+def count_steps(
+    samples: int,
+    samples_per_step: int,
+    epochs: float,
+    max_steps: int = 0,
+    *,
+    drop_last: bool = False,
+    min_samples: int = 1,
+) -> int:
     """Number of steps in `epochs` passes (a fraction rounds up), at most `max_steps` where that is not 0."""
-    total = math.ceil(math.ceil(samples / samples_per_step) * epochs)
+    steps_per_epoch = cut_epoch(samples, samples_per_step, drop_last=drop_last, min_samples=min_samples)
+    total = math.ceil(steps_per_epoch * epochs)
     return min(total, max_steps) if max_steps else total
 
 

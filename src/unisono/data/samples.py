@@ -64,7 +64,7 @@ class EncodedSamples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
+    def take(self, samples: np.ndarray, epoch: int = 0, repeats: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return these samples (int64 [n]) as one microbatch.
 
         `ids` int64 [all tokens] and `offsets` int64 [n], where each sample starts; with classes, `label` int64 [n].

@@ -1,6 +1,7 @@
 """Where samples come from, as the order and the feed see it.
 
-Owns the interface `Source`; `data/store.py` implements it for encoded text, `data/columns.py` for what is in memory.
+Owns the interface `Source`. `store.py` implements it for encoded text, `columns.py` for what is in memory, `items.py`
+for datasets of items, `streams.py` for what can only be read from its beginning.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ class Source(Protocol):
     lengths."""
 
     prefetchable: bool
-    """Whether `take` touches no global random generator, so that it may run ahead in a thread."""
+    """Whether `take` touches no global random generator, so that it may run ahead in a thread. If not, it is called in
+    the worker's own thread, or with `train.loader_workers` in processes that are forked for it."""
 
     sha256: str
     """Hash of the samples' content, for the numerics fingerprint."""
 
     def __len__(self) -> int: ...
 
-    def take(self, samples: np.ndarray, epoch: int = 0) -> dict[str, Tensor]:
+    def take(self, samples: np.ndarray, epoch: int = 0, repeats: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the host tensors of these samples (int64 [n], in the given order) as one microbatch.
 
-        `epoch` matters only to a source that augments at random: its randomness is keyed by (seed, epoch, sample).
+        `epoch` and `repeats` matter only to a source that augments at random: its randomness is keyed by (seed, epoch,
+        sample, repeat). repeats: int64 [n], how often a sampler has given each of the samples before in this epoch;
+        None: never.
         """
         ...

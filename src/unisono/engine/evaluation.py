@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unisono.backends.backend import Backend, Measurement
+from unisono.data.loaders import load_in_turn
 from unisono.data.source import Source
 from unisono.determinism import keys
 from unisono.errors import ContractError
@@ -44,16 +46,22 @@ def measure_all(
     device: torch.device,
     seed: int = 0,
     progress: Progress = UNWATCHED,
+    loaders: int = 0,
 ) -> Results:
-    """Call `measure` on every sample once, shared out among the workers; return everything on each of them."""
+    """Call `measure` on every sample once, shared out among the workers; return everything on each of them.
+
+    loaders: processes that load ahead from a source that is not prefetchable.
+    """
     cut = pieces(source.lengths, samples_per_microbatch)
     found: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
-    with backend.measuring(measure) as compute:
-        for number in range(exchange.rank, len(cut), exchange.workers):
+    mine = range(exchange.rank, len(cut), exchange.workers)
+    loaded = load_in_turn(source, [cut[number] for number in mine], 0 if source.prefetchable else loaders)
+    with closing(loaded), backend.measuring(measure) as compute:
+        for number in mine:
             progress.at("evaluate", microbatch=number)
+            microbatch = {name: column.to(device) for name, column in next(loaded).items()}
             key = keys.key(seed, "evaluation", number)
             keys.seed_all(key)
-            microbatch = {name: column.to(device) for name, column in source.take(cut[number]).items()}
             for name, values in compute(microbatch, key).items():
                 if values.ndim not in (1, 2) or len(values) != len(cut[number]):
                     raise ContractError(

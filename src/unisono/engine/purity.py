@@ -24,7 +24,14 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
     backend = contributor.replica.backend
     before = backend.remembered()
     weights = {parameter.name: parameter.value.clone() for parameter in backend.parameters()}
+    columns = {name: column.clone() for name, column in first.items()}
     a = contributor.contribute(0, 0, first)
+    if written := [name for name, column in columns.items() if not same_bits(column, first[name])]:
+        raise ImpureError(
+            f"the task's loss writes into column {written[0]!r} of its microbatch; it may be needed again, to audit "
+            "the step or after a loss. Work on a copy (column.clone()), or use operations that do not end in _. "
+            "--allow-impure trains it without the promise of equal bits."
+        )
     b = contributor.contribute(0, 1, second)
     b_again = contributor.contribute(0, 1, second)
     a_again = contributor.contribute(0, 0, first)

@@ -7,7 +7,7 @@ in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,9 @@ class TrainState:
 
     last: loss, norm and rate of the last step, plain values. evaluated: whether the evaluation that may follow it is
     done. has_best: whether the best evaluation's weights are kept. finished: an observer has asked for the end, so no
-    step follows; it is committed with the step, so that a loss after it changes nothing.
+    step follows; it is committed with the step, so that a loss after it changes nothing. stream: where a stream of
+    samples stands, as it says of itself; None: there is none, or it cannot tell. read_stream: the same, for a number of
+    steps.
     """
 
     step: int
@@ -46,12 +48,15 @@ class TrainState:
     evaluated: bool = True
     finished: bool = False
     last: Mapping[str, Any] | None = None
+    read_stream: Callable[[int], Any] | None = None
+    stream: Any = None
     _took_best: bool = False
 
     def commit(self, step: int, totals: Totals, last: Mapping[str, Any]) -> None:
         """Make what the optimiser worked out the state after `step` steps: on all workers, or on none."""
         self.step, self.last, self.evaluated = step, last, False
         self.finished = totals.request == FINISH
+        self.stream = None if self.read_stream is None else self.read_stream(step)
         self.optimizer.publish(totals.integers, self.facts())
 
     def begin(self) -> None:
@@ -74,6 +79,7 @@ class TrainState:
             "evaluated": self.evaluated,
             "finished": self.finished,
             "last": self.last,
+            **({} if self.read_stream is None else {"stream": self.stream}),
         }
 
     def recover(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor) -> None:

@@ -106,9 +106,9 @@ def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient
     if exchange.rank == 0 and not run.recovered:
         _open_folder(run)
     _announce(run)
-    feed = Feed(run.inputs.train, run.order, ready.device, run.progress)
     contributor = ready.profile.mark(run.contributor) if ready.profile else run.contributor
     traced = Traced(contributor, job.trace, exchange.rank) if job.trace else None
+    feed = Feed(run.inputs.train, run.order, ready.device, run.progress, run.recipe.train.loader_workers)
     try:
         request = _follow(run, feed, traced or contributor, traced)
     finally:
@@ -300,6 +300,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
             samples_per_microbatch=run.recipe.evaluate.samples_per_microbatch,
             seed=run.recipe.train.seed,
             progress=run.progress,
+            loaders=run.recipe.train.loader_workers,
         )
     if not results:
         raise ContractError('the task\'s measure returned nothing. Return at least {"loss": one number per sample}.')

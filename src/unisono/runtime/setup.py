@@ -14,22 +14,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unisono.backends.backend import Backend
 from unisono.backends.backend_registry import find_backend
 from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
 from unisono.data.order import Order, count_steps
+from unisono.data.streams import SampleStream
 from unisono.determinism import keys
 from unisono.engine import numerics
 from unisono.engine.contribution import Contributor
 from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.profile import Profile
 from unisono.engine.purity import probe
-from unisono.engine.replica import Replica, layout_digest
+from unisono.engine.replica import Replica, layout_digest, same_bits
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
-from unisono.errors import DamagedError, RecipeError, RunFolderError
+from unisono.errors import DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import Progress
 from unisono.runtime.supervisor_client import SupervisorClient
@@ -158,23 +160,21 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
     client.progress.at("join")
     replica = Replica(ready.backend, rank=exchange.rank, workers=exchange.workers)
     warnings = _compare_workers(ready.fingerprint, exchange)
-    total_steps = count_steps(len(inputs.train), train.samples_per_step, train.epochs, train.max_steps)
-    order = Order(
-        lengths=inputs.train.lengths,
-        padded=inputs.train.padded,
-        samples_per_step=train.samples_per_step,
-        microbatches=train.microbatches,
-        seed=train.seed,
-        total_steps=total_steps,
-    )
-    arrays = _open_snapshot(job, ready, replica, exchange, client, total_steps)
+    order = _make_order(recipe, ready)
+    arrays = _open_snapshot(job, ready, replica, exchange, client, order.total_steps)
     optimizer = Optimizer(replica, exchange, train, arrays)
     run = Run(
         job=job,
         ready=ready,
         exchange=exchange,
         client=client,
-        state=TrainState(step=0, replica=replica, optimizer=optimizer, exchange=exchange),
+        state=TrainState(
+            step=0,
+            replica=replica,
+            optimizer=optimizer,
+            exchange=exchange,
+            read_stream=inputs.train.state_at if isinstance(inputs.train, SampleStream) else None,
+        ),
         order=order,
         contributor=Contributor(replica=replica, seed=train.seed, offload=exchange.offload),
         pure=not job.allow_impure,
@@ -184,6 +184,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
     if arrays is not None and arrays.committed:
         run.state.recover(arrays.snapshot.facts(), *arrays.integers())
         run.recovered = True
+        _go_on_in_stream(run)
     else:
         if not job.allow_impure:
             _probe(run)
@@ -191,11 +192,47 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
             warnings += _set_aside(run, saved, everyone)
             if saved is not None:
                 warnings += _resume(run, saved)
+        _go_on_in_stream(run)
         run.state.begin()
         for warning in warnings:
             run.tell(events.Notice(message=warning, warning=True))
     run.begun = run.state.step
     return run
+
+
+def _make_order(recipe: Recipe, ready: Ready) -> Order:
+    """Which samples each step's microbatches hold: from the recipe, the data and the module, so the same on every
+    worker."""
+    train, inputs = recipe.train, ready.inputs
+    min_samples = ready.backend.min_samples
+    shuffled = not isinstance(inputs.train, SampleStream)
+    return Order(
+        lengths=inputs.train.lengths,
+        padded=inputs.train.padded,
+        samples_per_step=train.samples_per_step,
+        microbatches=train.microbatches,
+        seed=train.seed,
+        total_steps=count_steps(
+            inputs.samples_per_epoch,
+            train.samples_per_step,
+            train.epochs if shuffled else 1,
+            train.max_steps,
+            drop_last=train.drop_last,
+            min_samples=min_samples,
+        ),
+        min_samples=min_samples,
+        drop_last=train.drop_last,
+        sampled=inputs.sampled,
+        shuffled=shuffled,
+    )
+
+
+def _go_on_in_stream(run: Run) -> None:
+    """Have a stream go on where the run does."""
+    stream, step = run.inputs.train, run.state.step
+    if isinstance(stream, SampleStream) and not stream.go_to(step, run.state.stream) and stream.has_state:
+        told = f"the stream does not go on from its state after step {step}: it is read again from the beginning"
+        run.tell(events.Notice(message=told, warning=True))
 
 
 def _open_snapshot(
@@ -238,10 +275,23 @@ def _probe(run: Run) -> None:
     first = run.order.step(0).microbatches
     smaller, larger = first[-1][:PROBED], np.concatenate([first[0][:PROBED], first[-1][:1]])
     take = run.inputs.train.take
-    one, other = (
-        {name: column.to(run.ready.device) for name, column in take(samples).items()} for samples in (smaller, larger)
-    )
+    taken = [take(samples) for samples in (smaller, larger)]
+    if not run.inputs.train.prefetchable:
+        _compare_taken(taken[0], take(smaller))
+    one, other = ({name: column.to(run.ready.device) for name, column in found.items()} for found in taken)
     probe(run.judge, one, other)
+
+
+def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
+    """Refuse a dataset that loads the same samples to other tensors the second time."""
+    for name, column in first.items():
+        if not same_bits(column, again.get(name)):
+            raise ImpureError(
+                f"the dataset is not pure: loaded a second time, the same samples gave another {name!r}. Keep no state "
+                "in it, and draw random numbers from the global generators of torch, NumPy or Python, which are seeded "
+                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure trains it "
+                "without the promise of equal bits."
+            )
 
 
 def _look(job: Job, arrays: SnapshotArrays | None) -> tuple[Origin, checkpoints.Saved | None]:
@@ -313,7 +363,7 @@ def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]. A task that
     is no preset has its own keys in [task]."""
     dump = recipe.model_dump(mode="json")
-    for key in ("device", "audit_every"):
+    for key in ("device", "audit_every", "loader_workers"):
         dump["train"].pop(key)
     dump["model"].pop("folder", None)
     sections = ("model" if recipe.task.kind == TEXT else "task", "train", "evaluate")

@@ -24,7 +24,8 @@ from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
 from unisono.errors import ModelError, RecipeError
 from unisono.tasks import table_model
-from unisono.tasks.run_inputs import RunInputs, open_own, open_tables
+from unisono.tasks.own_inputs import open_own, open_tables
+from unisono.tasks.run_inputs import RunInputs
 from unisono.tasks.task import Task, arguments_of
 from unisono.tasks.trained_model import MeasureModel, TrainedModel
 
@@ -94,7 +95,8 @@ def kind_of(task: type[Task]) -> TaskKind:
 
     def open_(recipe: Recipe, workers: int, notify: Notify, frames: Mapping[str, object]) -> RunInputs:
         made = make_task(task, recipe)
-        return open_own(recipe, made, **frames) if frames else open_tables(recipe, made, notify)
+        given: dict[str, Any] = dict(frames)
+        return open_own(recipe, made, **given, notify=notify) if given else open_tables(recipe, made, notify)
 
     def load(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_model: MeasureModel) -> TrainedModel:
         return table_model.load(folder, recipe, make_task(task, recipe), measure_model)

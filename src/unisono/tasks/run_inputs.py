@@ -1,7 +1,7 @@
 """What a run works on: a task, its samples, and what belongs beside the weights in `model/`.
 
-Owns the two ways to it for a task of a user's own: data from Python, and tables in files. Texts have a way of their own
-(`text/text_inputs.py`). Does not train.
+Owns the checks of a recipe against it. How it is opened is the matter of `own_inputs.py`, and for texts of
+`text/text_inputs.py`. Does not train.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unisono.config.recipe import Recipe, unused_tables
-from unisono.data.columns import Columns, open_source
+from unisono.config.recipe import Recipe
+from unisono.data.columns import Columns
+from unisono.data.samplers import EpochSamples
 from unisono.data.source import Source
 from unisono.errors import RecipeError
 from unisono.storage.run_folder import FACTS
 from unisono.tasks.metrics import directions
-from unisono.tasks.tables import read_splits
 from unisono.tasks.task import Task
 
 
@@ -30,6 +30,7 @@ class RunInputs:
     labels: names of the classes; () where there are none.
     export: writes what else prediction needs into a folder that holds the weights.
     unused: tables of the recipe that do nothing for the task.
+    sampled: the training samples of each epoch, where a sampler chooses them.
     """
 
     task: Task
@@ -40,15 +41,35 @@ class RunInputs:
     labels: tuple[str, ...] = ()
     export: Callable[[Path], None] = field(default=lambda folder: None)
     unused: Sequence[str] = ()
+    sampled: EpochSamples | None = None
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self.train) if self.sampled is None else self.sampled.per_epoch
 
     def changed(self) -> bool:
         """Whether somebody has written into data that lies in memory since it was opened."""
-        sources = (self.train, self.validation, self.test)
-        return any(isinstance(source, Columns) and source.changed() for source in sources)
+        return any(isinstance(source, Columns) and source.changed() for source in self._sources)
+
+    @property
+    def _sources(self) -> tuple[Source | None, ...]:
+        return self.train, self.validation, self.test
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe that asks for a validation split which is not there, or compares by a metric that is not
-        computed, or of which nobody says whether more is better."""
+        """Refuse a recipe that asks for what these inputs do not have: items to load, a whole step, a validation split,
+        a metric, or the direction of one."""
+        train = recipe.train
+        if train.loader_workers and all(source is None or source.prefetchable for source in self._sources):
+            raise RecipeError(
+                f"'train.loader_workers' = {train.loader_workers}: the data lies in memory or in encoded files, and is "
+                "read ahead by a thread. Allowed is 0; more are for datasets with __getitem__."
+            )
+        if train.drop_last and self.samples_per_epoch < train.samples_per_step:
+            raise RecipeError(
+                f"'train.drop_last' = true: an epoch has {self.samples_per_epoch:,} samples, fewer than a step of "
+                f"{train.samples_per_step:,}, so nothing would be left. Set it to false, or train.samples_per_step to "
+                f"{self.samples_per_epoch:,} at most."
+            )
         chosen = recipe.evaluate
         known = directions(self.task.metrics())
         if self.labels and chosen.metric not in known:
@@ -72,48 +93,6 @@ class RunInputs:
         return (
             chosen.mode == "max" if chosen.mode != "auto" else directions(self.task.metrics()).get(chosen.metric, True)
         )
-
-
-def open_own(recipe: Recipe, task: Task, train: Any, validation: Any = None, test: Any = None) -> RunInputs:
-    """Take a user's task and data as they are."""
-    seed = recipe.train.seed
-    sources = [None if data is None else open_source(data, seed) for data in (train, validation, test)]
-    return _own_inputs(recipe, task, sources)
-
-
-def open_tables(recipe: Recipe, task: Task, notify: Callable[[str], None]) -> RunInputs:
-    """Read the tables that the recipe's [data] names, for a task of a user's own.
-
-    Raises:
-        RecipeError: the recipe names no data.
-        DataError: it cannot be read, or lacks a column.
-    """
-    tables = read_splits(recipe.data, task, notify)
-    return _own_inputs(recipe, task, [tables.get(split) for split in ("train", "validation", "test")])
-
-
-def _own_inputs(recipe: Recipe, task: Task, sources: list[Source | None]) -> RunInputs:
-    train, validation, test = sources
-    assert train is not None
-    hashes = {
-        f"data.{name}": source.sha256
-        for name, source in zip(("train", "validation", "test"), sources, strict=True)
-        if source
-    }
-
-    def export(folder: Path) -> None:
-        write_facts(folder, {"recipe": recipe.model_dump(mode="json"), "data": hashes})
-        task.export(folder)
-
-    return RunInputs(
-        task=task,
-        train=train,
-        validation=validation,
-        test=test,
-        data=hashes,
-        export=export,
-        unused=unused_tables(frozenset()),
-    )
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ import pyarrow as pa
 from torch import nn
 
 from unisono.config.recipe import Recipe
-from unisono.data.columns import open_source
 from unisono.data.ingest.frames import add_columns, is_frame, settle
+from unisono.data.own_sources import open_source
 from unisono.data.source import Source
 from unisono.errors import DataError, ModelError
 from unisono.storage.files import load_tensors

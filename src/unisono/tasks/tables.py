@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from unisono.config.sections import Data
-from unisono.data.columns import Columns, open_source
+from unisono.data.columns import Columns
 from unisono.data.ingest.column_batch import Column, ColumnBatch
 from unisono.data.ingest.input_splits import read_file
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import as_text
+from unisono.data.own_sources import open_source
 from unisono.data.source import Source
 from unisono.errors import DataError, RecipeError
 from unisono.tasks.task import Task

@@ -1,0 +1,244 @@
+"""Streams: data that is read from its beginning, in one order, and of which nobody knows how much there is.
+
+Every worker reads the same stream and keeps the samples of the present step and the one before: nothing travels between
+workers, and shares may move. Sample i is the i-th that the stream gives; the generators are seeded before each from
+(seed, i). Where the stream has a state (`state_dict`, `load_state_dict`), that after each step goes into the run's
+commits and checkpoints, so a resumed run reads nothing again. A state that does not lead to the same samples is not
+used: the stream is read from its beginning.
+
+Owns the reading, the states, and the checks of both, which are made in a process of their own, so that the stream here
+stays as it is. Steps are numbered by `order.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from unisono.data.columns import hash_tensors
+from unisono.data.items import Collate, check_collated, name_values, one_thread, stack
+from unisono.determinism import keys
+from unisono.errors import DataError
+from unisono.processes.forking import describe_end, end_with_parent, fork
+
+PROBED = 16  # samples that are read twice, to see that they are the same
+CHECKED = 4  # samples after a state, by which it is judged: a shuffle buffer's state may not lead to the same ones
+KEPT_STATES = 4
+MOST_STATE_BYTES = 32 * 1024  # it is a part of every commit
+
+
+class SampleStream:
+    """The first `samples` items of an iterable, as a `Source` in their own order.
+
+    samples_per_step: after so many, its state is remembered. collate: as in `Items`. has_state: whether it has one.
+    """
+
+    padded = True
+    prefetchable = False
+
+    def __init__(self, data: Any, seed: int, collate: Collate | None, *, samples: int, samples_per_step: int) -> None:
+        if iter(data) is data:
+            raise DataError(
+                f"{type(data).__name__} can be read once only, so no worker could read it again after a loss. Give an "
+                "object whose __iter__ begins anew, such as a class with a generator function __iter__."
+            )
+        self._data = data
+        self._seed = seed
+        self._collate = collate
+        self._samples_per_step = samples_per_step
+        self.lengths = np.broadcast_to(np.int32(1), samples)
+        self.left_out: dict[str, None] = {}
+        self._window: dict[int, Any] = {}
+        self._states: dict[int, Any] = {}
+        self.has_state = hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+        told = self._ask_child(self._compare)
+        self.left_out = dict.fromkeys(told["left_out"])
+        self.sha256 = str(told["sha256"])
+        self._iterator: Iterator[Any] = iter(data)
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, samples: np.ndarray, epoch: int = 0, repeats: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Read on to the last of `samples`, if it has not been read, and collate them.
+
+        Raises:
+            DataError: the stream ends before, or an item cannot be used.
+        """
+        wanted = samples.tolist()
+        with one_thread():
+            if min(wanted) not in self._window and min(wanted) < self._position:
+                known = [position for position in self._states if position <= min(wanted)]
+                self._begin(max(known, default=0))
+            while self._position <= max(wanted):
+                self._read()
+            keys.seed_all(keys.key(self._seed, "collate", *wanted[:1]))
+            return self._put_together([self._window[sample] for sample in wanted])
+
+    def go_to(self, step: int, told: Any) -> bool:
+        """Go on after `step` steps from what `state_at` said of them; None: read on from the beginning.
+
+        Returns whether nothing has to be read again.
+        """
+        position = step * self._samples_per_step
+        self._states = {}
+        if told is not None and told["state"] is not None:
+            checked = self._ask_child(lambda: {"next": self._hash_next(position, _as_json(told["state"]))})
+            if checked["next"] == told["next"]:
+                self._states[position] = told["state"]
+        self._begin(position if position in self._states else 0)
+        return self._position == position
+
+    def state_at(self, step: int) -> Any:
+        """The stream's state after `step` steps, and a hash of what follows, as JSON has them; None: it has none."""
+        if not self.has_state:
+            return None
+        position = step * self._samples_per_step
+        while self._position < position:
+            self._read()
+        if position not in self._states:
+            self._remember()
+        following = range(position, min(position + CHECKED, len(self)))
+        while self._position < following.stop:
+            self._read()
+        return {"state": self._states[position], "next": self._hash([self._window[number] for number in following])}
+
+    def _begin(self, position: int) -> None:
+        """Read from `position` on, whose state is remembered; or from 0."""
+        state = self._states.get(position)
+        if state is not None:
+            self._data.load_state_dict(_as_json(state))
+        self._window = {}
+        self._iterator = iter(self._data)
+        self._position = position
+
+    def _remember(self) -> None:
+        state = self._data.state_dict()
+        if len(text := json.dumps(state)) > MOST_STATE_BYTES:
+            raise DataError(
+                f"the stream's state has {len(text):,} bytes as JSON; allowed are {MOST_STATE_BYTES:,}, since every "
+                "step's commit holds it. Keep positions in state_dict() rather than samples."
+            )
+        self._states[self._position] = state
+        for old in sorted(self._states)[:-KEPT_STATES]:
+            del self._states[old]
+
+    def _read(self) -> None:
+        position, each = self._position, self._samples_per_step
+        if position % each == 0:
+            if self.has_state and position not in self._states:
+                self._remember()
+            self._window = {number: item for number, item in self._window.items() if number >= position - each}
+        keys.seed_all(keys.key(self._seed, "stream", position))
+        try:
+            self._window[position] = next(self._iterator)
+        except StopIteration:
+            raise DataError(
+                f"the stream ended after {position:,} samples; max_steps × samples_per_step are {len(self):,}. Set "
+                f"train.max_steps = {position // each} at most, or have __iter__ begin again when it comes to the end."
+            ) from None
+        self._position += 1
+
+    def _put_together(self, items: list[Any]) -> dict[str, Tensor]:
+        if self._collate is not None:
+            return check_collated(self._collate(items))
+        return stack([name_values(item, self.left_out) for item in items])
+
+    def _hash(self, items: list[Any]) -> str:
+        return hash_tensors(self._put_together(items)) if items else ""
+
+    # In a process of its own
+
+    def _ask_child(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Call a function in a copy of this process."""
+        mine, theirs = Pipe()
+        child = fork(_answer_parent, (ask, theirs, os.getpid()), "stream check")
+        theirs.close()
+        try:
+            told: dict[str, Any] = json.loads(mine.recv_bytes())
+        except EOFError:
+            child.join()
+            raise DataError(f"a process that read the stream {describe_end(child.exitcode or 0)}.") from None
+        finally:
+            mine.close()
+        child.join()
+        if "error" in told:
+            raise DataError(told["error"])
+        return told
+
+    def _compare(self) -> dict[str, Any]:
+        """Read the first samples twice."""
+        first = self._hash_first()
+        if not first:
+            raise DataError("the stream has no samples. Give at least one.")
+        if first != self._hash_first():
+            raise DataError(
+                "the stream gave other samples when it was read a second time, so workers would not see the same. Let "
+                "__iter__ depend on nothing that it has left behind; random choices may come from the global "
+                "generators of torch, NumPy and Python, which are seeded before each sample."
+            )
+        sha256 = hashlib.sha256("".join(first).encode()).hexdigest()
+        return {"sha256": sha256, "left_out": list(self.left_out)}
+
+    def _hash_first(self) -> list[str]:
+        """The hashes of the first samples, fewer where the stream ends; its state after them has to be plain."""
+        iterator, hashes = iter(self._data), []
+        for position in range(min(PROBED, len(self))):
+            keys.seed_all(keys.key(self._seed, "stream", position))
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            hashes.append(self._hash([item]))
+        if self.has_state:
+            _as_json(self._data.state_dict())
+        return hashes
+
+    def _hash_next(self, position: int, state: Any) -> str:
+        """The hash of what follows a state."""
+        self._states = {position: state}
+        self._begin(position)
+        following = range(position, min(position + CHECKED, len(self)))
+        for _ in following:
+            self._read()
+        return self._hash([self._window[number] for number in following])
+
+
+def _answer_parent(ask: Callable[[], dict[str, Any]], connection: Connection, parent: int) -> None:
+    end_with_parent(parent)
+    try:
+        told = ask()
+    except DataError as error:
+        told = {"error": str(error)}
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        told = {"error": f"the stream raised {type(error).__name__}: {error}"}
+    connection.send_bytes(json.dumps(told).encode())
+    os._exit(0)  # no clean-up of what was inherited
+
+
+def _as_json(state: Any) -> Any:
+    """A state as a checkpoint gives it back.
+
+    Raises:
+        DataError: it would be another.
+    """
+    try:
+        found = json.loads(json.dumps(state))
+        fault = "" if found == state else "it holds tuples, or keys that are no strings"
+    except (TypeError, ValueError) as error:
+        found, fault = None, str(error)
+    if fault:
+        raise DataError(
+            f"the stream's state_dict() is not plain JSON: {fault}. Allowed are numbers, strings, lists, and mappings "
+            "with strings as keys: a checkpoint holds nothing that would have to be unpickled."
+        )
+    return found
