@@ -38,6 +38,7 @@ from unisono.storage.files import load_tensors, whole_file
 from unisono.storage.run_folder import model_folder
 from unisono.tasks.metrics import confusion, per_class, summarise
 from unisono.tasks.text.classification import TextClassification
+from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -203,7 +204,7 @@ def evaluate(
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     if not quiet:
-        print(json.dumps(found) if as_json else "\n".join(_tables(found)), flush=True)
+        print_now(json.dumps(found) if as_json else "\n".join(_tables(found)))
     return found
 
 

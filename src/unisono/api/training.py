@@ -31,6 +31,7 @@ from unisono.runtime.worker import Stop
 from unisono.storage.run_folder import choose_folder
 from unisono.tasks.task import Task
 from unisono.tracking.reporter import Reporter
+from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,7 +137,7 @@ def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal
     resume = resume or ("auto" if restarted_by_torchrun() else False)
     place = choose_folder(recipe.name, run, resume=resume)
     if resume == "auto" and (place / "summary.json").exists():
-        print(f"{place} has been trained to its end: nothing is left to do.", flush=True)
+        print_now(f"{place} has been trained to its end: nothing is left to do.")
         return place, None
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 

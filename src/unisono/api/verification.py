@@ -17,6 +17,7 @@ from unisono.config.recipe import Recipe
 from unisono.data.ingest.frames import settle
 from unisono.runtime.setup import check_workers
 from unisono.tasks.task import Task
+from unisono.tracking.terminal import print_now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ def verify(
     workers: Sequence[int] = (1, 2, 3),
     steps: int = 0,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    say: Callable[[str], None] = print_now,
     **settings: Any,
 ) -> Verdict:
     """Train under each number of workers and compare contributions, weights and optimiser state bit for bit.

@@ -11,7 +11,6 @@ import faulthandler
 import gc
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from unisono.errors import LostPeerError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
 from unisono.processes.fault_injection import Fault
-from unisono.processes.forking import end_with_parent
+from unisono.processes.forking import end_with_parent, flush_output
 from unisono.processes.progress_table import ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
@@ -139,8 +138,7 @@ def serve(spec: WorkerSpec, workload: Workload) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     code = guarded(lambda: _serve(spec, workload), spec.report.write, spec.slot)
     spec.report.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from unisono.config.recipe import Recipe
 from unisono.engine.snapshot import Snapshot, new_file
 from unisono.errors import Interrupted, Preempted, RecipeError, WorkerError
 from unisono.processes.fault_injection import Fault
-from unisono.processes.forking import forget_kernel_buffers
+from unisono.processes.forking import flush_output, forget_kernel_buffers
 from unisono.processes.progress_table import MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
 from unisono.runtime.channel import Message
 from unisono.runtime.checkpoint_writer import CheckpointWriter
@@ -91,8 +90,7 @@ class Supervisor:
                 traceback.
             Interrupted, Preempted: a signal stopped the run.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         forget_kernel_buffers()
         if self._folder.exists():
             self._run_lock = RunLock(self._folder)

@@ -24,7 +24,7 @@ from typing import Any
 
 from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
-from unisono.processes.forking import count_cores, describe_end, end_with_parent, forget_kernel_buffers
+from unisono.processes.forking import count_cores, describe_end, end_with_parent, flush_output, forget_kernel_buffers
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import STOPPING, Act, guarded, work
 
@@ -48,8 +48,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         UserError, Interrupted, …: the error of the worker that failed first, as it raised it.
         WorkerError: a worker failed unexpectedly, or was killed; with its rank and traceback.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(workers)
@@ -90,8 +89,7 @@ def _child(assignment: RankAssignment, act: Act, threads: int, device: str, scra
         (scratch / f"{assignment.rank}.json").write_text,
         assignment.rank,
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 
