@@ -39,6 +39,14 @@ Workers = Annotated[
         help="processes; auto: all GPUs, else all cores, at most train.microbatches",
     ),
 ]
+LauncherName = Annotated[
+    str,
+    typer.Option(
+        "--launcher",
+        metavar="NAME",
+        help="what starts the workers: auto, in_process, fork, spawn, torchrun, or one of an installed package",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
@@ -85,6 +93,7 @@ def train(
         list[str] | None,
         typer.Option("--fault", metavar="FAULT", help="inject a fault, such as 'kill(worker=1, step=7, phase=update)'"),
     ] = None,
+    launcher: LauncherName = "auto",
     profile: Annotated[
         bool,
         typer.Option(
@@ -104,6 +113,7 @@ def train(
     """Train, test and export a model. Under torchrun, join its workers."""
     count = check_count(workers)
     from unisono.api import training as api
+    from unisono.runtime.launchers.launcher import choose_supervised
 
     api.train(
         recipe,
@@ -112,6 +122,7 @@ def train(
         run=run,
         resume="auto" if resume == "auto" else resume == "yes",
         faults=tuple(fault or ()),
+        launcher=choose_supervised(launcher),
         profile=profile,
         accept_new_numerics=accept_new_numerics,
         allow_impure=allow_impure,
@@ -137,13 +148,14 @@ def evaluate(
         typer.Argument(metavar="[DATA]", help="labelled file, pattern or URL; default: the run's own test samples"),
     ] = None,
     workers: Workers = "auto",
+    launcher: LauncherName = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
     count = check_count(workers)
     from unisono.api import application
 
-    application.evaluate(run, data, workers=count, as_json=as_json)
+    application.evaluate(run, data, workers=count, as_json=as_json, launcher=launcher)
 
 
 @app.command()
@@ -157,12 +169,13 @@ def predict(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="CSV, JSONL or Parquet to write; rows in order")],
     workers: Workers = "auto",
+    launcher: LauncherName = "auto",
 ) -> None:
     """Predict the class of each row, with probabilities."""
     count = check_count(workers)
     from unisono.api import application
 
-    application.predict(run, source, target, workers=count)
+    application.predict(run, source, target, workers=count, launcher=launcher)
 
 
 @app.command()

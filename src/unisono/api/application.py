@@ -31,7 +31,7 @@ from unisono.engine.evaluation import measure_all
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
-from unisono.runtime.launchers import run_everywhere
+from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Stop
 from unisono.storage.files import load_tensors, whole_file
@@ -175,12 +175,19 @@ def load(run: str | Path) -> Classifier:
 
 
 def evaluate(
-    run: str | Path, data: object = None, *, workers: str | int = "auto", as_json: bool = False, quiet: bool = False
+    run: str | Path,
+    data: object = None,
+    *,
+    workers: str | int = "auto",
+    as_json: bool = False,
+    quiet: bool = False,
+    launcher: str | Launcher = AUTO,
 ) -> dict[str, Any]:
     """Score a run's model on labelled data (a file, or a pandas, Polars or Arrow frame), or on the run's own test
     samples; print and return the scores.
 
-    Every sample is visited exactly once, whatever the number of workers, and the figures are the same bits.
+    Every sample is visited exactly once, whatever the number of workers, and the figures are the same bits. `launcher`
+    starts them, as for `unisono.train`.
 
     Raises:
         DataError: the data cannot be used, or the run has no test samples of its own.
@@ -189,17 +196,16 @@ def evaluate(
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
-    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        source, left_out = _labelled(classifier, Path(run), data)
-        results = classifier.measure(source, exchange, device)
-        if assignment.rank == 0:
-            report.write_text(json.dumps(_report(classifier, results, left_out)), encoding="utf-8")
-
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         report = Path(scratch) / "report.json"
         train = classifier.recipe.train
         if not run_everywhere(
-            act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device
+            _Evaluation(classifier=classifier, run=Path(run), data=data, report=report),
+            workers=workers,
+            microbatches=WORKERS_AT_MOST,
+            threads=train.threads,
+            device=train.device,
+            launcher=launcher,
         ):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
@@ -209,10 +215,26 @@ def evaluate(
 
 
 @overload
-def predict(run: str | Path, source: object, target: str | Path, *, workers: str | int = "auto") -> int: ...
+def predict(
+    run: str | Path, source: object, target: str | Path, *, workers: str | int = "auto", launcher: str | Launcher = AUTO
+) -> int: ...
 @overload
-def predict(run: str | Path, source: Frame, target: None = None, *, workers: str | int = "auto") -> Frame: ...
-def predict(run: str | Path, source: Any, target: str | Path | None = None, *, workers: str | int = "auto") -> Any:
+def predict(
+    run: str | Path,
+    source: Frame,
+    target: None = None,
+    *,
+    workers: str | int = "auto",
+    launcher: str | Launcher = AUTO,
+) -> Frame: ...
+def predict(
+    run: str | Path,
+    source: Any,
+    target: str | Path | None = None,
+    *,
+    workers: str | int = "auto",
+    launcher: str | Launcher = AUTO,
+) -> Any:
     """Return or write the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row
     has none).
 
@@ -224,6 +246,7 @@ def predict(run: str | Path, source: Any, target: str | Path | None = None, *, w
         target: the file to write; the format goes by the name: .csv, .tsv, .jsonl or .parquet. In CSV and TSV a text
             that a spreadsheet would run has a single quote before it.
         workers: a number, or "auto": all GPUs, else all cores. The bits do not depend on it.
+        launcher: what starts them, as for `unisono.train`.
 
     Returns:
         With a target the number of rows. Without one, a frame of the kind that was given, which shares its columns; a
@@ -243,7 +266,7 @@ def predict(run: str | Path, source: Any, target: str | Path | None = None, *, w
         check_target(Path(target))
     frame = settle(source)
     texts = classifier.read(frame)
-    found, speaks = _share_out(classifier, texts, workers)
+    found, speaks = _share_out(classifier, texts, workers, launcher)
     new = _new_columns(classifier, texts, found)
     if target is None:
         return _complete(frame, texts, new)
@@ -258,22 +281,53 @@ def predict(run: str | Path, source: Any, target: str | Path | None = None, *, w
     return len(texts.texts)
 
 
-def _share_out(classifier: Classifier, texts: Texts, workers: str | int) -> tuple[np.ndarray, bool]:
+def _share_out(
+    classifier: Classifier, texts: Texts, workers: str | int, launcher: str | Launcher
+) -> tuple[np.ndarray, bool]:
     """Probabilities of the usable texts, computed by all workers; and whether this process speaks for them."""
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         path = Path(scratch) / "probabilities.npy"
-        here = os.getpid()
-
-        def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-            found = classifier.probabilities(texts.good_texts, exchange, device)
-            if assignment.rank == 0 or os.getpid() == here:  # one of torchrun's workers has the folder for itself
-                np.save(path, found)
-
         train = classifier.recipe.train
         speaks = run_everywhere(
-            act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device
+            _Prediction(classifier=classifier, texts=texts.good_texts, path=path, caller=os.getpid()),
+            workers=workers,
+            microbatches=WORKERS_AT_MOST,
+            threads=train.threads,
+            device=train.device,
+            launcher=launcher,
         )
         return np.load(path), speaks
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Evaluation:
+    """What each worker does for `evaluate`; the first one writes the report."""
+
+    classifier: Classifier
+    run: Path
+    data: object
+    report: Path
+
+    def __call__(self, assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        source, left_out = _labelled(self.classifier, self.run, self.data)
+        results = self.classifier.measure(source, exchange, device)
+        if assignment.rank == 0:
+            self.report.write_text(json.dumps(_report(self.classifier, results, left_out)), encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Prediction:
+    """What each worker does for `predict`. caller: the process that called it."""
+
+    classifier: Classifier
+    texts: Sequence[str]
+    path: Path
+    caller: int
+
+    def __call__(self, assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+        found = self.classifier.probabilities(self.texts, exchange, device)
+        if assignment.rank == 0 or os.getpid() == self.caller:  # one of torchrun's workers has the folder for itself
+            np.save(self.path, found)
 
 
 def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedSamples, dict[str, int]]:

@@ -11,23 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.columns import hold
 from unisono.data.ingest.frames import is_frame, take_columns
-from unisono.errors import Interrupted, Preempted, RecipeError
+from unisono.errors import RecipeError
 from unisono.processes.fault_injection import parse
 from unisono.processes.progress_table import PHASES
-from unisono.runtime.launchers import assignment_from_torchrun, count_workers, join_torchrun, restarted_by_torchrun
-from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.launchers.launcher import (
+    AUTO,
+    Launcher,
+    Training,
+    choose,
+    needs_supervisor,
+    refuse_within_import,
+)
+from unisono.runtime.launchers.rank_assignment import restarted_by_torchrun
 from unisono.runtime.run import OpenInputs, Runner
-from unisono.runtime.run_inputs import import_for_text, open_own, open_text
+from unisono.runtime.run_inputs import OpenOwn, OpenText, import_for_text
 from unisono.runtime.setup import Job, Resume, check_workers
-from unisono.runtime.supervisor import Supervisor
-from unisono.runtime.supervisor_client import UnsupervisedClient
-from unisono.runtime.worker import Stop
 from unisono.storage.run_folder import choose_folder
 from unisono.tasks.task import Task
 from unisono.tracking.reporter import Reporter
@@ -35,8 +37,6 @@ from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from unisono.exchange.protocol import Exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,7 @@ def train(
     profile: bool = False,
     trace: Path | None = None,
     faults: Sequence[str] = (),
+    launcher: str | Launcher = "auto",
     **settings: Any,
 ) -> Trained:
     """Train on any number of workers; the weights' bits do not depend on it.
@@ -100,6 +101,9 @@ def train(
         profile: write where the time went: profile.md, profile.json and trace.json in the run folder.
         trace: a folder for the digests of every contribution, which `verify` compares.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
+        launcher: what starts the workers: "in_process", "fork", "spawn", "torchrun", or one that a package declares;
+            "auto": one worker is this process, more are forked (spawned, where this process has used a GPU that they
+            will use); under torchrun, this process is one of them. See docs/launchers.md.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint" and "recovery" take tables.
 
     Returns:
@@ -107,7 +111,9 @@ def train(
 
     Raises:
         UserError (what was given cannot be used), DivergedError, WorkerError, Interrupted, Preempted: see errors.
+        Exception: of a worker that is this process, what the task raises.
     """
+    refuse_within_import()
     recipe = resolve(what, name, overrides, settings)
     open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test})
     place, mode = _choose_start(recipe, run, resume)
@@ -121,7 +127,7 @@ def train(
             trace=trace,
             profile=profile,
         )
-        run_job(job, open_inputs, workers=workers, quiet=quiet, as_json=as_json, faults=faults)
+        run_job(job, open_inputs, workers=workers, quiet=quiet, as_json=as_json, faults=faults, launcher=launcher)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -151,14 +157,13 @@ def _opener(what: Task | Recipe | str | Path, recipe: Recipe, given: Mapping[str
             split: take_columns(frame, f"{split} frame") if is_frame(frame) else frame
             for split, frame in frames.items()
         }
-        return lambda workers, notify: open_text(recipe, workers, notify, parts)
+        return OpenText(recipe=recipe, frames=parts)
     if "train" not in frames:
         raise RecipeError(
             "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
         )
     check_own_sections(recipe)
-    held = hold(frames)
-    return lambda workers, notify: open_own(recipe, what, **held)
+    return OpenOwn(recipe=recipe, task=what, data=hold(frames))
 
 
 def run_job(
@@ -169,45 +174,30 @@ def run_job(
     quiet: bool,
     as_json: bool,
     faults: Sequence[str] = (),
+    launcher: str | Launcher = AUTO,
 ) -> None:
-    """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
+    """Run a job in the workers that a launcher starts; "auto": see `launchers.launcher.choose`."""
     train = job.recipe.train
-    if workers != "auto":
+    if workers != AUTO:
         check_workers(job.recipe, int(workers))
-    runner = Runner(job, open_inputs)
-    assignment = assignment_from_torchrun()
-    if assignment is not None:
-        _run_alone(job, runner, assignment, quiet=quiet, as_json=as_json)
-        return
-    reporter = Reporter(job.folder, quiet=quiet, as_json=as_json)
-    try:
-        Supervisor(
-            runner,
+    injected = tuple(parse(fault, PHASES) for fault in faults)
+    chosen, count = choose(
+        launcher,
+        workers=workers,
+        microbatches=train.microbatches,
+        device=train.device,
+        supervised=needs_supervisor(job.recipe, injected),
+    )
+    chosen.train(
+        Training(
+            runner=Runner(job, open_inputs),
             recipe=job.recipe,
             folder=job.folder,
-            observer=reporter,
-            workers=count_workers(workers, train.microbatches, train.device),
-            faults=[parse(fault, PHASES) for fault in faults],
-        ).run()
-    finally:
-        reporter.close()
-
-
-def _run_alone(job: Job, runner: Runner, assignment: RankAssignment, *, quiet: bool, as_json: bool) -> None:
-    """Be one of torchrun's workers."""
-
-    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        observers = [Reporter(job.folder, quiet=quiet, as_json=as_json)] if assignment.rank == 0 else []
-        client = UnsupervisedClient(observers, stop)
-        try:
-            rank, workers = assignment.local_rank, assignment.local_workers
-            runner.train(exchange, device, client, local_rank=rank, local_workers=workers, again=False)
-        except Interrupted as error:  # torchrun passes on only what wants the machine back
-            raise Preempted(str(error)) from None
-        finally:
-            client.close()
-
-    join_torchrun(assignment, act, threads=job.recipe.train.threads, device=job.recipe.train.device)
+            workers=count,
+            new_observer=lambda: Reporter(job.folder, quiet=quiet, as_json=as_json),
+            faults=injected,
+        )
+    )
 
 
 def resolve(

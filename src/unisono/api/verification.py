@@ -15,6 +15,7 @@ from typing import Any
 from unisono.api.training import Trained, resolve, train
 from unisono.config.recipe import Recipe
 from unisono.data.ingest.frames import settle
+from unisono.runtime.launchers.launcher import AUTO, Launcher
 from unisono.runtime.setup import check_workers
 from unisono.tasks.task import Task
 from unisono.tracking.terminal import print_now
@@ -62,13 +63,14 @@ def verify(
     workers: Sequence[int] = (1, 2, 3),
     steps: int = 0,
     overrides: Sequence[str] = (),
+    launcher: str | Launcher = AUTO,
     say: Callable[[str], None] = print_now,
     **settings: Any,
 ) -> Verdict:
     """Train under each number of workers and compare contributions, weights and optimiser state bit for bit.
 
     Args:
-        what, data, overrides, settings: as for `unisono.train`.
+        what, data, overrides, launcher, settings: as for `unisono.train`.
         workers: the numbers to compare, the first being what the others are held against.
         steps: stop after so many; 0: train to the end.
 
@@ -88,7 +90,16 @@ def verify(
             folder.mkdir()
             subject = what if isinstance(what, Task) else recipe
             given = settings if isinstance(what, Task) else {}
-            runs[count] = train(subject, data, workers=count, run=folder / "run", trace=folder, quiet=True, **given)
+            runs[count] = train(
+                subject,
+                data,
+                workers=count,
+                run=folder / "run",
+                trace=folder,
+                quiet=True,
+                launcher=launcher,
+                **given,
+            )
             seconds = runs[count].summary["seconds"]
             say(f"{count} worker{'s' if count > 1 else ''}: {runs[count].summary['steps']} steps in {seconds:.1f} s")
         traces = {count: _read(Path(scratch) / f"workers-{count}") for count in runs}

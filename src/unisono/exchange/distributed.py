@@ -23,28 +23,34 @@ LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all
 
 
 class Distributed:
-    """A worker among processes. `store` is where they meet; `device` decides the backend."""
+    """A worker among processes. `store` is where they meet; None: among those of the process group that this process
+    is in already, which is left as it is. `device` decides the backend."""
 
     offload = None
 
     def __init__(
-        self, store: dist.Store, *, rank: int, workers: int, device: torch.device, timeout_seconds: float
+        self, store: dist.Store | None, *, rank: int, workers: int, device: torch.device, timeout_seconds: float
     ) -> None:
         self.rank = rank
         self.workers = workers
         self._device = device
+        self._group: dist.ProcessGroup | None = None  # the default one
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=rank,
-                world_size=workers,
-                timeout=timedelta(seconds=timeout_seconds),
-                device_id=device if device.type == "cuda" else None,
-            )
+            if store is None:  # a group of its own, so that its messages and others' never mix
+                self._group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_seconds))
+            else:
+                dist.init_process_group(
+                    backend,
+                    store=store,
+                    rank=rank,
+                    world_size=workers,
+                    timeout=timedelta(seconds=timeout_seconds),
+                    device_id=device if device.type == "cuda" else None,
+                )
         except RuntimeError:
-            _forget_half_made()
+            if store is not None:
+                _forget_half_made()
             raise
         self._outbox = torch.empty(0, device=device)
         self._inbox = torch.empty(0, device=device)
@@ -56,7 +62,7 @@ class Distributed:
         return 0  # sockets need none
 
     def add_integers(self, values: Tensor) -> Tensor:
-        _call(lambda: dist.all_reduce(values))
+        _call(lambda: dist.all_reduce(values, group=self._group))
         return values
 
     def to_owners(
@@ -75,16 +81,16 @@ class Distributed:
         self._inbox = _sized(self._inbox, sum(received), dtype)
         sent = [len(nodes) * shard_size] * self.workers
         inbox = self._inbox
-        _call(lambda: dist.all_to_all_single(inbox, outbox, received, sent))
+        _call(lambda: dist.all_to_all_single(inbox, outbox, received, sent, group=self._group))
         return list(inbox.view(-1, shard_size).unbind(0))
 
     def gather_shards(self, shard: Tensor, flat: Tensor, names: Sequence[int] | None = None) -> None:
         if self._device.type == "cuda" or shard.nbytes < LARGE_BYTES:
-            _call(lambda: _all_gather(flat, shard))
+            _call(lambda: _all_gather(flat, shard, group=self._group))
             return
         parts = flat.view(self.workers, -1).unbind(0)
         parts[self.rank].copy_(shard)
-        _call(lambda: _broadcast_each(parts))
+        _call(lambda: _broadcast_each(parts, self._group))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
         return gather_padded(self, content, self._device)
@@ -93,7 +99,7 @@ class Distributed:
         self.add_integers(torch.zeros(1, dtype=torch.int64, device=self._device))
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        dist.destroy_process_group(self._group)
 
 
 def _forget_half_made() -> None:
@@ -104,9 +110,10 @@ def _forget_half_made() -> None:
     dist.destroy_process_group()
 
 
-def _broadcast_each(parts: Sequence[Tensor]) -> None:
+def _broadcast_each(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     """Fill each part from the worker of that number. Gloo's own all-gather of 44 MB takes three times as long."""
-    for broadcast in [dist.broadcast(part, src=owner, async_op=True) for owner, part in enumerate(parts)]:
+    begun = [dist.broadcast(part, src=owner, group=group, async_op=True) for owner, part in enumerate(parts)]
+    for broadcast in begun:
         broadcast.wait()
 
 

@@ -17,7 +17,30 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+
+class ChildProcess(Protocol):
+    """A process that this one has started, forked or not. exitcode: None while it runs; minus a signal's number.
+    sentinel: a descriptor that becomes readable when it has ended."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+    @property
+    def sentinel(self) -> int: ...
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        ...
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end, for so many seconds at most."""
+        ...
+
 
 PR_SET_PDEATHSIG = 1
 OMP_PAUSE_HARD = 2

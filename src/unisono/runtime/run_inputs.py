@@ -63,6 +63,29 @@ class RunInputs:
                 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenText:
+    """How a worker comes to the inputs of a text recipe: a function that can be sent. frames: instead of its files."""
+
+    recipe: Recipe
+    frames: Mapping[str, object]
+
+    def __call__(self, workers: int, notify: Callable[[str], None]) -> RunInputs:
+        return open_text(self.recipe, workers, notify, self.frames)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOwn:
+    """How a worker comes to a user's task and data, by split: a function that can be sent."""
+
+    recipe: Recipe
+    task: Task
+    data: Mapping[str, Any]
+
+    def __call__(self, workers: int, notify: Callable[[str], None]) -> RunInputs:
+        return open_own(self.recipe, self.task, **self.data)
+
+
 def import_for_text() -> None:
     """Import what every worker of a text recipe needs. Before workers are forked, once is enough for all, and for those
     that replace lost ones."""

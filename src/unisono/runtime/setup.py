@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -134,12 +134,20 @@ def check_workers(recipe: Recipe, workers: int) -> None:
         )
 
 
-def make_ready(job: Job, inputs: RunInputs, device: torch.device) -> Ready:
-    """Build the module, and take the numerics fingerprint."""
+def leave_alone(module: nn.Module) -> None:
+    """Do nothing to a module that has been built."""
+
+
+def make_ready(
+    job: Job, inputs: RunInputs, device: torch.device, on_built: Callable[[nn.Module], None] = leave_alone
+) -> Ready:
+    """Build the module, and take the numerics fingerprint. `on_built` is called with the module as it was built."""
     recipe, train = job.recipe, job.recipe.train
     inputs.check(recipe)
     keys.seed_all(keys.key(train.seed, "build"))
-    module = inputs.task.build().to(device)
+    module = inputs.task.build()
+    on_built(module)
+    module = module.to(device)
     found = numerics.fingerprint(train, device=device, data=inputs.data, layout=layout_digest(module))
     profile = Profile() if job.profile else None
     return Ready(inputs=inputs, module=module, device=device, fingerprint=found, profile=profile)

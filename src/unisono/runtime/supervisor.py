@@ -31,7 +31,7 @@ from unisono.runtime.restart_budget import Change, Loss, RestartBudget, find_ver
 from unisono.runtime.run import remove_begun
 from unisono.runtime.signals import StopSignals
 from unisono.runtime.supervised_worker import Workload
-from unisono.runtime.worker_pool import WorkerHandle, WorkerPool
+from unisono.runtime.worker_pool import StartWorker, WorkerHandle, WorkerPool, start_forked
 from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
@@ -45,7 +45,8 @@ LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --
 
 
 class Supervisor:
-    """Runs `workload` in `workers` processes, whatever happens to them. `observer` hears of everything."""
+    """Runs `workload` in `workers` processes, whatever happens to them. `observer` hears of everything. `start`: how
+    each is started."""
 
     def __init__(
         self,
@@ -56,8 +57,10 @@ class Supervisor:
         observer: events.Observer,
         workers: int,
         faults: Sequence[Fault] = (),
+        start: StartWorker = start_forked,
     ) -> None:
         self._workload = workload
+        self._start = start
         self._recipe = recipe
         self._folder = folder
         self._observer = observer
@@ -99,6 +102,7 @@ class Supervisor:
             self._checkpoint_writer = CheckpointWriter(self._folder / "checkpoints", keep, self._memory, self._tell)
             self._pool = WorkerPool(
                 self._workload,
+                self._start,
                 self._progress_table,
                 memory=self._memory,
                 threads=train.threads,
@@ -128,6 +132,7 @@ class Supervisor:
         self._checkpoint_writer.finish(self._hang_detector.limit_seconds or LAST_WRITING_SECONDS)
         if self._run_lock is not None:
             self._run_lock.release()
+        self._progress_table.close()
         if self._memory >= 0:
             os.close(self._memory)
 

@@ -23,6 +23,7 @@ from unisono.errors import Interrupted, LostPeerError, UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.signals import in_main_thread
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """What asks a run to stop."""
@@ -59,9 +60,10 @@ class Act(Protocol):
 def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: str) -> None:
     """Do one worker's part, in this process."""
     stop = Stop()
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, stop.ask)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
+    if in_main_thread():
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, stop.ask)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which asks the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
     device = assignment.device(wanted_device)
