@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -33,7 +34,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
-from unisono.runtime.worker import Stop
+from unisono.runtime.worker import Act, Stop
 from unisono.storage.files import load_tensors, whole_file
 from unisono.storage.run_folder import model_folder
 from unisono.tasks.metrics import confusion, per_class, summarise
@@ -175,14 +176,9 @@ def load(run: str | Path) -> Classifier:
 
 
 def evaluate(
-    run: str | Path,
-    data: object = None,
-    *,
-    workers: str | int = "auto",
-    as_json: bool = False,
-    quiet: bool = False,
+    run: str | Path, data: object = None, *, workers: str | int = AUTO, as_json: bool = False, quiet: bool = False,
     launcher: str | Launcher = AUTO,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Score a run's model on labelled data (a file, or a pandas, Polars or Arrow frame), or on the run's own test
     samples; print and return the scores.
 
@@ -198,15 +194,8 @@ def evaluate(
 
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         report = Path(scratch) / "report.json"
-        train = classifier.recipe.train
-        if not run_everywhere(
-            _Evaluation(classifier=classifier, run=Path(run), data=data, report=report),
-            workers=workers,
-            microbatches=WORKERS_AT_MOST,
-            threads=train.threads,
-            device=train.device,
-            launcher=launcher,
-        ):
+        act = partial(_evaluate_part, classifier, Path(run), data, report)
+        if not _run(act, classifier, workers, launcher):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     if not quiet:
@@ -220,21 +209,12 @@ def predict(
 ) -> int: ...
 @overload
 def predict(
-    run: str | Path,
-    source: Frame,
-    target: None = None,
-    *,
-    workers: str | int = "auto",
-    launcher: str | Launcher = AUTO,
+    run: str | Path, source: Frame, target: None = None, *, workers: str | int = AUTO, launcher: str | Launcher = AUTO
 ) -> Frame: ...
 def predict(
-    run: str | Path,
-    source: Any,
-    target: str | Path | None = None,
-    *,
-    workers: str | int = "auto",
+    run: str | Path, source: Any, target: str | Path | None = None, *, workers: str | int = AUTO,
     launcher: str | Launcher = AUTO,
-) -> Any:
+) -> Any:  # fmt: skip
     """Return or write the columns of `source`, then `predicted`, one probability per class, and `unusable` (why a row
     has none).
 
@@ -287,47 +267,38 @@ def _share_out(
     """Probabilities of the usable texts, computed by all workers; and whether this process speaks for them."""
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         path = Path(scratch) / "probabilities.npy"
-        train = classifier.recipe.train
-        speaks = run_everywhere(
-            _Prediction(classifier=classifier, texts=texts.good_texts, path=path, caller=os.getpid()),
-            workers=workers,
-            microbatches=WORKERS_AT_MOST,
-            threads=train.threads,
-            device=train.device,
-            launcher=launcher,
-        )
+        act = partial(_predict_part, classifier, texts.good_texts, path, os.getpid())
+        speaks = _run(act, classifier, workers, launcher)
         return np.load(path), speaks
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Evaluation:
-    """What each worker does for `evaluate`; the first one writes the report."""
-
-    classifier: Classifier
-    run: Path
-    data: object
-    report: Path
-
-    def __call__(self, assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        source, left_out = _labelled(self.classifier, self.run, self.data)
-        results = self.classifier.measure(source, exchange, device)
-        if assignment.rank == 0:
-            self.report.write_text(json.dumps(_report(self.classifier, results, left_out)), encoding="utf-8")
+def _predict_part(
+    classifier: Classifier, texts: Sequence[str], path: Path, caller: int,
+    assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
+) -> None:  # fmt: skip
+    """An `Act`: one worker's part of `predict`, which process `caller` has called."""
+    found = classifier.probabilities(texts, exchange, device)
+    if assignment.rank == 0 or os.getpid() == caller:  # one of torchrun's workers has the folder for itself
+        np.save(path, found)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Prediction:
-    """What each worker does for `predict`. caller: the process that called it."""
+def _evaluate_part(
+    classifier: Classifier, run: Path, data: object, report: Path,
+    assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
+) -> None:  # fmt: skip
+    """An `Act`: one worker's part of `evaluate`. The first one writes the report."""
+    source, left_out = _labelled(classifier, run, data)
+    results = classifier.measure(source, exchange, device)
+    if assignment.rank == 0:
+        report.write_text(json.dumps(_report(classifier, results, left_out)), encoding="utf-8")
 
-    classifier: Classifier
-    texts: Sequence[str]
-    path: Path
-    caller: int
 
-    def __call__(self, assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        found = self.classifier.probabilities(self.texts, exchange, device)
-        if assignment.rank == 0 or os.getpid() == self.caller:  # one of torchrun's workers has the folder for itself
-            np.save(self.path, found)
+def _run(act: Act, classifier: Classifier, workers: str | int, launcher: str | Launcher) -> bool:
+    """Run it in every worker; return whether this process speaks for them. (A partial function can be sent.)"""
+    threads, device = classifier.recipe.train.threads, classifier.recipe.train.device
+    return run_everywhere(
+        act, workers=workers, microbatches=WORKERS_AT_MOST, threads=threads, device=device, launcher=launcher
+    )
 
 
 def _labelled(classifier: Classifier, run: Path, data: object) -> tuple[EncodedSamples, dict[str, int]]:

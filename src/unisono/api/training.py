@@ -99,11 +99,9 @@ def train(
         allow_impure: train a model that fails the purity probe, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
         profile: write where the time went: profile.md, profile.json and trace.json in the run folder.
-        trace: a folder for the digests of every contribution, which `verify` compares.
+        trace: a folder for the digests of contributions, which `verify` compares.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
-        launcher: what starts the workers: "in_process", "fork", "spawn", "torchrun", or one that a package declares;
-            "auto": one worker is this process, more are forked (spawned, where this process has used a GPU that they
-            will use); under torchrun, this process is one of them. See docs/launchers.md.
+        launcher: what starts workers; "auto": one worker is this process, more are forked. See docs/launchers.md.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint" and "recovery" take tables.
 
     Returns:
@@ -119,14 +117,9 @@ def train(
     place, mode = _choose_start(recipe, run, resume)
     if mode is not None:
         job = Job(
-            recipe=recipe,
-            folder=place,
-            resume=mode,
-            accept_new_numerics=accept_new_numerics,
-            allow_impure=allow_impure,
-            trace=trace,
-            profile=profile,
-        )
+            recipe=recipe, folder=place, resume=mode, accept_new_numerics=accept_new_numerics,
+            allow_impure=allow_impure, trace=trace, profile=profile,
+        )  # fmt: skip
         run_job(job, open_inputs, workers=workers, quiet=quiet, as_json=as_json, faults=faults, launcher=launcher)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 

@@ -33,7 +33,7 @@ def main(told: Mapping[str, Any]) -> None:
 
 
 def open_payload(told: Mapping[str, Any]) -> Any:
-    """The value of a payload. Its arrays lie in the payload's memory: writing into one copies the page for this process.
+    """The value of a payload. Its arrays lie in the payload's memory; what is written into them is this process's own.
 
     Raises:
         RecipeError: it cannot be put together here.
