@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -34,7 +35,7 @@ from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.launchers.spawn import find_unsendable
 from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Act, Stop
-from unisono.storage.run_lock import ask_for_workers
+from unisono.storage.run_lock import RunLock, ask_for_workers
 from unisono.tracking import ledger
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -159,23 +160,33 @@ def test_in_a_daemonic_process(tmp_path: Path, expected: unisono.Trained, worker
     assert tuple(json.loads((tmp_path / "hashes.json").read_text())) == hashes(expected)
 
 
-def test_two_threads_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock of a run is held while this process trains it, and nobody can resize it."""
+def test_the_folder_is_held_and_a_resize_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unisono.storage.run_lock.DYING_SECONDS", 0.0)
-    answers: list[str] = []
-
-    def disturb() -> None:
-        if not answers and (tmp_path / "run" / ".running").exists():
-            for attempt in (lambda: train(tmp_path / "run", workers=1, resume=True), ask):
-                with pytest.raises((RunFolderError, RecipeError)) as refused:
-                    attempt()
-                answers.append(str(refused.value))
+    monkeypatch.setattr("unisono.runtime.launchers.in_process.LOOK_SECONDS", 0.0)
+    run, answers = tmp_path / "run", []
 
     def ask() -> None:
-        ask_for_workers(tmp_path / "run", 2)
+        try:
+            ask_for_workers(run, 2)
+        except RunFolderError as refused:
+            answers.append(str(refused))
 
-    train(tmp_path / "run", Dropped(on_loss=disturb), workers=1, allow_impure=True)
-    assert "being trained by process" in answers[0] and "1 worker" in answers[1]
+    asking = threading.Thread(target=ask)
+
+    def disturb() -> None:
+        if (run / ".running").exists() and not answers:
+            with pytest.raises(RunFolderError) as refused:
+                RunLock(run)
+            answers.append(str(refused.value))
+            asking.start()
+            while not (run / ".wanted").exists():
+                assert asking.is_alive()
+                time.sleep(0.01)
+
+    train(run, Dropped(on_loss=disturb), workers=1)
+    asking.join()
+    assert "is being trained by process" in answers[0]
+    assert "it is trained in the process of its caller, which is its only worker" in answers[1]
 
 
 # ---- signals
@@ -381,7 +392,7 @@ def test_a_package_can_bring_a_launcher(
     assert Threaded.threads == ("elsewhere", "elsewhere")
     assert hashes(train(tmp_path / "other", launcher=Threaded())) == hashes(expected)
     with pytest.raises(RecipeError, match="torchrun, threaded"):
-        train(tmp_path / "run", launcher="rsh")
+        train(tmp_path / "none", launcher="rsh")
 
 
 # ---- spawned workers

@@ -53,7 +53,7 @@ class InProcess:
         if training.faults:
             raise RecipeError('launcher "in_process": faults are injected into workers under a supervisor. Use "fork".')
         train = training.recipe.train
-        observer, hold = training.new_observer(), FolderHold(training.folder)
+        observer, hold = training.new_observer(), FolderHold(training.folder, train.microbatches)
         with preserved(threads=train.threads), StopRequests(hold) as requests:
             client = UnsupervisedClient([hold, observer], requests)
             built: list[BuiltModule] = []
@@ -85,8 +85,9 @@ class InProcess:
 class FolderHold:
     """Keeps the run's folder to this process, from when it exists. An `events.Observer`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most_workers: int) -> None:
         self._folder = folder
+        self._most_workers = most_workers  # that another launcher could have
         self._lock: RunLock | None = None
         self._look_at = 0.0
 
@@ -94,7 +95,7 @@ class FolderHold:
         """Take the lock, where there is a folder already. Raises RunFolderError where another process has it."""
         if self._lock is None and self._folder.exists():
             self._lock = RunLock(self._folder)
-            self._lock.tell(workers=1, most_workers=1)
+            self._lock.tell(workers=1, most_workers=self._most_workers)
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.RunStarted):
