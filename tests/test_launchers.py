@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -34,7 +35,7 @@ from unisono.runtime.launchers.launcher import Training, choose, count_workers
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.launchers.spawn import find_unsendable
 from unisono.runtime.supervisor_client import UnsupervisedClient
-from unisono.runtime.worker import Act, Stop
+from unisono.runtime.worker import Act, Stop, memory_kept
 from unisono.storage.run_lock import RunLock, ask_for_workers
 from unisono.tracking import ledger
 
@@ -294,6 +295,29 @@ def test_several_threads_flush_to_zero_within_and_not_after() -> None:
         assert count_denormals() == 1 << 20
     finally:
         torch.set_num_threads(before)
+
+
+def test_freed_memory_is_kept_within_and_returned_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, since glibc's settings stay. 256 MB blocks, of which only the first one faults within."""
+
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+
+    def count_faults(times: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            torch.ones(1 << 26)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def main() -> None:
+        with memory_kept():
+            count_faults(1)
+            kept = count_faults(3)
+        os._exit(int(4 * kept >= count_faults(3)))
+
+    process = fork(main, (), "memory")
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_module_that_a_task_keeps_is_given_back(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """The state of a process that is lent to a training: kept before it, and put back after it.
 
 A worker of its own may be left in any state; the process of a caller may not. Owns what is kept: everything that
-`numerics.settle`, the seeding of generators and the layout of a module change. How the C library keeps freed memory is
-not among it, since it cannot be asked: who lends a process does not change that.
+`numerics.settle`, the seeding of generators and the layout of a module change.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from unisono.runtime.launchers.launcher import Training, count_workers
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.signals import ASKING, in_main_thread
 from unisono.runtime.supervisor_client import UnsupervisedClient
-from unisono.runtime.worker import Act, Stop
+from unisono.runtime.worker import Act, Stop, memory_kept
 from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
@@ -54,7 +54,7 @@ class InProcess:
             raise RecipeError('launcher "in_process": faults are injected into workers under a supervisor. Use "fork".')
         train = training.recipe.train
         observer, hold = training.new_observer(), FolderHold(training.folder, train.microbatches)
-        with preserved(threads=train.threads), StopRequests(hold) as requests:
+        with preserved(threads=train.threads), memory_kept(), StopRequests(hold) as requests:
             client = UnsupervisedClient([hold, observer], requests)
             built: list[BuiltModule] = []
             training.runner.on_built = lambda module: built.append(BuiltModule(module))
