@@ -58,7 +58,7 @@ class NumpyBackend:
         self._memory: dict[str, Any] = {}
 
     @classmethod
-    def build(cls, task: Task, train: Train, *, key: int, device: torch.device) -> NumpyBackend:
+    def build(cls, task: Task, train: Train, *, key: int, device: torch.device, on_built: Any = None) -> NumpyBackend:
         return cls(task, key)
 
     def fingerprint(self) -> dict[str, str]:

@@ -32,7 +32,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "mana
 MOST_ENTRIES = 20
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 PICKLES = {
-    # between a process and the children that it has forked, over a socket without a name: see the test below
+    # between a process and its own children, over a socket or in a memory file without a name: see the test below
     "unisono.parallel.wire": {"pickle"},
     # Ray's own serialisation, through Ray's own store: whoever uses a Ray cluster has it run what they send
     "unisono.parallel.ray_actors": {"cloudpickle"},
@@ -171,16 +171,23 @@ def test_nothing_pickles() -> None:
 
 
 def test_what_pickles_has_no_file_and_no_address() -> None:
-    """`parallel/wire.py` makes bytes and takes bytes; whose they are, `local_processes.py` decides: sockets without a name."""
+    """`parallel/wire.py` makes bytes and takes bytes. Where they go, others decide: `local_processes.py` through sockets
+    without a name, `launchers/spawn.py` through a memory file without one, which only its children inherit."""
     wire = SOURCE / "parallel" / "wire.py"
     assert own_imports(wire) == set()
     assert not {name.split(".")[0] for name in imports(parse(wire))} & {"os", "pathlib", "socket", "mmap", "tempfile"}
     assert not re.search(r"\bopen\(|\bpickle\.(load|dump)\(", wire.read_text(encoding="utf-8"))
     users = {name_module(path) for path in MODULES if "unisono.parallel.wire" in own_imports(path)}
-    assert users <= {f"unisono.parallel.{name}" for name in ("messages", "outcomes", "local_processes", "ray_actors")}
+    launchers = {f"unisono.runtime.launchers.{name}" for name in ("spawn", "spawned")}
+    parallel = {f"unisono.parallel.{name}" for name in ("messages", "outcomes", "local_processes", "ray_actors")}
+    assert users <= parallel | launchers
     local = (SOURCE / "parallel" / "local_processes.py").read_text(encoding="utf-8")
     assert "socket.socketpair()" in local
-    assert not re.search(r"\.(bind|listen|connect|accept)\(|(?<!\.)\bopen\(|\bPath\(", local)
+    addressed = r"\.(bind|listen|connect|accept)\(|(?<!\.)\bopen\(|\bPath\("
+    assert not re.search(addressed, local)
+    spawn, spawned = ((SOURCE / "runtime" / "launchers" / f"{name}.py").read_text() for name in ("spawn", "spawned"))
+    assert "self.file = new_file()" in spawn and "memfd_create" in (SOURCE / "engine" / "snapshot.py").read_text()
+    assert not re.search(addressed, spawn) and not re.search(addressed, spawned)
 
 
 def test_files_and_functions_hold_one_idea() -> None:

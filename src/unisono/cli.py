@@ -46,6 +46,14 @@ TaskName = Annotated[
         help="a task of your own: module:Class or path/to/file.py:Class; in a recipe task.kind",
     ),
 ]
+LauncherName = Annotated[
+    str,
+    typer.Option(
+        "--launcher",
+        metavar="NAME",
+        help="what starts the workers: auto, in_process, fork, spawn, torchrun, or one of an installed package",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
@@ -110,6 +118,7 @@ def train(
         list[str] | None,
         typer.Option("--fault", metavar="FAULT", help="inject a fault, such as 'kill(worker=1, step=7, phase=update)'"),
     ] = None,
+    launcher: LauncherName = "auto",
     profile: Annotated[
         bool,
         typer.Option(
@@ -131,6 +140,7 @@ def train(
     overrides = (*_with(set_, task, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else []))
     _limit(recipe, overrides)
     from unisono.api import training as api
+    from unisono.runtime.launchers.launcher import choose_supervised
 
     api.train(
         recipe,
@@ -139,6 +149,7 @@ def train(
         run=run,
         resume="auto" if resume == "auto" else resume == "yes",
         faults=tuple(fault or ()),
+        launcher=choose_supervised(launcher),
         profile=profile,
         accept_new_numerics=accept_new_numerics,
         allow_impure=allow_impure,
@@ -165,6 +176,7 @@ def evaluate(
     ] = None,
     workers: Workers = "auto",
     task: TaskName = None,
+    launcher: LauncherName = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a trained model: loss, accuracy, macro-F1, a table per class, the confusion matrix."""
@@ -172,7 +184,7 @@ def evaluate(
     _limit_as(run)
     from unisono.api import application
 
-    application.evaluate(run, data, workers=count, task=task, as_json=as_json)
+    application.evaluate(run, data, workers=count, task=task, as_json=as_json, launcher=launcher)
 
 
 @app.command()
@@ -188,13 +200,14 @@ def predict(
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="CSV, JSONL or Parquet to write; rows in order")],
     workers: Workers = "auto",
     task: TaskName = None,
+    launcher: LauncherName = "auto",
 ) -> None:
     """Predict for each row: of a text its class, with probabilities."""
     count = check_count(workers)
     _limit_as(run)
     from unisono.api import application
 
-    application.predict(run, source, target, workers=count, task=task)
+    application.predict(run, source, target, workers=count, task=task, launcher=launcher)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -35,6 +36,27 @@ def done(step: int, samples: int = 16, seconds: float = 0.5) -> events.StepDone:
     return events.StepDone(
         step=step, epoch=step / 6, loss=0.5, gradient_norm=1.0, learning_rate=0.1, samples=samples, tokens=0, seconds=seconds
     )  # fmt: skip
+
+
+class Paper:
+    """Has what stands in for standard output at the least: neither `isatty` nor `flush`."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def test_output_without_isatty_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = Paper()
+    monkeypatch.setattr(sys, "stdout", paper)
+    chosen = screen.choose_screen(quiet=False, as_json=False)
+    assert type(chosen) is Lines
+    chosen.observe(STARTED)
+    screen.choose_screen(quiet=False, as_json=True).observe(RESIZED)
+    lines = paper.text.splitlines()
+    assert lines[0].startswith("toy: 3 workers on cpu") and json.loads(lines[-1])["event"] == "Resized"
 
 
 def evaluated(step: int, accuracy: float = 0.5) -> events.Evaluated:

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -25,14 +26,15 @@ from unisono.engine.evaluation import measure_all
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
-from unisono.runtime.launchers import run_everywhere
+from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
-from unisono.runtime.worker import Stop
+from unisono.runtime.worker import Act, Stop
 from unisono.storage.files import whole_file
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
+from unisono.tracking.terminal import print_now
 
 WORKERS_AT_MOST = 65_536
 
@@ -84,6 +86,7 @@ def evaluate(
     *,
     workers: str | int = "auto",
     task: TaskName = None,
+    launcher: str | Launcher = AUTO,
     as_json: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def evaluate(
 
     Args:
         task: as for `load`.
+        launcher: what starts the workers, as for `unisono.train`.
 
     Raises:
         DataError: the data cannot be used, or the run has no test samples of its own.
@@ -103,30 +107,36 @@ def evaluate(
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
-    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        source, left_out = (model.own_test(Path(run)), {}) if data is None else model.labelled(model.read(data))
-        results = measure_model(model, model.task.measure, source, exchange, device)
-        if assignment.rank == 0:
-            found = {**model.report(results), "left_out": left_out}
-            report.write_text(json.dumps(found), encoding="utf-8")
-
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         report = Path(scratch) / "report.json"
-        if not _run(model, act, workers):
+        act = partial(_evaluate_part, model, Path(run), data, report)
+        if not _run(model, act, workers, launcher):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     if not quiet:
-        print(json.dumps(found) if as_json else "\n".join(_describe(model, found)), flush=True)
+        print_now(json.dumps(found) if as_json else "\n".join(_describe(model, found)))
     return found
 
 
 @overload
 def predict(
-    run: str | Path, source: object, target: str | Path, *, workers: str | int = "auto", task: TaskName = None
+    run: str | Path,
+    source: object,
+    target: str | Path,
+    *,
+    workers: str | int = "auto",
+    task: TaskName = None,
+    launcher: str | Launcher = AUTO,
 ) -> int: ...
 @overload
 def predict(
-    run: str | Path, source: Frame, target: None = None, *, workers: str | int = "auto", task: TaskName = None
+    run: str | Path,
+    source: Frame,
+    target: None = None,
+    *,
+    workers: str | int = "auto",
+    task: TaskName = None,
+    launcher: str | Launcher = AUTO,
 ) -> Frame: ...
 def predict(
     run: str | Path,
@@ -135,6 +145,7 @@ def predict(
     *,
     workers: str | int = "auto",
     task: TaskName = None,
+    launcher: str | Launcher = AUTO,
 ) -> Any:
     """Return or write the columns of `source`, then what the model predicts, and `unusable` (why a row has nothing).
 
@@ -148,6 +159,7 @@ def predict(
             that a spreadsheet would run has a single quote before it.
         workers: a number, or "auto": all GPUs, else all cores. The bits do not depend on it.
         task: as for `load`.
+        launcher: what starts the workers, as for `unisono.train`.
 
     Returns:
         With a target the number of rows. Without one, a frame of the kind that was given, which shares its columns; a
@@ -169,7 +181,7 @@ def predict(
         check_target(Path(target))
     frame = settle(source)
     rows = model.read(frame)
-    results, speaks = _share_out(model, rows, workers) if len(rows.usable) else ({}, True)
+    results, speaks = _share_out(model, rows, workers, launcher) if len(rows.usable) else ({}, True)
     new = model.new_columns(rows, results)
     if target is None:
         return add_columns(frame if is_frame(frame) else rows.table, new)
@@ -177,36 +189,53 @@ def predict(
         with whole_file(Path(target)) as part:
             write_table(add_columns(rows.table, new), part, Path(target).suffix)
         unusable = len(rows.faults) - len(rows.usable)
-        print(
+        print_now(
             f"{len(rows.faults):,} rows written to {target}"
             + (f", {unusable} of them without a prediction (see column unusable)" if unusable else "")
         )
     return len(rows.faults)
 
 
-def _share_out(model: TrainedModel, rows: Any, workers: str | int) -> tuple[dict[str, np.ndarray], bool]:
+def _share_out(
+    model: TrainedModel, rows: Any, workers: str | int, launcher: str | Launcher
+) -> tuple[dict[str, np.ndarray], bool]:
     """What the model predicts for the usable rows, computed by all workers; and whether this process speaks for
     them."""
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
-        path, names = Path(scratch) / "results.npz", Path(scratch) / "names.json"
-        here = os.getpid()
-
-        def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-            found = measure_model(model, model.task.predict, model.samples(rows), exchange, device)
-            if assignment.rank == 0 or os.getpid() == here:  # one of torchrun's workers has the folder for itself
-                names.write_text(json.dumps(list(found)), encoding="utf-8")
-                np.savez(path, *found.values())
-
-        speaks = _run(model, act, workers)
+        path = Path(scratch) / "results.npz"
+        speaks = _run(model, partial(_predict_part, model, rows, path, os.getpid()), workers, launcher)
         with np.load(path) as found:
-            keys = json.loads(names.read_text(encoding="utf-8"))
+            keys = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             return {name: found[f"arr_{place}"] for place, name in enumerate(keys)}, speaks
 
 
-def _run(model: TrainedModel, act: Any, workers: str | int) -> bool:
-    train = model.recipe.train
+def _predict_part(
+    model: TrainedModel, rows: Any, path: Path, caller: int,
+    assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
+) -> None:  # fmt: skip
+    """An `Act`: one worker's part of `predict`, which process `caller` has called."""
+    found = measure_model(model, model.task.predict, model.samples(rows), exchange, device)
+    if assignment.rank == 0 or os.getpid() == caller:  # one of torchrun's workers has the folder for itself
+        path.with_suffix(".json").write_text(json.dumps(list(found)), encoding="utf-8")
+        np.savez(path, *found.values())
+
+
+def _evaluate_part(
+    model: TrainedModel, run: Path, data: object, report: Path,
+    assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
+) -> None:  # fmt: skip
+    """An `Act`: one worker's part of `evaluate`. The first one writes the report."""
+    source, left_out = (model.own_test(run), {}) if data is None else model.labelled(model.read(data))
+    results = measure_model(model, model.task.measure, source, exchange, device)
+    if assignment.rank == 0:
+        report.write_text(json.dumps({**model.report(results), "left_out": left_out}), encoding="utf-8")
+
+
+def _run(model: TrainedModel, act: Act, workers: str | int, launcher: str | Launcher) -> bool:
+    """Run it in every worker; return whether this process speaks for them. (A partial function can be sent.)"""
+    threads, device = model.recipe.train.threads, model.recipe.train.device
     return run_everywhere(
-        act, workers=workers, microbatches=WORKERS_AT_MOST, threads=train.threads, device=train.device
+        act, workers=workers, microbatches=WORKERS_AT_MOST, threads=threads, device=device, launcher=launcher
     )
 
 

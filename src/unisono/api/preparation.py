@@ -13,6 +13,7 @@ from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data import prepare as stages
 from unisono.processes.forking import count_cores
+from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
     from unisono.data.store import Dataset
@@ -38,9 +39,7 @@ def prepare(
     """
     recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
     count = count_cores() if workers == "auto" else int(workers)
-    dataset = stages.prepare(
-        recipe, workers=count, frames=frames, notify=lambda line: print(line, flush=True), progress=None
-    )
+    dataset = stages.prepare(recipe, workers=count, frames=frames, notify=print_now, progress=None)
     print(
         f"{sum(dataset.counts.values()):,} samples: "
         + ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items())

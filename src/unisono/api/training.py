@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.columns import hold
@@ -20,32 +18,35 @@ from unisono.data.ingest.frames import is_frame, take_columns
 from unisono.data.items import Collate
 from unisono.data.samplers import Sampler
 from unisono.determinism import instruction_sets
-from unisono.errors import Interrupted, Preempted, RecipeError
+from unisono.errors import RecipeError
 from unisono.kernels.kernel import declared_kernels
 from unisono.processes.fault_injection import parse
 from unisono.processes.progress_table import PHASES
-from unisono.runtime.launchers import assignment_from_torchrun, count_workers, join_torchrun, restarted_by_torchrun
-from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.launchers.launcher import (
+    AUTO,
+    Launcher,
+    Training,
+    choose,
+    needs_supervisor,
+    refuse_within_import,
+)
+from unisono.runtime.launchers.rank_assignment import restarted_by_torchrun
 from unisono.runtime.logger_process import LoggerProcess
 from unisono.runtime.run import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
-from unisono.runtime.supervisor import Supervisor
-from unisono.runtime.supervisor_client import UnsupervisedClient
-from unisono.runtime.worker import Stop
 from unisono.storage.run_folder import choose_folder
-from unisono.tasks.kinds import find_kind, name_of
-from unisono.tasks.own_inputs import open_own
+from unisono.tasks.kinds import OpenKind, find_kind, name_of
+from unisono.tasks.own_inputs import OpenOwn
 from unisono.tasks.task import Task
 from unisono.tracking.delivery import Deliveries
 from unisono.tracking.dispatcher import EventDispatcher, check_observers
 from unisono.tracking.events import Observer
 from unisono.tracking.logger import check as check_loggers
 from unisono.tracking.reporter import Reporter
+from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from unisono.exchange.protocol import Exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,7 @@ def train(
     trace: Path | None = None,
     faults: Sequence[str] = (),
     observers: Sequence[Observer] = (),
+    launcher: str | Launcher = "auto",
     **settings: Any,
 ) -> Trained:
     """Train on any number of workers; the weights' bits do not depend on it.
@@ -119,13 +121,16 @@ def train(
         profile, trace: write where the time went to the run folder; all contributions' digests, for `verify`, to this.
         faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
         observers: objects that see each event of the run, and may ask for its end: see `unisono.Observer`.
+        launcher: what starts workers; "auto": one worker is this process, more are forked. See docs/launchers.md.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
 
     Returns: the finished run; under torchrun every process returns one.
 
     Raises:
         UserError (what was given cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
+        Exception: of a worker that is this process, what the task raises.
     """
+    refuse_within_import()
     recipe = resolve(what, name, overrides, settings)
     open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
     place, mode = _choose_start(recipe, run, resume)
@@ -133,7 +138,9 @@ def train(
         options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
         job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
         reporter = Reporter(place, quiet=quiet, as_json=as_json)
-        run_job(job, open_inputs, workers=workers, reporter=reporter, observers=observers, faults=faults)
+        run_job(
+            job, open_inputs, workers=workers, reporter=reporter, observers=observers, faults=faults, launcher=launcher
+        )
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -149,7 +156,7 @@ def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal
     resume = resume or ("auto" if restarted_by_torchrun() else False)
     place = choose_folder(recipe.name, run, resume=resume)
     if resume == "auto" and (place / "summary.json").exists():
-        print(f"{place} has been trained to its end: nothing is left to do.", flush=True)
+        print_now(f"{place} has been trained to its end: nothing is left to do.")
         return place, None
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
@@ -177,14 +184,13 @@ def _opener(
             split: take_columns(frame, f"{split} frame") if is_frame(frame) else frame
             for split, frame in frames.items()
         }
-        return lambda workers, notify: kind.open(recipe, workers, notify, parts)
+        return OpenKind(recipe=recipe, frames=parts)
     if "train" not in frames:
         raise RecipeError(
             "unisono.train(task, data): a task needs data. Give columns, a frame of numbers or a torch dataset."
         )
     recipes.check_uses(recipe, frozenset(), recipe.task.kind)
-    held = hold(frames)
-    return lambda workers, notify: open_own(recipe, what, **held, collate=collate, sampler=sampler, notify=notify)
+    return OpenOwn(recipe=recipe, task=what, data=hold(frames), collate=collate, sampler=sampler)
 
 
 def run_job(
@@ -195,53 +201,42 @@ def run_job(
     reporter: Reporter,
     observers: Sequence[Observer] = (),
     faults: Sequence[str] = (),
+    launcher: str | Launcher = AUTO,
 ) -> None:
-    """Run a job in local workers under a supervisor, or as one of torchrun's workers."""
+    """Run a job in the workers that a launcher starts; "auto": see `launchers.launcher.choose`."""
     train = job.recipe.train
     check_observers(observers)
     check_loggers(job.recipe.tracking.loggers)
     instruction_sets.limit(train.numerics)  # workers inherit it
-    if workers != "auto":
+    if workers != AUTO:
         check_workers(job.recipe, int(workers))
-    runner = Runner(job, open_inputs)
     declared_kernels()  # once, before workers are forked: each would import them for itself
+    injected = tuple(parse(fault, PHASES) for fault in faults)
+    chosen, count = choose(
+        launcher,
+        workers=workers,
+        microbatches=train.microbatches,
+        device=train.device,
+        supervised=needs_supervisor(job.recipe, injected),
+    )
     dispatcher = EventDispatcher(reporter, observers)
-    assignment = assignment_from_torchrun()
-    if assignment is not None:
-        _run_alone(job, runner, assignment, dispatcher)
-        return
-    try:
+
+    def open_observer(may_fork: bool) -> EventDispatcher:
         if job.recipe.tracking.loggers:
-            dispatcher.loggers = LoggerProcess(job.recipe, dispatcher.warn)
-        Supervisor(
-            runner,
+            dispatcher.loggers = (LoggerProcess if may_fork else Deliveries)(job.recipe, dispatcher.warn)
+        return dispatcher
+
+    chosen.train(
+        Training(
+            runner=Runner(job, open_inputs),
             recipe=job.recipe,
             folder=job.folder,
-            observer=dispatcher,
-            workers=count_workers(workers, train.microbatches, train.device),
-            faults=[parse(fault, PHASES) for fault in faults],
+            workers=count,
+            open_observer=open_observer,
             may_stop=bool(observers),
-        ).run()
-    finally:
-        dispatcher.close()
-
-
-def _run_alone(job: Job, runner: Runner, assignment: RankAssignment, dispatcher: EventDispatcher) -> None:
-    """Be one of torchrun's workers."""
-
-    def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
-        if assignment.rank == 0 and job.recipe.tracking.loggers:  # here, since a process with a group does not fork
-            dispatcher.loggers = Deliveries(job.recipe, dispatcher.warn)
-        client = UnsupervisedClient([dispatcher] if assignment.rank == 0 else [], stop)
-        try:
-            rank, workers = assignment.local_rank, assignment.local_workers
-            runner.train(exchange, device, client, local_rank=rank, local_workers=workers, again=False)
-        except Interrupted as error:  # torchrun passes on only what wants the machine back
-            raise Preempted(str(error)) from None
-        finally:
-            client.close()
-
-    join_torchrun(assignment, act, threads=job.recipe.train.threads, device=job.recipe.train.device)
+            faults=injected,
+        )
+    )
 
 
 def resolve(

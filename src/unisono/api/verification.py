@@ -17,8 +17,10 @@ from unisono.config.recipe import Recipe
 from unisono.data.ingest.frames import settle
 from unisono.data.items import Collate
 from unisono.data.samplers import Sampler
+from unisono.runtime.launchers.launcher import AUTO, Launcher
 from unisono.runtime.setup import check_workers
 from unisono.tasks.task import Task
+from unisono.tracking.terminal import print_now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +67,14 @@ def verify(
     workers: Sequence[int] = (1, 2, 3),
     steps: int = 0,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    launcher: str | Launcher = AUTO,
+    say: Callable[[str], None] = print_now,
     **settings: Any,
 ) -> Verdict:
     """Train under each number of workers and compare contributions, weights and optimiser state bit for bit.
 
     Args:
-        what, data, collate, sampler, overrides, settings: as for `unisono.train`.
+        what, data, collate, sampler, overrides, launcher, settings: as for `unisono.train`.
         workers: the numbers to compare, the first being what the others are held against.
         steps: stop after so many; 0: train to the end.
 
@@ -91,7 +94,7 @@ def verify(
             folder.mkdir()
             subject = what if isinstance(what, Task) else recipe
             given = dict(settings) if isinstance(what, Task) else {}
-            given |= {"collate": collate, "sampler": sampler, "trace": folder}
+            given |= {"collate": collate, "sampler": sampler, "trace": folder, "launcher": launcher}
             runs[count] = train(subject, data, workers=count, run=folder / "run", quiet=True, **given)
             seconds = runs[count].summary["seconds"]
             say(f"{count} worker{'s' if count > 1 else ''}: {runs[count].summary['steps']} steps in {seconds:.1f} s")

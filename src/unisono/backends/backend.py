@@ -97,7 +97,9 @@ class Backend(Protocol):
     """Under which tasks choose it: `Task.backend`."""
 
     @classmethod
-    def build(cls, task: Task, train: Train, *, key: int, device: torch.device) -> Backend:
+    def build(
+        cls, task: Task, train: Train, *, key: int, device: torch.device, on_built: Callable[[Any], None] = ...
+    ) -> Backend:
         """Put the framework into its known state (`train.threads`, deterministic kernels), and build the task's model
         there, with initial values that depend on `key` alone. `train.precision` is that of later computations."""
         ...

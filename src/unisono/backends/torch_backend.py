@@ -62,10 +62,20 @@ class TorchBackend:
         return 2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self._parts) else 1
 
     @classmethod
-    def build(cls, task: Task, train: Train, *, key: int, device: torch.device) -> TorchBackend:
+    def build(
+        cls,
+        task: Task,
+        train: Train,
+        *,
+        key: int,
+        device: torch.device,
+        on_built: Callable[[Any], None] = lambda built: None,
+    ) -> TorchBackend:
         """From the global generators of torch, NumPy and Python, which the caller has seeded; `numerics.settle` has put
         torch into the known state."""
-        return cls(task, task.build().to(device), precision=train.precision)
+        module = task.build()
+        on_built(module)
+        return cls(task, module.to(device), precision=train.precision)
 
     def fingerprint(self) -> dict[str, str]:
         return {}

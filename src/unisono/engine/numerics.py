@@ -57,6 +57,9 @@ def settle(*, threads: int, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
+    torch.set_grad_enabled(True)  # a forked worker inherits what its parent's thread was in
+    for kind in ("cpu", "cuda"):
+        torch.set_autocast_enabled(kind, False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

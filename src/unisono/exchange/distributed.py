@@ -25,13 +25,14 @@ LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all
 
 
 class Distributed:
-    """A worker among processes. `store` is where they meet; `device` decides through what the contributions go."""
+    """A worker among processes. `store` is where they meet; None: among those of the process group that this process
+    is in already, which is left as it is. `device` decides through what the contributions go."""
 
     offload = None
 
     def __init__(
         self,
-        store: dist.Store,
+        store: dist.Store | None,
         *,
         rank: int,
         workers: int,
@@ -44,14 +45,19 @@ class Distributed:
         self.generation = generation
         self._device = device
         timeout = timedelta(seconds=timeout_seconds)
+        self._made = store is not None  # the default group is this exchange's own
         try:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=timeout)
-            self._host: dist.ProcessGroup | None = dist.group.WORLD  # blocks until all have come
+            if store is None:  # groups of its own, so that its messages and others' never mix
+                self._host: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout)
+            else:
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=timeout)
+                self._host = dist.group.WORLD  # blocks until all have come
             self._floats = self._host
             if device.type == "cuda":
                 self._floats = dist.new_group(backend="nccl", timeout=timeout, device_id=device)
         except RuntimeError:
-            _forget_half_made()
+            if store is not None:
+                _forget_half_made()
             raise
         self._outbox = torch.empty(0, device=device)
         self._inbox = torch.empty(0, device=device)
@@ -103,7 +109,11 @@ class Distributed:
         self.add_integers(torch.zeros(1, dtype=torch.int64))
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if self._made:
+            dist.destroy_process_group()
+            return
+        for group in {self._host, self._floats}:
+            dist.destroy_process_group(group)
 
 
 def _forget_half_made() -> None:

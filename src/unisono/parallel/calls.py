@@ -15,6 +15,7 @@ from unisono.parallel.executor import Engine
 from unisono.parallel.gathering import Combined, Ordered
 from unisono.parallel.item_batches import MapJob, describe
 from unisono.parallel.sharing import Failure, Sharing, fail_to_combine
+from unisono.processes.forking import is_terminal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -239,7 +240,7 @@ def _show(progress: Progress, items: Iterable[Any]) -> AbstractContextManager[Ca
     total = len(items) if isinstance(items, Sized) else None
     if callable(progress):
         return nullcontext(lambda done: progress(done, total))
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not is_terminal(sys.stderr)):
         return nullcontext(lambda done: None)
     from unisono.parallel.bar import Bar
 

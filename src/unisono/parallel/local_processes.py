@@ -32,6 +32,7 @@ from unisono.processes.forking import (
     count_cores,
     describe_end,
     end_with_parent,
+    flush_output,
     forget_kernel_buffers,
     fork,
     rest_threads,
@@ -67,8 +68,7 @@ class LocalPool:
         self._timeout_seconds = timeout_seconds
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         try:
             for _ in range(workers):
                 self._hire()
@@ -260,8 +260,7 @@ def _serve(
             for part in parcel.close(message.id, array("Q"), given_back):
                 end.sendall(part)
         del parcel, message
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(0)  # no clean-up of what was inherited from the parent
 
 

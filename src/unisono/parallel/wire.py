@@ -1,8 +1,9 @@
-"""Values between a process and the children that it has forked: small parts as a pickle, large buffers beside it.
+"""Values between a process and its own children: small parts as a pickle, large buffers beside it.
 
 Owns how NumPy arrays, Arrow tables, pandas and Polars frames and torch tensors are taken apart, so that their buffers
-are copied once and never pickled. What is written here is read by the process at the other end of an anonymous socket
-and by nobody else: nothing of it reaches a disk or a network, and nothing that comes from there is read.
+are copied once and never pickled. What is written here is read by a process at the other end of an anonymous socket, or
+by children that have inherited an anonymous memory file, and by nobody else: nothing of it reaches a disk or a network,
+and nothing that comes from there is read.
 """
 
 from __future__ import annotations

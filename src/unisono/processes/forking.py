@@ -8,15 +8,39 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+
+class ChildProcess(Protocol):
+    """A process that this one has started, forked or not. exitcode: None while it runs; minus a signal's number.
+    sentinel: a descriptor that becomes readable when it has ended."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+    @property
+    def sentinel(self) -> int: ...
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        ...
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end, for so many seconds at most."""
+        ...
+
 
 PR_SET_PDEATHSIG = 1
 OMP_PAUSE_HARD = 2
@@ -28,15 +52,34 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Co
     Signals in `hold` wait in the child until it unblocks them: what was meant for the parent must not reach it before
     it listens.
     """
-    process = multiprocessing.get_context("fork").Process(target=target, args=args, name=name)
+    caller = multiprocessing.current_process()
+    is_daemonic = caller.daemon
+    if is_daemonic:  # multiprocessing forbids it children, which might outlive it; these end with it
+        caller.daemon = False
     before = signal.pthread_sigmask(signal.SIG_BLOCK, hold)
     gc.freeze()  # a collection in the child must not touch, and so copy, what it has inherited
     try:
+        process = multiprocessing.get_context("fork").Process(target=target, args=args, name=name)
         process.start()
     finally:
         gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_daemonic:
+            caller.daemon = True
     return process
+
+
+def flush_output() -> None:
+    """Write out what standard output and standard error hold back. Either may be an object that cannot be flushed."""
+    for stream in (sys.stdout, sys.stderr):
+        if flush := getattr(stream, "flush", None):
+            flush()
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a stream is a terminal. What stands in for standard output may only have `write`."""
+    ask = getattr(stream, "isatty", None)
+    return ask is not None and bool(ask())
 
 
 def end_with_parent(parent: int) -> None:
@@ -47,9 +90,37 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)  # the parent ended before the line above
 
 
-def count_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """How many cores this process may use: those of its affinity, at most its containers' CPU quota, rounded up.
+
+    cgroups: where the control groups are mounted, in version 1 or 2. membership: the file that names this process's.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [math.ceil(quota) for quota in _read_quotas(cgroups, membership)]
+    return max(1, min([cores, *quotas]))
+
+
+def _read_quotas(cgroups: Path, membership: Path) -> Iterator[float]:
+    """The CPU quotas, in cores, of this process's control group and of those around it."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux, or no /proc
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        root = cgroups / controllers if controllers else cgroups
+        inner = root / place.strip("/")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root))):
+            with suppress(OSError, ValueError):  # it is not there, or is "max"
+                if controllers:
+                    quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))  # −1: none
+                    period = int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
+                else:
+                    quota, period = map(int, (folder / "cpu.max").read_text(encoding="ascii").split())
+                if quota > 0 and period > 0:
+                    yield quota / period
 
 
 def describe_end(code: int) -> str:

@@ -10,6 +10,7 @@ Owns the memory and its layout. What follows from a row is the matter of `launch
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -104,12 +105,27 @@ class Row:
 
 
 class ProgressTable:
-    """The whole board. Made by the supervisor before it forks; anonymous, so it ends with the last process."""
+    """The whole board. Made by the supervisor, in memory without a name, so it ends with the last process.
 
-    def __init__(self, rows: int) -> None:
+    file: the descriptor of one that has been made; a new process opens it by that.
+    """
+
+    def __init__(self, rows: int, file: int = -1) -> None:
         self.rows = rows
-        self._memory = mmap.mmap(-1, (_HEADER + rows * _ROW) * 8)
+        size = (_HEADER + rows * _ROW) * 8
+        self._file = file if file >= 0 else _new_file(size)
+        self._memory = mmap.mmap(self._file, size)
         self._words = np.frombuffer(self._memory, np.int64)
+
+    def fileno(self) -> int:
+        """The descriptor of its memory; −1: only a forked process can have it."""
+        return self._file
+
+    def close(self) -> None:
+        """Close the descriptor; the memory stays as long as it is in use."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     @property
     def generation(self) -> int:
@@ -225,3 +241,16 @@ class ProgressWriter:
     def _check(self) -> None:
         if self.generation >= 0 and self.progress_table.generation != self.generation:
             raise LostPeerError("the group of workers has been dissolved")
+
+
+def _new_file(size: int) -> int:
+    """A memory file of this size; −1 where the system has none, or does not allow one of this size."""
+    if not hasattr(os, "memfd_create"):
+        return -1
+    file = os.memfd_create("unisono")
+    try:
+        os.ftruncate(file, size)
+    except OSError:  # RLIMIT_FSIZE holds for it
+        os.close(file)
+        return -1
+    return file

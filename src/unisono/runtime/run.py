@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from unisono.config import recipe as recipes
 from unisono.data.feed import Feed
@@ -31,7 +32,7 @@ from unisono.engine.trace import Traced
 from unisono.errors import ContractError, DataError, Interrupted, RecipeError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
-from unisono.runtime.setup import Job, Ready, Run, join, make_ready, run_facts
+from unisono.runtime.setup import Job, Ready, Run, join, leave_alone, make_ready, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
 from unisono.tasks.metrics import summarise
@@ -44,9 +45,11 @@ OpenInputs = Callable[[int, Callable[[str], None]], RunInputs]
 
 
 class Runner:
-    """A worker's part in a run, through all the groups of workers that it belongs to."""
+    """A worker's part in a run, through all the groups of workers that it belongs to. `on_built` is called with the
+    task's module, before anything is done to it."""
 
     def __init__(self, job: Job, open_inputs: OpenInputs) -> None:
+        self.on_built: Callable[[nn.Module], None] = leave_alone
         self._job = job
         self._open_inputs = open_inputs
         self._inputs: RunInputs | None = None
@@ -84,7 +87,7 @@ class Runner:
         if self._inputs is None:
             self._inputs = self._open_inputs(workers, lambda line: None)
         if self._ready is None:
-            self._ready = make_ready(self._job, self._inputs, device)
+            self._ready = make_ready(self._job, self._inputs, device, self.on_built)
         return self._ready
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -140,12 +140,20 @@ def check_workers(recipe: Recipe, workers: int) -> None:
         )
 
 
-def make_ready(job: Job, inputs: RunInputs, device: torch.device) -> Ready:
-    """Build the model, and take the numerics fingerprint."""
+def leave_alone(built: object) -> None:
+    """Do nothing to a model that has been built."""
+
+
+def make_ready(
+    job: Job, inputs: RunInputs, device: torch.device, on_built: Callable[[Any], None] = leave_alone
+) -> Ready:
+    """Build the model, and take the numerics fingerprint. `on_built` is called with what the task has built, before
+    anything is done to it."""
     recipe, train = job.recipe, job.recipe.train
     inputs.check(recipe)
     keys.seed_all(key := keys.key(train.seed, "build"))
-    backend = find_backend(inputs.task.backend).build(inputs.task, train, key=key, device=device)
+    kind = find_backend(inputs.task.backend)
+    backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
     data = {**inputs.data, **backend.fingerprint()}
     found = numerics.fingerprint(train, device=device, data=data, layout=layout_digest(backend))
     profile = Profile() if job.profile else None

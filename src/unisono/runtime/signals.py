@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -17,29 +18,38 @@ ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 terminal is closed."""
 
 
+def in_main_thread() -> bool:
+    """Whether this thread may set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class StopSignals:
-    """Within: signals are collected in `asked`, in order; each makes `descriptor` readable."""
+    """Within: signals are collected in `asked`, in order; each makes `descriptor` readable. In a thread beside the main
+    one there are no handlers to set, so signals stay the matter of the main thread."""
 
     def __init__(self) -> None:
         self.asked: list[signal.Signals] = []
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self.descriptor, self._checkpoint_writer = os.pipe()
-        for end in (self.descriptor, self._checkpoint_writer):
+        self.descriptor, self._wake = os.pipe()
+        for end in (self.descriptor, self._wake):
             os.set_blocking(end, False)
-        for signum in ASKING:
+        self._listens = in_main_thread()
+        for signum in ASKING if self._listens else ():
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
                 self._before[signum] = signal.signal(signum, self._note)
-        self._wakeup_before = signal.set_wakeup_fd(self._checkpoint_writer, warn_on_full_buffer=False)
+        if self._listens:
+            self._wakeup_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.set_wakeup_fd(self._wakeup_before)
+        if self._listens:
+            signal.set_wakeup_fd(self._wakeup_before)
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         os.close(self.descriptor)
-        os.close(self._checkpoint_writer)
+        os.close(self._wake)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.asked.append(signal.Signals(signum))

@@ -11,8 +11,8 @@ import faulthandler
 import gc
 import os
 import signal
-import sys
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from unisono.engine.state import TrainState
 from unisono.errors import LostPeerError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
-from unisono.processes.fault_injection import Fault
-from unisono.processes.forking import end_with_parent
-from unisono.processes.progress_table import FINISH, RUNNING, ProgressTable, ProgressWriter
+from unisono.processes.fault_injection import Fault, parse
+from unisono.processes.forking import end_with_parent, flush_output
+from unisono.processes.progress_table import FINISH, PHASES, RUNNING, ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
 from unisono.runtime.launchers.rank_assignment import RankAssignment
@@ -62,9 +62,12 @@ class Workload(Protocol):
         ...
 
 
+_PLAIN = ("slot", "memory", "threads", "device", "workers", "parent")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """What a worker's process is given when it is forked. memory: file of the run's snapshot. workers: how many there
+    """What a worker's process is given when it is started. memory: file of the run's snapshot. workers: how many there
     are to be. report, stacks: files without a name, for what it raises, and for what it is at."""
 
     slot: int
@@ -78,6 +81,32 @@ class WorkerSpec:
     stacks: TextIO
     parent: int
     faults: tuple[Fault, ...] = ()
+
+    def descriptors(self) -> list[int]:
+        """The files that its process must have inherited."""
+        files = (self.channel, self.progress_table, self.report, self.stacks)
+        return [*(file.fileno() for file in files), *([self.memory] if self.memory >= 0 else [])]
+
+    def plain(self) -> dict[str, Any]:
+        """The same in plain values, for a process that has inherited the descriptors."""
+        values = {name: getattr(self, name) for name in _PLAIN}
+        files = {name: getattr(self, name).fileno() for name in ("channel", "progress_table", "report", "stacks")}
+        return values | files | {"rows": self.progress_table.rows, "faults": [str(fault) for fault in self.faults]}
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> WorkerSpec:
+        """What `plain` has described, in the process that has inherited it."""
+        report, stacks = (
+            os.fdopen(values[name], "w+", encoding="utf-8", errors="replace") for name in ("report", "stacks")
+        )
+        return WorkerSpec(
+            channel=Channel(socket.socket(fileno=values["channel"])),
+            progress_table=ProgressTable(values["rows"], values["progress_table"]),
+            report=report,
+            stacks=stacks,
+            faults=tuple(parse(fault, PHASES) for fault in values["faults"]),
+            **{name: values[name] for name in _PLAIN},
+        )
 
 
 class SupervisedClient:
@@ -133,7 +162,7 @@ class SupervisedClient:
         return self._channel.receive()[0]
 
 
-def serve(spec: WorkerSpec, workload: Workload) -> None:
+def serve(spec: WorkerSpec, open_workload: Callable[[], Workload]) -> None:
     """Live a worker's life, until all is done or the supervisor lets it go."""
     end_with_parent(spec.parent)
     gc.freeze()  # what was inherited is nobody's garbage: collecting, after a loss, need not look at it
@@ -142,10 +171,9 @@ def serve(spec: WorkerSpec, workload: Workload) -> None:
     for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-    code = guarded(lambda: _serve(spec, workload), spec.report.write, spec.slot)
+    code = guarded(lambda: _serve(spec, open_workload()), spec.report.write, spec.slot)
     spec.report.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 

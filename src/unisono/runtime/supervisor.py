@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from unisono.config.recipe import Recipe
 from unisono.engine.snapshot import Snapshot, new_file
 from unisono.errors import Interrupted, ObserverError, Preempted, RecipeError, WorkerError
 from unisono.processes.fault_injection import Fault
-from unisono.processes.forking import forget_kernel_buffers
+from unisono.processes.forking import flush_output, forget_kernel_buffers
 from unisono.processes.progress_table import FINISH, MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
 from unisono.runtime.channel import Message
 from unisono.runtime.checkpoint_writer import CheckpointWriter
@@ -31,7 +30,7 @@ from unisono.runtime.restart_budget import Change, Loss, RestartBudget, find_ver
 from unisono.runtime.run import remove_begun
 from unisono.runtime.signals import StopSignals
 from unisono.runtime.supervised_worker import Workload
-from unisono.runtime.worker_pool import WorkerHandle, WorkerPool
+from unisono.runtime.worker_pool import StartWorker, WorkerHandle, WorkerPool, start_forked
 from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
@@ -49,6 +48,7 @@ class Supervisor:
 
     observer: sees every event. may_stop: it may return events.STOP; each step then waits until it has seen what
     happened before, so that the run ends at the same step however fast anybody is.
+    start: how each of them is started.
     """
 
     def __init__(
@@ -61,8 +61,10 @@ class Supervisor:
         workers: int,
         faults: Sequence[Fault] = (),
         may_stop: bool = False,
+        start: StartWorker = start_forked,
     ) -> None:
         self._workload = workload
+        self._start = start
         self._recipe = recipe
         self._folder = folder
         self._observer = observer
@@ -98,8 +100,7 @@ class Supervisor:
                 traceback.
             Interrupted, Preempted: a signal stopped the run.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         forget_kernel_buffers()
         if self._folder.exists():
             self._run_lock = RunLock(self._folder)
@@ -108,6 +109,7 @@ class Supervisor:
             self._checkpoint_writer = CheckpointWriter(self._folder / "checkpoints", keep, self._memory, self._tell)
             self._pool = WorkerPool(
                 self._workload,
+                self._start,
                 self._progress_table,
                 memory=self._memory,
                 threads=train.threads,
@@ -137,6 +139,7 @@ class Supervisor:
         self._checkpoint_writer.finish(self._hang_detector.limit_seconds or LAST_WRITING_SECONDS)
         if self._run_lock is not None:
             self._run_lock.release()
+        self._progress_table.close()
         if self._memory >= 0:
             os.close(self._memory)
 

@@ -12,7 +12,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
@@ -23,10 +24,13 @@ from unisono.errors import Interrupted, LostPeerError, RecipeError, UnisonoError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.signals import in_main_thread
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """What asks a run to stop."""
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # glibc's malloc.h
+MMAP_MAX, TOP_PAD_BYTES = 65_536, 128 * 2**10  # glibc's defaults
+MMAP_THRESHOLD_BYTES = 32 * 2**20  # to which glibc raises its threshold as blocks are freed, trimming at twice that
 
 
 class Stop:
@@ -59,9 +63,10 @@ class Act(Protocol):
 def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: str) -> None:
     """Do one worker's part, in this process."""
     stop = Stop()
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, stop.ask)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which tells the workers
+    if in_main_thread():
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, stop.ask)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which asks the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
     try:
@@ -83,6 +88,26 @@ def keep_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Within, freed blocks are kept, as by `keep_memory`; afterwards they are returned, and glibc does as it does in a
+    process that has used large blocks: what was set before cannot be asked. Where the environment sets it, it stays."""
+    libc = ctypes.CDLL(None)
+    is_set = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if is_set or not hasattr(libc, "mallopt"):
+        yield
+        return
+    keep_memory()
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD_BYTES)
+        libc.mallopt(M_TOP_PAD, TOP_PAD_BYTES)
+        libc.malloc_trim(0)
 
 
 def guarded(main: Callable[[], None], write: Callable[[str], object], rank: int) -> int:

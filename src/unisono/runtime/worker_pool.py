@@ -1,4 +1,4 @@
-"""The processes that a supervisor watches over: forked, listened to, ended.
+"""The processes that a supervisor watches over: started, listened to, ended.
 
 Owns the children and their channels. Decides nothing; `supervisor.py` does.
 """
@@ -11,16 +11,15 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TextIO
 
 from unisono.processes.fault_injection import Fault
-from unisono.processes.forking import fork
+from unisono.processes.forking import ChildProcess, fork
 from unisono.processes.progress_table import ProgressTable
 from unisono.runtime.channel import Channel, Message, pair
 from unisono.runtime.restart_budget import End
@@ -29,6 +28,14 @@ from unisono.runtime.supervised_worker import DUMP, WorkerSpec, Workload, serve
 
 DUMP_SECONDS = 1.0  # to write stacks down
 
+StartWorker = Callable[[WorkerSpec, Workload], ChildProcess]
+"""How a worker's process is started on this host, in which `supervised_worker.serve` is to run."""
+
+
+def start_forked(spec: WorkerSpec, workload: Workload) -> ChildProcess:
+    """A copy of this process."""
+    return fork(serve, (spec, lambda: workload), f"worker {spec.slot}", hold=ASKING)
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class WorkerHandle:
@@ -36,7 +43,7 @@ class WorkerHandle:
     asking: it waits for an answer."""
 
     slot: int
-    process: BaseProcess
+    process: ChildProcess
     channel: Channel
     report: TextIO
     stacks: TextIO
@@ -68,6 +75,7 @@ class WorkerPool:
     def __init__(
         self,
         workload: Workload,
+        start: StartWorker,
         progress_table: ProgressTable,
         *,
         memory: int,
@@ -78,6 +86,7 @@ class WorkerPool:
     ) -> None:
         self.handles: dict[int, WorkerHandle] = {}
         self._workload = workload
+        self._start = start
         self._progress_table = progress_table
         self._memory = memory
         self._threads = threads
@@ -90,7 +99,7 @@ class WorkerPool:
         return [handle for slot, handle in sorted(self.handles.items()) if not handle.leaving]
 
     def start_workers(self, count: int) -> None:
-        """Fork workers until `count` are staying, in the lowest slots that are free; one that a leaving handle still
+        """Start workers until `count` are staying, in the lowest slots that are free; one that a leaving handle still
         has, with its GPU, is waited for."""
         free = [slot for slot in range(count) if slot not in self.handles]
         for slot in free[: max(0, count - len(self.staying()))]:
@@ -110,8 +119,10 @@ class WorkerPool:
                 parent=os.getpid(),
                 faults=self._faults,
             )
-            process = fork(serve, (spec, self._workload), f"worker {slot}", hold=ASKING)
-            theirs.close()
+            try:
+                process = self._start(spec, self._workload)
+            finally:
+                theirs.close()
             self.handles[slot] = WorkerHandle(slot=slot, process=process, channel=mine, report=report, stacks=stacks)
 
     def assignment(self, generation: int, chosen: Sequence[WorkerHandle]) -> None:

@@ -54,6 +54,17 @@ class TaskKind:
     uses: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenKind:
+    """How a worker comes to the inputs of a recipe: a function that can be sent. frames: instead of its files."""
+
+    recipe: Recipe
+    frames: Mapping[str, object]
+
+    def __call__(self, workers: int, notify: Notify) -> RunInputs:
+        return find_kind(self.recipe.task.kind).open(self.recipe, workers, notify, self.frames)
+
+
 def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     """Find a kind of task by its name.
 

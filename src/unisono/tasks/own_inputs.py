@@ -5,7 +5,8 @@ Owns the checks of `collate` and `sampler`, and what a task of a user's own leav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from unisono.errors import DataError, RecipeError
 from unisono.tasks.run_inputs import RunInputs, write_facts
 from unisono.tasks.tables import read_splits
 from unisono.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOwn:
+    """How a worker comes to a user's task and data, by split: a function that can be sent."""
+
+    recipe: Recipe
+    task: Task
+    data: Mapping[str, Any]
+    collate: Collate | None = None
+    sampler: Sampler | None = None
+
+    def __call__(self, workers: int, notify: Callable[[str], None]) -> RunInputs:
+        return open_own(self.recipe, self.task, **self.data, collate=self.collate, sampler=self.sampler, notify=notify)
 
 
 def open_tables(recipe: Recipe, task: Task, notify: Callable[[str], None]) -> RunInputs:

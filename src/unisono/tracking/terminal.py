@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from unisono.processes.forking import flush_output, is_terminal
 from unisono.tracking import events
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -28,14 +29,20 @@ def choose_screen(*, quiet: bool, as_json: bool) -> events.Observer:
         return JsonLines()
     if quiet:
         return Quiet()
-    return Live() if sys.stdout.isatty() else Lines()
+    return Live() if is_terminal(sys.stdout) else Lines()
+
+
+def print_now(line: str) -> None:
+    """Print a line that whoever reads standard output sees at once."""
+    print(line)
+    flush_output()
 
 
 class JsonLines:
     """Each event as a line of JSON, {"event": name, …}, on standard output."""
 
     def observe(self, event: events.Event) -> None:
-        print(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}), flush=True)
+        print_now(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}))
 
     def close(self) -> None:
         return
@@ -67,7 +74,7 @@ class Lines:
         if isinstance(event, events.RunStarted):
             self._pace.begin(event)
         for line in tell(event, self._pace):
-            print(line, flush=True)
+            print_now(line)
 
     def close(self) -> None:
         return

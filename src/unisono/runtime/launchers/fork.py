@@ -1,46 +1,117 @@
-"""Workers as processes of this host: forked, watched, ended together.
+"""Workers as processes of this host, forked: they share this process's imports and objects, and nothing is sent.
 
-Owns the children: how they start, who hears of their failures, and that none outlives its parent. Forking lets workers
-share the imports and the user's objects without pickling; docs/design/0006-launch.md says why not
-torch.distributed.elastic's starter.
+Owns the children of `run`: how they start, who hears of their failures, and that none outlives its parent; those of a
+training are the supervisor's. docs/design/0006-launch.md says why not torch.distributed.elastic's starter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from unisono import errors
 from unisono.errors import Interrupted, UserError, WorkerError
-from unisono.processes.forking import count_cores, describe_end, end_with_parent, forget_kernel_buffers
-from unisono.runtime.launchers.devices import check_gpus, count_gpus
+from unisono.processes.forking import (
+    ChildProcess,
+    describe_end,
+    end_with_parent,
+    flush_output,
+    forget_kernel_buffers,
+    fork,
+    rest_threads,
+)
+from unisono.runtime.launchers.devices import check_gpus
+from unisono.runtime.launchers.launcher import Training, count_workers
 from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.signals import in_main_thread
+from unisono.runtime.supervisor import Supervisor
 from unisono.runtime.worker import STOPPING, Act, guarded, work
+from unisono.runtime.worker_pool import StartWorker, start_forked
 
 GRACE_SECONDS = 5.0  # for the others, after one has failed
 
 
-def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
-    """The number that `--workers` asks for; "auto": all GPUs, else all cores, at most one per microbatch."""
-    if wanted != "auto":
-        return int(wanted)
-    return max(1, min(count_gpus(device) or count_cores(), microbatches))
+class Fork:
+    """Launches copies of this process."""
+
+    def count(self, wanted: str | int, microbatches: int, device: str) -> int:
+        """As wanted; "auto": all GPUs, else all cores."""
+        return count_workers(wanted, microbatches, device)
+
+    def train(self, training: Training) -> None:
+        """Train under a supervisor, which brings the run through losses of workers."""
+        if training.recipe.train.threads > 1:
+            rest_threads()
+        supervise(training, start_forked)
+
+    def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
+        """Run `act` in each; this process speaks for them."""
+        launch(workers, act, threads=threads, device=device)
+        return True
 
 
-def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
-    """Run `act` in `workers` forked processes; return when all have ended well.
+def supervise(training: Training, start: StartWorker) -> None:
+    """Train in processes of this host that `start` starts."""
+    observer = training.open_observer(True)
+    try:
+        Supervisor(
+            training.runner,
+            recipe=training.recipe,
+            folder=training.folder,
+            observer=observer,
+            workers=training.workers,
+            faults=training.faults,
+            may_stop=training.may_stop,
+            start=start,
+        ).run()
+    finally:
+        observer.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActSpec:
+    """What a process that runs an `Act` is given when it is started. scratch: the folder for what it raises."""
+
+    assignment: RankAssignment
+    threads: int
+    device: str
+    scratch: Path
+    parent: int
+
+    def plain(self) -> dict[str, Any]:
+        """The same in plain values, for a process that has inherited the listener."""
+        return dataclasses.asdict(self) | {"scratch": str(self.scratch)}
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> ActSpec:
+        """What `plain` has described."""
+        given = {"scratch": Path(values["scratch"]), "assignment": RankAssignment(**values["assignment"])}
+        return ActSpec(**values | given)
+
+
+StartAct = Callable[[ActSpec, Act], ChildProcess]
+"""How a process is started in which `serve_act` is to run."""
+
+
+def fork_act(spec: ActSpec, act: Act) -> ChildProcess:
+    """A copy of this process."""
+    return fork(serve_act, (spec, lambda: act), f"worker {spec.assignment.rank}")
+
+
+def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct = fork_act) -> None:
+    """Run `act` in `workers` processes; return when all have ended well.
 
     Raises:
         RecipeError: this host has GPUs, but not so many.
@@ -48,54 +119,51 @@ def launch(workers: int, act: Act, *, threads: int, device: str) -> None:
         WorkerError: a worker failed unexpectedly, or was killed; with its rank and traceback.
     """
     check_gpus(workers, device)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(workers)
         port = listener.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
         forget_kernel_buffers()
-        children: list[BaseProcess] = []
+        children: list[ChildProcess] = []
         with _StopSignals(children) as interrupts:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # they wait until every child is there, and listens
-            for rank in range(workers):
-                assignment = RankAssignment(
-                    rank=rank,
-                    workers=workers,
-                    local_rank=rank,
-                    local_workers=workers,
-                    port=port,
-                    listener=listener.fileno(),
-                )
-                child = fork.Process(
-                    target=_child,
-                    args=(assignment, act, threads, device, Path(scratch), os.getpid()),
-                    name=f"worker {rank}",
-                )
-                child.start()
-                children.append(child)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until all are there, and listen
             try:
-                _hang_detector(children)
+                for rank in range(workers):
+                    assignment = RankAssignment(
+                        rank=rank,
+                        workers=workers,
+                        local_rank=rank,
+                        local_workers=workers,
+                        port=port,
+                        listener=listener.fileno(),
+                    )
+                    spec = ActSpec(
+                        assignment=assignment, threads=threads, device=device, scratch=Path(scratch), parent=os.getpid()
+                    )
+                    children.append(start(spec, act))
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                _watch(children)
             finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 _end(children)
         _raise_first_failure(children, Path(scratch), interrupts.asked)
 
 
-def _child(assignment: RankAssignment, act: Act, threads: int, device: str, scratch: Path, parent: int) -> None:
-    end_with_parent(parent)
+def serve_act(spec: ActSpec, open_act: Callable[[], Act]) -> None:
+    """Be one of the processes that run an `Act`."""
+    end_with_parent(spec.parent)
+    rank = spec.assignment.rank
     code = guarded(
-        lambda: work(assignment, act, threads=threads, wanted_device=device),
-        (scratch / f"{assignment.rank}.json").write_text,
-        assignment.rank,
+        lambda: work(spec.assignment, open_act(), threads=spec.threads, wanted_device=spec.device),
+        (spec.scratch / f"{rank}.json").write_text,
+        rank,
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 
-def _hang_detector(children: Sequence[BaseProcess]) -> None:
+def _watch(children: Sequence[ChildProcess]) -> None:
     """Return when all have ended, or soon after one has failed."""
     deadline: float | None = None
     running = list(children)
@@ -106,7 +174,7 @@ def _hang_detector(children: Sequence[BaseProcess]) -> None:
             deadline = time.monotonic() + GRACE_SECONDS
 
 
-def _end(children: Sequence[BaseProcess]) -> None:
+def _end(children: Sequence[ChildProcess]) -> None:
     """Make sure that no child is left."""
     for child in children:
         if child.exitcode is None:
@@ -118,13 +186,13 @@ def _end(children: Sequence[BaseProcess]) -> None:
 class _StopSignals:
     """Within: the first Ctrl-C or SIGTERM asks the workers to stop after their step, the second one kills them."""
 
-    def __init__(self, children: Sequence[BaseProcess]) -> None:
+    def __init__(self, children: Sequence[ChildProcess]) -> None:
         self.asked = 0
         self._children = children
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
-        for signum in STOPPING:
+        for signum in STOPPING if in_main_thread() else ():
             self._before[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -141,21 +209,21 @@ class _StopSignals:
                 os.kill(child.pid, signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
 
 
-def _raise_first_failure(children: Sequence[BaseProcess], scratch: Path, asked: int) -> None:
+def _raise_first_failure(children: Sequence[ChildProcess], scratch: Path, asked: int) -> None:
     """Raise the cause: the earliest error that is no symptom of another's end; a killed worker, if nobody wrote one."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in scratch.glob("*.json")]
     reports.sort(key=lambda report: (report["symptom"], report["when"]))
     written = {report["rank"] for report in reports}
-    killed = [child for rank, child in enumerate(children) if child.exitcode and rank not in written]
+    killed = [rank for rank, child in enumerate(children) if child.exitcode and rank not in written]
     if asked > 1:
         raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
     if reports and not reports[0]["symptom"]:
         raise _rebuild(reports[0])
     if killed:
-        code = killed[0].exitcode or 0
+        code = children[killed[0]].exitcode or 0
         how = describe_end(code)
         hint = " It may have been out of memory: dmesg tells." if code == -signal.SIGKILL else ""
-        raise WorkerError(f"{killed[0].name} {how}.{hint} Go on from the last checkpoint with --resume.")
+        raise WorkerError(f"worker {killed[0]} {how}.{hint} Go on from the last checkpoint with --resume.")
     if reports:
         raise _rebuild(reports[0])
 

@@ -1,13 +1,15 @@
 """A worker's place among the others, and how it joins them.
 
-Owns rank and the way to the meeting point. Under torchrun both come from its environment; a local launcher
-hands out seats.
+Owns rank and the way to the meeting point. Under torchrun both come from its environment, where torch.distributed is
+initialised from its process group; a local launcher hands out rank assignments.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypedDict
 
@@ -20,6 +22,7 @@ from unisono.exchange.solo import Solo
 from unisono.runtime.launchers import devices
 
 TIMEOUT_SECONDS = 1800.0
+_meetings = itertools.count()  # in one process group, so that none finds what another has left in its store
 
 
 class _Place(TypedDict):
@@ -32,8 +35,8 @@ class _Place(TypedDict):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAssignment:
     """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
-    `port` (0: under torchrun, which has its own meeting point). `generation` counts the groups of workers of a
-    supervisor, or torchrun's restarts."""
+    `port` (0: under torchrun, which has its own meeting point). `in_group`: they are those of the process group
+    that is initialised here. `generation` counts the groups of workers of a supervisor, or torchrun's restarts."""
 
     rank: int
     workers: int
@@ -42,6 +45,7 @@ class RankAssignment:
     port: int = 0
     listener: int = -1
     generation: int = 0
+    in_group: bool = False
 
     def device(self, wanted: str) -> torch.device:
         """The device that the recipe wants: a GPU of this worker's own, or the CPU.
@@ -81,10 +85,12 @@ class RankAssignment:
         }
         if here and can_share(store, self.rank, self.workers):
             return Shared(store, **place)
-        return Distributed(store, device=device, **place)
+        return Distributed(None if self.in_group else store, device=device, **place)
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        if self.in_group:
+            return _store_of_group()
         if self.port:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # on one host a name that does not resolve need not stop gloo
             return dist.TCPStore(
@@ -118,6 +124,38 @@ def assignment_from_torchrun() -> RankAssignment | None:
     return RankAssignment(
         rank=rank, workers=workers, local_rank=local_rank, local_workers=local_workers, generation=_count_restarts()
     )
+
+
+def count_peers() -> int:
+    """How many workers somebody else has started together with this process, itself among them; 0: it is none."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    assignment = assignment_from_torchrun()
+    return assignment.workers if assignment is not None else 0
+
+
+def find_assignment() -> RankAssignment | None:
+    """The place of this process among workers that somebody else has started: in the process group that is initialised
+    here, where there is one, else torchrun's. All workers must call this."""
+    found = assignment_from_torchrun()
+    if not (dist.is_available() and dist.is_initialized()):
+        return found
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    if found is not None and (found.rank, found.workers) == (rank, workers):
+        return replace(found, in_group=True)
+    store = _store_of_group()
+    store.set(f"host-{rank}", socket.gethostname())
+    hosts = store.multi_get([f"host-{worker}" for worker in range(workers)])
+    mine = [worker for worker, host in enumerate(hosts) if host == hosts[rank]]
+    return RankAssignment(
+        rank=rank, workers=workers, local_rank=mine.index(rank), local_workers=len(mine), in_group=True
+    )
+
+
+def _store_of_group() -> dist.Store:
+    """A part of the store in which the workers of the initialised process group have met, for one matter."""
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"unisono-{next(_meetings)}", store)
 
 
 def restarted_by_torchrun() -> bool:

@@ -1,0 +1,161 @@
+"""The one worker that is this process itself: nothing is forked, and a debugger sees everything.
+
+Owns what a caller's process is lent for: its signals in the main thread, its state, and the run folder's lock. A crash
+of the task is a crash of this process; only a supervisor survives one (`fork.py`, `spawn.py`).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from unisono.backends.built_module import BuiltModule
+from unisono.engine import numerics
+from unisono.engine.caller_state import preserved
+from unisono.errors import Interrupted, Preempted, RecipeError
+from unisono.exchange.solo import Solo
+from unisono.processes.progress_table import RUNNING, STOP
+from unisono.runtime.launchers.launcher import Training, count_workers
+from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.signals import ASKING, in_main_thread
+from unisono.runtime.supervisor_client import UnsupervisedClient
+from unisono.runtime.worker import Act, Stop, memory_kept
+from unisono.storage.run_lock import RunLock
+from unisono.tracking import events
+
+LOOK_SECONDS = 0.2
+PLACE = RankAssignment(rank=0, workers=1, local_rank=0, local_workers=1)
+
+
+class InProcess:
+    """Launches one worker: this process."""
+
+    def count(self, wanted: str | int, microbatches: int, device: str) -> int:
+        """One."""
+        if wanted != "auto" and count_workers(wanted, microbatches, device) != 1:
+            raise RecipeError(
+                f'launcher "in_process", workers = {wanted}: this process is one worker. Use workers = 1, or another '
+                "launcher."
+            )
+        return 1
+
+    def train(self, training: Training) -> None:
+        """Train here; afterwards this process is as before.
+
+        Raises:
+            Interrupted, Preempted: a signal stopped the run.
+            Exception: what the task raises, as it raises it.
+        """
+        if training.faults:
+            raise RecipeError('launcher "in_process": faults are injected into workers under a supervisor. Use "fork".')
+        train = training.recipe.train
+        observer, hold = training.open_observer(False), FolderHold(training.folder, train.microbatches)
+        with preserved(threads=train.threads), memory_kept(), StopRequests(hold) as requests:
+            client = UnsupervisedClient([hold, observer], requests)
+            built: list[BuiltModule] = []
+            training.runner.on_built = lambda model: built.extend(BuiltModule.of(model))
+            try:
+                hold.take()
+                device = PLACE.device(train.device)
+                numerics.settle(threads=train.threads, device=device)
+                training.runner.train(Solo(device), device, client, local_rank=0, local_workers=1, again=False)
+            except Interrupted as error:
+                raise requests.name(error) from None
+            finally:
+                client.close()
+                for module in built:
+                    module.restore()
+
+    def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
+        """Run `act` here; afterwards this process is as before."""
+        with preserved(threads=threads), StopRequests() as requests:
+            chosen = PLACE.device(device)
+            numerics.settle(threads=threads, device=chosen)
+            try:
+                act(PLACE, Solo(chosen), chosen, Stop())
+            except Interrupted as error:
+                raise requests.name(error) from None
+        return True
+
+
+class FolderHold:
+    """Keeps the run's folder to this process, from when it exists. An `events.Observer`."""
+
+    def __init__(self, folder: Path, most_workers: int) -> None:
+        self._folder = folder
+        self._most_workers = most_workers  # that another launcher could have
+        self._lock: RunLock | None = None
+        self._look_at = 0.0
+
+    def take(self) -> None:
+        """Take the lock, where there is a folder already. Raises RunFolderError where another process has it."""
+        if self._lock is None and self._folder.exists():
+            self._lock = RunLock(self._folder)
+            self._lock.tell(workers=1, most_workers=self._most_workers)
+
+    def observe(self, event: events.Event) -> None:
+        if isinstance(event, events.RunStarted):
+            self.take()
+
+    def look(self) -> None:
+        """Answer who asks for another number of workers."""
+        now = time.monotonic()
+        if self._lock is not None and now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if self._lock.wanted_workers() is not None:
+                self._lock.answer("it is trained in the process of its caller, which is its only worker", done=False)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+class StopRequests:
+    """Within, in the main thread: the first signal asks for a stop after the step, Ctrl-C after it for one at once. In
+    other threads signals stay as they are. Called, it says what is asked for; the first call says that from now on the
+    end of a step can be waited for."""
+
+    def __init__(self, hold: FolderHold | None = None) -> None:
+        self._hold = hold
+        self._asked: list[signal.Signals] = []
+        self._begun = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        for signum in ASKING if in_main_thread() else ():
+            before = signal.getsignal(signum)
+            if before is not None and (signum != signal.SIGHUP or before != signal.SIG_IGN):  # as nohup has it
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def __call__(self) -> int:
+        """progress_table.STOP or RUNNING."""
+        self._begun = True
+        if self._hold is not None:
+            self._hold.look()
+        return STOP if self._asked else RUNNING
+
+    def name(self, error: Interrupted) -> Interrupted:
+        """The end that the first signal asked for."""
+        wanted_back = bool(self._asked) and self._asked[0] != signal.SIGINT
+        return Preempted(str(error)) if wanted_back else error
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._asked.append(signal.Signals(signum))
+        if not self._begun:
+            raise Interrupted("stopped before the first step; nothing was left behind.")
+        if signal.SIGINT in self._asked[1:]:
+            raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
+        if len(self._asked) == 1:
+            with suppress(OSError, AttributeError):  # the terminal may be what has gone
+                print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)

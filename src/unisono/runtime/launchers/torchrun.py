@@ -1,0 +1,81 @@
+"""The worker that somebody else has started: torchrun, or whoever has initialised torch.distributed in this process.
+
+Owns nothing but this process's part. The others, and what becomes of them, are the matter of who started them.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from unisono.engine.caller_state import preserved
+from unisono.errors import Interrupted, Preempted, RecipeError
+from unisono.exchange.protocol import Exchange
+from unisono.runtime.launchers.launcher import Training
+from unisono.runtime.launchers.rank_assignment import RankAssignment, count_peers, find_assignment
+from unisono.runtime.signals import in_main_thread
+from unisono.runtime.supervisor_client import UnsupervisedClient
+from unisono.runtime.worker import STOPPING, Act, Stop, work
+
+
+class Torchrun:
+    """Joins the workers among which this process is one."""
+
+    def count(self, wanted: str | int, microbatches: int, device: str) -> int:
+        """As many as there are, whatever is wanted."""
+        if not (workers := count_peers()):
+            raise _refuse()
+        return workers
+
+    def train(self, training: Training) -> None:
+        """Be one worker of a training, to its end."""
+
+        def act(assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None:
+            client = UnsupervisedClient([training.open_observer(False)] if assignment.rank == 0 else [], stop)
+            try:
+                rank, workers = assignment.local_rank, assignment.local_workers
+                training.runner.train(exchange, device, client, local_rank=rank, local_workers=workers, again=False)
+            except Interrupted as error:  # torchrun passes on only what wants the machine back
+                raise Preempted(str(error)) from None
+            finally:
+                client.close()
+
+        train = training.recipe.train
+        self.run(act, workers=training.workers, threads=train.threads, device=train.device)
+
+    def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
+        """Run `act` in this process, as the worker that it is. True in worker 0."""
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        assignment = find_assignment()
+        if assignment is None:
+            raise _refuse()
+        with preserved(threads=threads), _handlers_kept():
+            record(
+                lambda: work(assignment, act, threads=threads, wanted_device=device)
+            )()  # torchrun reads the error file that this writes
+        return assignment.rank == 0
+
+
+def _refuse() -> RecipeError:
+    return RecipeError(
+        'launcher "torchrun": this process is no worker: torchrun has not started it (RANK, WORLD_SIZE, LOCAL_RANK and '
+        "LOCAL_WORLD_SIZE are not set), and torch.distributed is not initialised. Start it with torchrun, or use "
+        "another launcher."
+    )
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Afterwards the signals mean what they meant before."""
+    numbers = (*STOPPING, signal.SIGUSR1) if in_main_thread() else ()
+    before = {signum: signal.getsignal(signum) for signum in numbers}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if handler is not None:
+                signal.signal(signum, handler)
