@@ -19,7 +19,7 @@ from unisono.config.recipe import Recipe
 from unisono.exchange.protocol import Exchange
 from unisono.runtime.launchers.fork import launch
 from unisono.runtime.launchers.rank_assignment import RankAssignment
-from unisono.runtime.run import OpenInputs, Runner
+from unisono.runtime.runner import OpenInputs, Runner
 from unisono.runtime.setup import Job
 from unisono.runtime.supervisor import Supervisor
 from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient

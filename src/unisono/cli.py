@@ -54,6 +54,15 @@ LauncherName = Annotated[
         help="what starts the workers: auto, in_process, fork, spawn, torchrun, or one of an installed package",
     ),
 ]
+ResumeFrom = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="[auto]",
+        help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…; auto: if there is "
+        "one, else begin, so that the same command serves for both",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per event")]
 Strict = Annotated[bool, typer.Option("--strict", help="a quarantined record is an error, as with data.strict = true")]
@@ -101,15 +110,7 @@ def train(
     run: Annotated[
         Path | None, typer.Option("--run-folder", metavar="FOLDER", help="run folder; default: runs/NAME-001 and so on")
     ] = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            "--resume",
-            metavar="[auto]",
-            help="go on from the newest checkpoint of --run-folder, or of the newest runs/NAME-…; auto: if there is "
-            "one, else begin, so that the same command serves for both",
-        ),
-    ] = "no",
+    resume: ResumeFrom = "no",
     on_loss: Annotated[
         str | None,
         typer.Option("--on-loss", metavar="replace|shrink", help="when a worker is lost; as with recovery.on_loss"),

@@ -32,7 +32,7 @@ from unisono.runtime.launchers.launcher import (
 )
 from unisono.runtime.launchers.rank_assignment import restarted_by_torchrun
 from unisono.runtime.logger_process import LoggerProcess
-from unisono.runtime.run import OpenInputs, Runner
+from unisono.runtime.runner import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
 from unisono.storage.run_folder import choose_folder
 from unisono.tasks.kinds import OpenKind, find_kind, name_of
@@ -102,7 +102,7 @@ def train(
     launcher: str | Launcher = "auto",
     **settings: Any,
 ) -> Trained:
-    """Train on any number of workers; the weights' bits do not depend on it.
+    """Train on any number of workers; the weights' bits do not depend on it. Return the finished run.
 
     Args:
         what: a Task, with `data`; or a text Recipe, or the path of one, with `data` (a frame) or without.
@@ -124,23 +124,19 @@ def train(
         launcher: what starts workers; "auto": one worker is this process, more are forked. See docs/launchers.md.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
 
-    Returns: the finished run; under torchrun every process returns one.
-
     Raises:
         UserError (what was given cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
         Exception: of a worker that is this process, what the task raises.
     """
     refuse_within_import()
     recipe = resolve(what, name, overrides, settings)
-    open_inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
+    inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
     place, mode = _choose_start(recipe, run, resume)
     if mode is not None:
         options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
         job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
         reporter = Reporter(place, quiet=quiet, as_json=as_json)
-        run_job(
-            job, open_inputs, workers=workers, reporter=reporter, observers=observers, faults=faults, launcher=launcher
-        )
+        run_job(job, inputs, workers=workers, reporter=reporter, observers=observers, faults=faults, launcher=launcher)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 

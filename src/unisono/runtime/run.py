@@ -11,12 +11,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from unisono.config import recipe as recipes
 from unisono.data.feed import Feed
@@ -32,63 +30,12 @@ from unisono.engine.trace import Traced
 from unisono.errors import ContractError, DataError, Interrupted, RecipeError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
-from unisono.runtime.setup import Job, Ready, Run, join, leave_alone, make_ready, run_facts
+from unisono.runtime.setup import Job, Ready, Run, join, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
 from unisono.tasks.metrics import summarise
-from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
-
-OpenInputs = Callable[[int, Callable[[str], None]], RunInputs]
-"""How a worker comes to what it trains on: (workers of this host, who is told about it) → material."""
-
-
-class Runner:
-    """A worker's part in a run, through all the groups of workers that it belongs to. `on_built` is called with the
-    task's module, before anything is done to it."""
-
-    def __init__(self, job: Job, open_inputs: OpenInputs) -> None:
-        self.on_built: Callable[[nn.Module], None] = leave_alone
-        self._job = job
-        self._open_inputs = open_inputs
-        self._inputs: RunInputs | None = None
-        self._ready: Ready | None = None
-
-    def warm(self, device: torch.device, workers: int, client: SupervisorClient) -> None:
-        """Before it belongs to any: make ready what needs no other worker."""
-        if client.prepared:
-            self._make_ready(device, workers)
-
-    def train(
-        self,
-        exchange: Exchange,
-        device: torch.device,
-        client: SupervisorClient,
-        *,
-        local_rank: int,
-        local_workers: int,
-        again: bool,
-    ) -> bool:
-        """Take part in a group; as `execute`. The first worker of each host prepares the data, the others open it.
-        `again`: there has been a group before."""
-        client.progress.at("prepare")
-        if again and client.memory < 0:  # no snapshot: like a run that is resumed, with a module as it was built
-            client.settle()
-            self._ready, self._job = None, dataclasses.replace(self._job, resume="auto")
-        if local_rank == 0 and self._inputs is None:
-            tell = client.tell if exchange.rank == 0 else lambda event: None
-            self._inputs = self._open_inputs(local_workers, lambda line: tell(events.Notice(message=line)))
-            client.prepared = True
-        exchange.wait_for_all()
-        return execute(self._job, self._make_ready(device, local_workers), exchange, client)
-
-    def _make_ready(self, device: torch.device, workers: int) -> Ready:
-        if self._inputs is None:
-            self._inputs = self._open_inputs(workers, lambda line: None)
-        if self._ready is None:
-            self._ready = make_ready(self._job, self._inputs, device, self.on_built)
-        return self._ready
 
 
 def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> bool:

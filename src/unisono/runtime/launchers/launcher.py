@@ -22,7 +22,7 @@ from unisono.errors import RecipeError
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import count_cores
 from unisono.runtime.launchers.rank_assignment import count_peers
-from unisono.runtime.run import Runner
+from unisono.runtime.runner import Runner
 from unisono.runtime.worker import Act
 from unisono.tracking import events
 
