@@ -44,7 +44,8 @@ microbatches = 4
 learning_rate = 0.05
 """
 
-SECONDS_AT_MOST = 60.0
+SECONDS_AT_MOST = 180.0
+"""After which a test gives up waiting. No result depends on it: it only ends what hangs, on a busy machine too."""
 
 Command = Callable[..., tuple[int, str, str]]
 """The command line, called in this process: arguments → exit code, output, errors."""
@@ -118,9 +119,13 @@ class Launched:
         ]
 
     def wait_for(self, sign: str) -> None:
-        """Wait until standard output has `sign`."""
+        """Wait until standard output or standard error has `sign`."""
+        self.wait_until(lambda: sign in self.out or sign in self.err)
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until `is_so`; it must be before the process ends."""
         deadline = time.monotonic() + SECONDS_AT_MOST
-        while sign not in self.out:
+        while not is_so():
             assert self.process.exitcode is None, self.out + self.err
             assert time.monotonic() < deadline, self.out + self.err
             time.sleep(0.01)
@@ -163,7 +168,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def wait_until_gone(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
+def wait_until_gone(pids: Iterable[int], seconds: float = SECONDS_AT_MOST) -> list[int]:
     """Wait until none of the processes is left; return those that are."""
     deadline = time.monotonic() + seconds
     left = list(pids)
