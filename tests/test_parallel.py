@@ -508,7 +508,7 @@ import os, sys, time
 from unisono import parallel
 def task(item):
     os.write(1, f"{os.getpid()}\\n".encode())
-    time.sleep(60)
+    time.sleep(600)
 list(parallel.map(task, range(2), workers=2))
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -538,7 +538,7 @@ from unisono import parallel
 def task(item):
     if item == 1:
         print("at work", flush=True)
-    time.sleep(60 if item else 0)
+    time.sleep(600 if item else 0)
 try:
     list(parallel.map(task, range(4), workers=2))
 except KeyboardInterrupt:

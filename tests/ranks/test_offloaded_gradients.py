@@ -58,7 +58,11 @@ def helped(monkeypatch: pytest.MonkeyPatch) -> Helped:
     monkeypatch.setattr(offloading, "PATIENCE_SECONDS", 1000)
     given: Helped = []
     serve, contribute, collect = OffloadQueue.serve, Contributor.contribute, OffloadQueue.collect
-    late: list[int] = []  # steps that this worker has begun late
+    init, place = OffloadQueue.__init__, [0, 1]  # this process's rank, and the workers
+
+    def remember(self: OffloadQueue, *arguments: Any, rank: int, workers: int) -> None:
+        place[:] = rank, workers
+        init(self, *arguments, rank=rank, workers=workers)
 
     def count(self: OffloadQueue, file: int) -> None:
         before = self.given_seconds
@@ -67,17 +71,17 @@ def helped(monkeypatch: pytest.MonkeyPatch) -> Helped:
             given.append(1)
 
     def begin(self: Contributor, step: int, number: int, microbatch: Any) -> Contribution:
-        if self.offload is not None and self.offload.rank == step % self.offload.workers:
-            late.append(step)
+        if self.offload is not None and place[0] == step % place[1]:
             while not self.offload._waiting():
                 time.sleep(1e-3)
         return contribute(self, step, number, microbatch)
 
     def take_back(self: OffloadQueue) -> list[tuple[Any, Any]]:
-        while self._laid and late and count_bytes(self._jobs) == len(self._laid):
+        while self._laid and count_bytes(self._jobs) == len(self._laid):
             time.sleep(1e-3)
         return collect(self)
 
+    monkeypatch.setattr(OffloadQueue, "__init__", remember)
     monkeypatch.setattr(OffloadQueue, "serve", count)
     monkeypatch.setattr(OffloadQueue, "collect", take_back)
     monkeypatch.setattr(Contributor, "contribute", begin)
