@@ -277,7 +277,7 @@ def test_exception_in_a_worker_is_told_once(
 
     honest = TextClassification.loss
     monkeypatch.setattr(TextClassification, "loss", loss)
-    launched = begin(tmp_path, workers=3)
+    launched = begin(tmp_path, "--fault", "pause(worker=1, step=25, phase=begin)", workers=3)
     children = launched.workers()
     (tmp_path / "fail").touch()
     held.unlink()
@@ -312,11 +312,12 @@ def test_exception_that_comes_once_costs_one_step(
 
     honest = TextClassification.loss
     monkeypatch.setattr(TextClassification, "loss", loss)
-    launched = begin(tmp_path, workers=3)
+    launched = begin(tmp_path, "--fault", f"pause(worker={rank}, step=25, phase=begin)", workers=3)
     (tmp_path / "fail").touch()
     held.unlink()
     assert launched.end() == 0, launched.err
     assert launched.err == ""
     (recovered,) = read_ledger(tmp_path / "run", "Recovered")
     assert recovered["what"] == f"worker {rank} failed"
+    assert recovered["step"] == 24
     assert_same_bits(tmp_path, uninterrupted)

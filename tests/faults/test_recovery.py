@@ -119,7 +119,7 @@ def test_stacks_of_a_crash_that_ends_the_run(disturbed: Disturbed, tmp_path: Pat
     with pytest.raises(WorkerError) as told:
         disturbed("crash(worker=1, step=4, phase=update)", workers=2, recovery={"restarts": 0})
     assert "worker 1 was killed by SIGSEGV; this was loss 1, and recovery.restarts = 0" in str(told.value)
-    assert "Fatal Python error: Segmentation fault" in str(told.value) and "faults.py" in str(told.value)
+    assert "Fatal Python error: Segmentation fault" in str(told.value) and "fault_injection.py" in str(told.value)
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -145,6 +145,7 @@ def read_stacks(run: Path, hang: int) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_found_and_named(disturbed: Disturbed, quiet: Any) -> None:
     run = disturbed(
         "stop(worker=1, step=4, phase=update)",
