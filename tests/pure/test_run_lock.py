@@ -223,6 +223,7 @@ def test_who_waited_for_a_claim_keeps_others_out(tmp_path: Path, monkeypatch: py
     time.sleep(0.2)
     first.release()
     waiting.join()
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 0.1)
     with pytest.raises(RunFolderError, match="is being trained by process"):
         RunLock(tmp_path)
     found[0].release()
