@@ -6,7 +6,7 @@ WORKERS ?= 2
 MINUTES ?= 3
 BIN     := .venv/bin
 
-.PHONY: demo data test check bench soak clean
+.PHONY: demo data test test-more test-all check bench soak clean
 
 demo: .venv/ready data/newsgroups  ## train a text classifier on 20 Newsgroups: make demo WORKERS=3 gives the same bits
 	$(BIN)/unisono train examples/text/newsgroups.toml --workers $(WORKERS)
@@ -16,8 +16,14 @@ data: .venv/ready data/newsgroups data/bbc data/tweets data/minilm  ## fetch the
 data/%: | .venv/ready
 	$(BIN)/python examples/data.py $*
 
-test: .venv/ready-dev data  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/ready-dev data  ## the essence of every promise, in minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-more: .venv/ready-dev data  ## what `make test` leaves out: slow tests, and more examples of each property
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=full
+
+test-all: .venv/ready-dev data  ## every test, with all examples
+	$(BIN)/python -m pytest --hypothesis-profile=full
 
 check: .venv/ready-dev  ## style and types
 	$(BIN)/ruff check .

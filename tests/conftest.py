@@ -16,8 +16,9 @@ from unisono.engine import numerics
 from unisono.exchange.protocol import Exchange
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 
-hypothesis.settings.register_profile("unisono", deadline=None)  # no test may fail by being slow
-hypothesis.settings.load_profile("unisono")
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)  # no test may fail by being slow
+hypothesis.settings.register_profile("full", deadline=None, max_examples=100)  # pytest --hypothesis-profile=full
+hypothesis.settings.load_profile("quick")
 torch.set_num_threads(1)  # here, before any test module computes something; it also keeps forking safe
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs have it, and all that they start

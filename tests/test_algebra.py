@@ -15,8 +15,6 @@ from unisono import parallel
 from unisono.determinism.nodes import fold
 from unisono.parallel import ParallelError, algebra
 
-WORKERS = (1, 2, 3, 5, 8)
-
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,17 +37,25 @@ def bits(array: Any) -> bytes:
 DTYPES = ("float32", "float64", "float16", "int64", "complex64")
 
 
+KINDS = [*(("numpy", one) for one in DTYPES), *(("torch", one) for one in (*DTYPES, "bfloat16"))]
+QUICK = [("numpy", "float64"), ("torch", "float32"), ("torch", "bfloat16")]
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*(("numpy", one) for one in DTYPES), *(("torch", one) for one in (*DTYPES, "bfloat16"))]
+    ("kind", "dtype", "counts"),
+    [
+        *[(*one, (1, 2, 3)) for one in QUICK],
+        *[pytest.param(*one, (1, 2, 3, 5, 8), marks=pytest.mark.slow) for one in KINDS],
+    ],
 )
-def test_any_number_of_workers_gives_the_same_bits(kind: str, dtype: str) -> None:
+def test_any_number_of_workers_gives_the_same_bits(kind: str, dtype: str, counts: tuple[int, ...]) -> None:
     def make(seed: int, *shape: int) -> Any:
         array = draw(seed, *shape, dtype=np.float64)
         return torch.from_numpy(array).to(getattr(torch, dtype)) if kind == "torch" else array.astype(dtype)
 
     a, b, parts = make(0, 50, 70), make(1, 70, 37), [make(seed, 23, 31) for seed in range(7)]
-    products = {bits(parallel.matmul(a, b, workers=workers)) for workers in WORKERS}
-    sums = {bits(parallel.add(parts, workers=workers)) for workers in WORKERS}
+    products = {bits(parallel.matmul(a, b, workers=workers)) for workers in counts}
+    sums = {bits(parallel.add(parts, workers=workers)) for workers in counts}
     assert len(products) == len(sums) == 1
     wide = {"float16": "float32", "bfloat16": "float32"}.get(dtype, dtype)
     exact = np.asarray(torch.as_tensor(a).to(torch.complex128)) @ np.asarray(torch.as_tensor(b).to(torch.complex128))
@@ -60,7 +66,7 @@ def test_any_number_of_workers_gives_the_same_bits(kind: str, dtype: str) -> Non
     assert np.all(np.abs(made - exact)[finite] <= tolerance * np.abs(exact).max())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)  # each forks workers
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 9))
 def test_any_shape(rows: int, columns: int, inner: int, count: int) -> None:
     a, b = draw(0, rows, inner, dtype=np.int64), draw(1, inner, columns, dtype=np.int64)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -242,7 +242,6 @@ numbers_of = st.integers(1, 6).flatmap(
 
 
 @given(numbers_of)
-@settings(max_examples=40)
 def test_numbers_are_the_same_from_every_kind(columns: Table) -> None:
     arrays = {name: np.array(values) for name, values in columns.items()}
     sources = [open_source(kind(columns)) for kind in (pd.DataFrame, pl.DataFrame, pl.LazyFrame, pa.table, dict)]
@@ -268,7 +267,6 @@ def join(column_batches: list[ColumnBatch]) -> list[str | None]:
 
 
 @given(texts_of, st.integers(1, 60))
-@settings(max_examples=25)
 def test_texts_are_the_same_from_every_kind(texts: list[str | None], size_bytes: int) -> None:
     """Cut in the same places, and hashed to the same key."""
     columns = {"text": texts, "label": [text and text[:1] for text in texts]}
@@ -333,6 +331,7 @@ print(len(found.parts), found.sha256, memory("VmHWM") - before, pa.total_allocat
 """
 
 
+@pytest.mark.slow
 def test_a_large_column_is_never_copied_whole(tmp_path: Path) -> None:
     """Hashing and examining 100 MB of texts takes the memory of a few sheets, whatever holds the column."""
     hashes = set()
@@ -581,7 +580,6 @@ def test_columns_are_added_to_frames_of_no_rows_and_odd_names() -> None:
 
 
 @given(numbers_of, st.sampled_from([pd.DataFrame, pl.DataFrame, pa.table]))
-@settings(max_examples=40)
 def test_round_trips_between_kinds(columns: Table, kind: Any) -> None:
     """A column that is taken out of one frame and added to another is the same."""
     table = pa.table(columns)

@@ -81,6 +81,7 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, task: unisono
     assert runs[0].summary["test"]["accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_augmentation_is_really_random(tmp_path: Path) -> None:
     """Or the test above would prove nothing: other epochs, and other seeds, shake a sample otherwise."""
     plain, shaken = (
@@ -193,6 +194,7 @@ def find_hash(out: str) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_gives_the_same_bits_under_every_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], example: Path

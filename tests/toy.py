@@ -8,14 +8,18 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
+
+import pytest
 
 WORDS = {
     "sport": "goal match team win coach ball league",
@@ -44,7 +48,15 @@ microbatches = 4
 learning_rate = 0.05
 """
 
-SECONDS_AT_MOST = 60.0
+SECONDS_AT_MOST = 180.0
+"""After which a test gives up waiting. No result depends on it: it only ends what hangs, on a busy machine too."""
+
+DAMAGES = [
+    pytest.param(file, harm, marks=[] if row == column else [pytest.mark.slow], id=f"{harm}-{file}")
+    for row, file in enumerate(("parameters.safetensors", "optimizer.safetensors", "state.json"))
+    for column, harm in enumerate(("truncated", "altered", "missing"))
+]
+"""Each file of a checkpoint in each way; among the quick tests each once."""
 
 Command = Callable[..., tuple[int, str, str]]
 """The command line, called in this process: arguments → exit code, output, errors."""
@@ -118,9 +130,13 @@ class Launched:
         ]
 
     def wait_for(self, sign: str) -> None:
-        """Wait until standard output has `sign`."""
+        """Wait until standard output or standard error has `sign`."""
+        self.wait_until(lambda: sign in self.out or sign in self.err)
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until `is_so`; it must be before the process ends."""
         deadline = time.monotonic() + SECONDS_AT_MOST
-        while sign not in self.out:
+        while not is_so():
             assert self.process.exitcode is None, self.out + self.err
             assert time.monotonic() < deadline, self.out + self.err
             time.sleep(0.01)
@@ -136,8 +152,6 @@ def launch_command(arguments: Sequence[object], folder: Path) -> Launched:
     """Begin `unisono ARGUMENTS` in `folder`."""
 
     def main() -> None:
-        import signal
-
         from unisono import cli
 
         os.setsid()
@@ -163,7 +177,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def wait_until_gone(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
+def wait_until_gone(pids: Iterable[int], seconds: float = SECONDS_AT_MOST) -> list[int]:
     """Wait until none of the processes is left; return those that are."""
     deadline = time.monotonic() + seconds
     left = list(pids)
@@ -171,3 +185,20 @@ def wait_until_gone(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
         time.sleep(0.02)
         left = [pid for pid in left if is_alive(pid)]
     return left
+
+
+@contextmanager
+def ends() -> Iterator[None]:
+    """Within, something must end at all: after minutes of this process's own work, which others cannot use up, it is
+    taken for one that does not."""
+
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError("it does not end")
+
+    before = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS_AT_MOST)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from histories import OFTEN, Quiet
 
 from toy import make_toy
+from unisono.processes.fault_injection import KINDS
 from unisono.tracking import ledger as metrics
 
 
@@ -41,3 +43,18 @@ def disturbed(quiet: Quiet, tmp_path: Path) -> Callable[..., Path]:
         ).folder
 
     return train
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that holds up a run: the fault "pause" lasts until it is removed. So a test acts at a known place of the
+    run, however slow the machine is."""
+    hold = tmp_path / "hold"
+    hold.touch()
+
+    def pause() -> None:
+        while hold.exists():
+            time.sleep(0.005)
+
+    monkeypatch.setitem(KINDS, "pause", pause)
+    return hold

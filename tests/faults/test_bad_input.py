@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import unisono
-from toy import RECIPE, Command, launch_command, make_records, make_toy, run_python
+from toy import DAMAGES, RECIPE, Command, launch_command, make_records, make_toy, run_python
 from unisono.errors import DivergedError
 from unisono.storage.files import seal
 
@@ -128,8 +128,14 @@ def test_run_folder_exists(command: Command, tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("part", ["train.arrow", "encoder.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize(
+    ("part", "harm"),
+    [
+        pytest.param(part, harm, marks=[] if row == column else [pytest.mark.slow])
+        for row, part in enumerate(("train.arrow", "encoder.json", "manifest.json"))
+        for column, harm in enumerate(("truncated", "altered", "missing"))
+    ],
+)
 def test_damaged_dataset(command: Command, tmp_path: Path, part: str, harm: str) -> None:
     make_toy(tmp_path)
     assert command("prepare", "toy.toml")[0] == 0
@@ -179,8 +185,7 @@ BERT = {
 RESUME = ("train", "toy.toml", "-w", 1, "--run-folder", "run", "--resume", "--quiet")
 
 
-@pytest.mark.parametrize("part", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("harm", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize(("part", "harm"), DAMAGES)
 def test_damaged_only_checkpoint(command: Command, unfinished: Path, part: str, harm: str) -> None:
     spoil_file(unfinished / part, harm)
     run = unfinished.parents[1]
@@ -194,7 +199,11 @@ def test_damaged_only_checkpoint(command: Command, unfinished: Path, part: str, 
 
 @pytest.mark.parametrize(
     ("part", "harm"),
-    [("parameters.safetensors", "truncated"), ("optimizer.safetensors", "altered"), ("state.json", "missing")],
+    [
+        ("parameters.safetensors", "truncated"),
+        pytest.param("optimizer.safetensors", "altered", marks=pytest.mark.slow),
+        pytest.param("state.json", "missing", marks=pytest.mark.slow),
+    ],
 )
 def test_damaged_newest_checkpoint(
     command: Command, unfinished: Path, trained: dict[int, Path], part: str, harm: str

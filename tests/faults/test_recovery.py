@@ -23,7 +23,6 @@ from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
 from unisono.exchange.shared_memory import Shared
 from unisono.processes.progress_table import PHASES
 from unisono.runtime import supervised_worker as handle
-from unisono.runtime import supervisor
 from unisono.runtime.restart_budget import RestartBudget
 
 Disturbed = Callable[..., Path]
@@ -33,10 +32,12 @@ pytestmark = pytest.mark.usefixtures("warm", "plain")
 
 def recovered(run: Path) -> list[dict[str, Any]]:
     """Recovered events, their fields looked at."""
-    found = read_ledger(run, "Recovered")
+    found, begun = read_ledger(run, "Recovered"), read_ledger(run)[0]
     for line in found:
         assert set(line) == {"event", "step", "what", "workers", "wasted_seconds", "seconds", "when"}
-        assert line["wasted_seconds"] >= 0 and line["seconds"] > 0
+        assert line["seconds"] > 0
+        passed = line["when"] - begun.get("since", begun["when"])
+        assert 0 <= line["wasted_seconds"] <= passed - line["seconds"] + 0.01, "no more than there was; rounded"
     return found
 
 
@@ -77,9 +78,8 @@ def test_killed_at_any_verb(workers: int, disturbed: Disturbed, quiet: Any) -> N
     assert_same_history(run, quiet.run)
 
 
-def test_killed_around_the_loop(disturbed: Disturbed, quiet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_around_the_loop(disturbed: Disturbed, quiet: Any) -> None:
     """While it starts, meets the others, evaluates, saves, tests and exports."""
-    monkeypatch.setattr(supervisor, "MEETING_SECONDS", 0.3)
     run = disturbed(
         "kill(worker=-1, step=0, phase=start)",
         "kill(worker=1, step=0, phase=join)",
@@ -137,7 +137,7 @@ def test_an_exception_that_comes_again_ends_the_run(command: Command, quiet: Any
 # Without an end: stopped, live-locked, blocked, stuck in an exchange
 
 
-HANGS = {"recovery": {"hang_factor": 0.7}}  # of one second
+HANGS = {"recovery": {"hang_factor": 3.0}}  # seconds, since a step takes less than one: far more than load can cost
 
 
 def read_stacks(run: Path, hang: int) -> dict[str, str]:
@@ -145,6 +145,7 @@ def read_stacks(run: Path, hang: int) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_found_and_named(disturbed: Disturbed, quiet: Any) -> None:
     run = disturbed(
         "stop(worker=1, step=4, phase=update)",
@@ -179,10 +180,11 @@ def test_a_worker_that_hangs_is_found_and_named(disturbed: Disturbed, quiet: Any
     assert_same_history(run, quiet.run)
 
 
+@pytest.mark.slow
 def test_who_takes_long_to_come_back_from_a_lost_group_is_not_suspected(
     disturbed: Disturbed, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = SimpleNamespace(collect=lambda: time.sleep(2), freeze=lambda: None)  # as with a great many objects
+    slow = SimpleNamespace(collect=lambda: time.sleep(7), freeze=lambda: None)  # as with a great many objects
     monkeypatch.setattr(handle, "gc", slow)
     run = disturbed("kill(worker=1, step=4, phase=load)", workers=2, **HANGS)
     (line,) = recovered(run)
@@ -225,7 +227,7 @@ def test_a_task_that_blocks_while_others_wait_is_the_one_that_is_named(
         def loss(self, module: nn.Module, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
             if my_rank() == 2 and not mark.exists():
                 mark.touch()
-                time.sleep(60)
+                time.sleep(600)
             return super().loss(module, microbatch)
 
     mark = tmp_path / "mark"
@@ -289,17 +291,15 @@ def test_no_restarts(disturbed: Disturbed, tmp_path: Path) -> None:
 
 def test_a_fault_that_repeats_ends_the_run_after_waiting(command: Command, quiet: Any, tmp_path: Path) -> None:
     fault = "kill(worker=1, step=4, phase=update, times=5)"
-    began = time.monotonic()
     code, _, err = command(
-        "train", quiet.recipe, "--run-folder", "run", "-w", 2, "--fault", fault, "-q", "--set", "recovery.backoff_seconds=0.8"
+        "train", quiet.recipe, "--run-folder", "run", "-w", 2, "--fault", fault, "-q", "--set", "recovery.backoff_seconds=0.4"
     )  # fmt: skip
     assert code == 1
     assert "worker 1 was killed by SIGKILL" in err and "so the fault repeats" in err
     assert "this was loss 3 in a row at step 4" in err, "the step that never ends, counted as the user counts"
     first, second = recovered(tmp_path / "run")
     assert (first["step"], second["step"]) == (3, 3)
-    assert second["seconds"] >= 0.8, "the second attempt has waited"
-    assert time.monotonic() - began >= first["seconds"] + second["seconds"]
+    assert second["seconds"] >= 0.4, "the second attempt has waited"
 
 
 # Models with something that is easily got wrong
@@ -341,7 +341,13 @@ def models(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return find
 
 
-@pytest.mark.parametrize(("name", "workers"), [*zip(MODELS, (3, 2, 3), strict=True)])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        pytest.param(name, workers, marks=[pytest.mark.slow] * (workers == 2))
+        for name, workers in zip(MODELS, (3, 2, 3), strict=True)
+    ],
+)
 def test_models_survive(name: str, workers: int, models: Callable[[str], Path], tmp_path: Path) -> None:
     faults = f"kill(worker={workers - 1}, step=4, phase=update)", "kill(worker=0, step=7, phase=commit)"
     run = train_model(name, tmp_path / "run", workers, *faults)

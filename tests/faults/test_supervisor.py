@@ -53,7 +53,7 @@ def names(folder: Path | str) -> set[str]:
 
 def new_in_memory(before: set[str]) -> set[str]:
     """What has come to /dev/shm and stays there; others may use it too."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while (new := names("/dev/shm") - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     return new
@@ -64,7 +64,7 @@ def read_steps(run: Path) -> list[int]:
 
 
 def wait_for_file(path: Path, launched: Launched) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not path.exists():
         assert launched.process.exitcode is None and time.monotonic() < deadline, launched.out + launched.err
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def test_the_same_command_goes_on_wherever_the_supervisor_was_killed(
         def at(phase: str) -> None:
             if int(content.facts["step"]) == 12 and phase == "optimizer" and not (tmp_path / "writing").exists():
                 (tmp_path / "writing").touch()
-                time.sleep(60)
+                time.sleep(600)
 
         return honest(content, folder, at=at, **options)
 
@@ -152,11 +152,14 @@ def test_resuming_a_finished_run_says_so(command: Command, quiet: Quiet, tmp_pat
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Microbatches take their time, until there is a file "hurry" in the working directory."""
+    """In the working directory, files decide how long microbatches take: they wait for "go", and then take their time,
+    until there is "hurry"."""
 
     def loss(self: TextClassification, module: nn.Module, microbatch: Any) -> tuple[torch.Tensor, int]:
         if (Path.cwd() / "run").exists() and not (Path.cwd() / "hurry").exists():
-            time.sleep(0.2)
+            time.sleep(0.1)
+            while not any((Path.cwd() / name).exists() for name in ("go", "hurry")):
+                time.sleep(0.01)
         return honest(self, module, microbatch)
 
     honest = TextClassification.loss
@@ -166,12 +169,21 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resized_at_work_and_nobody_else_may_have_the_folder(
     quiet: Quiet, tmp_path: Path, temporary: Path, slow: None, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def resize(*options: object) -> tuple[int, str, str]:
+        """While steps go by: it takes place between two of them."""
+        (tmp_path / "go").touch()
+        answer = command("resize", "run", *options)
+        (tmp_path / "go").unlink()
+        return answer
+
     memory = names("/dev/shm")
     monkeypatch.setattr(run_lock, "DYING_SECONDS", 0.2)
-    launched = begin(quiet, tmp_path)
+    launched = begin(quiet, tmp_path, "--set", "recovery.hang_factor=0")
+    (tmp_path / "go").touch()
     launched.wait_for('"StepDone", "step": 1,')
+    (tmp_path / "go").unlink()
     workers = launched.workers()
-    code, out, err = command("resize", "run", "-w", 3)
+    code, out, err = resize("-w", 3)
     assert code == 0 and "2 → 3 workers after step " in out, err
     assert set(workers) < set(launched.workers()), "who was there stays"
     code, out, err = command("resize", "run", "--workers", 3)
@@ -182,7 +194,7 @@ def test_resized_at_work_and_nobody_else_may_have_the_folder(
     assert "allowed is a whole number from 1" in err
     code, out, err = command("train", quiet.recipe, "-w", 1, "--run-folder", "run", "--resume", "auto", *SETTINGS)
     assert code == 2 and f"is being trained by process {launched.pid} on " in err
-    code, out, err = command("resize", "run", "-w", 1)
+    code, out, err = resize("-w", 1)
     assert code == 0 and "3 → 1 workers after step " in out, err
     assert wait_until_gone(launched.workers()[1:]) == []
     (tmp_path / "hurry").touch()
@@ -263,7 +275,7 @@ def test_ctrl_c_twice_does_not_wait_for_a_slow_disk(
         def at(phase: str) -> None:
             if int(content.facts["step"]) > 3 and phase == "seal":
                 (tmp_path / "writing").touch()
-                time.sleep(60)
+                time.sleep(600)
 
         return honest(content, folder, at=at, **options)
 

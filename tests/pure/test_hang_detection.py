@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unisono.processes import progress_table as progress_tables
 from unisono.processes.progress_table import PHASES, ProgressTable, Row
+from unisono.runtime import hang_detection
 from unisono.runtime.hang_detection import FIRST_STEP_PATIENCE, PATIENCE, HangDetector, Stuck, find_stuck
 from unisono.runtime.worker_pool import WorkerPool
 
@@ -125,6 +126,30 @@ def test_in_words() -> None:
 # The watch over real processes
 
 
+class Clock:
+    """Stands still, except where a test turns it: no load of the machine makes anybody late."""
+
+    def __init__(self) -> None:
+        self.nanoseconds = 10**12
+
+    def monotonic_ns(self) -> int:
+        return self.nanoseconds
+
+    def monotonic(self) -> float:
+        return self.nanoseconds / 1e9
+
+    def turn(self, seconds: float) -> None:
+        self.nanoseconds += round(seconds * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (hang_detection, progress_tables):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
 @contextmanager
 def children(count: int) -> Iterator[list[int]]:
     """Processes that do nothing."""
@@ -166,11 +191,11 @@ def make_watch(factor: float, folder: Path, *handles: Someone) -> tuple[HangDete
     return HangDetector(pool, progress_table, folder, factor), progress_table
 
 
-def look(watch: HangDetector, *, until_found: bool = True) -> list[int]:
-    """Who hangs; the watch has to look several times, since it excuses all where it was asleep itself."""
-    deadline = time.monotonic() + (10.0 if until_found else 0.12)
-    while not (found := watch.find()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+def look(watch: HangDetector, clock: Clock, seconds: float) -> list[int]:
+    """Who hangs within so many seconds; the watch has to look often, since it excuses all where it was asleep itself."""
+    end = clock.monotonic() + seconds
+    while not (found := watch.find()) and clock.monotonic() < end:
+        clock.turn(0.01)
     assert all(handle.number == stuck.worker for handle, stuck in found)
     return sorted(stuck.worker for _, stuck in found)
 
@@ -183,36 +208,36 @@ def test_limit_follows_the_longest_step(tmp_path: Path) -> None:
         assert watch.limit_seconds == limit
 
 
-def test_the_first_step_has_more_time(tmp_path: Path) -> None:
+def test_the_first_step_has_more_time(tmp_path: Path, clock: Clock) -> None:
     with children(1) as pids:
         watch, _ = make_watch(0.05, tmp_path, Someone(0, 1, pids[0]))  # 1.5 s before any step, 0.05 s after one
-        assert look(watch, until_found=False) == []
+        assert look(watch, clock, 1.48) == []
         watch.learn(0.001)
-        assert look(watch) == [1]
+        assert look(watch, clock, 0.06) == [1]
 
 
-def test_factor_zero_never_suspects(tmp_path: Path) -> None:
+def test_factor_zero_never_suspects(tmp_path: Path, clock: Clock) -> None:
     with children(1) as pids:
         watch, _ = make_watch(0.0, tmp_path, Someone(0, 1, pids[0]))
         watch.learn(0.001)
-        assert look(watch, until_found=False) == []
+        assert look(watch, clock, 30.0) == []
 
 
-def test_who_waits_for_the_supervisor_is_found_if_it_is_stopped(tmp_path: Path) -> None:
+def test_who_waits_for_the_supervisor_is_found_if_it_is_stopped(tmp_path: Path, clock: Clock) -> None:
     with children(2) as pids:
         first, second = Someone(0, 1, pids[0]), Someone(1, 0, pids[1])
         watch, _ = make_watch(0.05, tmp_path, first, second)
         watch.learn(0.001)
-        assert look(watch) == [0, 1]
+        assert look(watch, clock, 0.06) == [0, 1]
         first.asking, second.waiting = True, True  # for an answer; for a seat
-        assert look(watch, until_found=False) == []
+        assert look(watch, clock, 30.0) == []
         os.kill(first.pid, signal.SIGSTOP)
         os.waitpid(first.pid, os.WUNTRACED)
-        assert look(watch) == [1]
+        assert look(watch, clock, 0.06) == [1]
         assert "stopped by a signal" in str(watch.find()[0][1])
 
 
-def test_groups_do_not_excuse_each_other(tmp_path: Path) -> None:
+def test_groups_do_not_excuse_each_other(tmp_path: Path, clock: Clock) -> None:
     """One that is being started has been in no exchange yet; that is no reason to wait for it in the present group."""
     with children(3) as pids:
         present = Someone(0, 0, pids[0], generation=3), Someone(1, 1, pids[1], generation=3)
@@ -223,18 +248,18 @@ def test_groups_do_not_excuse_each_other(tmp_path: Path) -> None:
             progress_writer.enter("add_integers")
         progress_table.clear(2)
         watch.learn(0.001)
-        assert look(watch) == [0, 1]
+        assert look(watch, clock, 0.06) == [0, 1]
 
 
-def test_a_run_that_was_stopped_as_a_whole_suspects_nobody_when_it_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_as_a_whole_suspects_nobody_when_it_goes_on(tmp_path: Path, clock: Clock) -> None:
     """Ctrl-Z and `fg`: the watch has slept as long as the workers."""
     with children(1) as pids:
         watch, _ = make_watch(0.3, tmp_path, Someone(0, 1, pids[0]))
         watch.learn(0.001)
         assert watch.find() == []
-        time.sleep(0.4)
+        clock.turn(0.4)
         assert watch.find() == []
-        assert look(watch) == [1]  # but not for ever
+        assert look(watch, clock, 0.31) == [1]  # but not for ever
 
 
 def test_stacks_that_cannot_be_written_cost_nothing_else(tmp_path: Path) -> None:

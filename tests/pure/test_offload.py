@@ -42,7 +42,7 @@ def act_together(*acts: Act) -> list[Any]:
     store, found = dist.HashStore(), [None] * len(acts)
 
     def work(rank: int) -> None:
-        exchange = Shared(store, rank=rank, workers=len(acts), timeout_seconds=20)
+        exchange = Shared(store, rank=rank, workers=len(acts), timeout_seconds=120)
         try:
             assert exchange.offload is not None
             found[rank] = acts[rank](exchange, exchange.offload)
@@ -115,7 +115,7 @@ def test_nobody_waits() -> None:
         return taken
 
     def late(exchange: Shared, offload: OffloadQueue) -> None:
-        assert asked.wait(10)
+        assert asked.wait(60)
         exchange.wait_for_all()
 
     assert act_together(busy, late) == [False, None]
@@ -130,7 +130,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.
 
     def mm(*both: Tensor, out: Tensor) -> Tensor:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return multiply(*both, out=out)
 
     def note(self: OffloadQueue, slot: int) -> None:
@@ -149,13 +149,18 @@ def test_what_nobody_has_begun_is_taken_back(slowly: Slowly, monkeypatch: pytest
     monkeypatch.setattr(desks, "PATIENCE_SECONDS", 1000)
     begun, go_on, own = slowly
 
+    def go_on_when_computed() -> None:
+        while not own:
+            time.sleep(1e-3)
+        go_on.set()
+
     def late(exchange: Shared, offload: OffloadQueue) -> None:
         until_waiting(exchange)
         assert offload.publish(0, *operands(0))
-        assert begun.wait(10)
+        assert begun.wait(60)
         assert offload.publish(1, *operands(1))
         assert not offload.publish(2, *operands(2)), "two lie there"
-        threading.Timer(0.1, go_on.set).start()
+        threading.Thread(target=go_on_when_computed).start()
         check(offload.collect(), range(2))
         assert len(own) == 1, "the first was computed by who had begun it, the second by its owner"
         assert sorted(offload._free) == [0, 1]
@@ -172,16 +177,17 @@ def test_who_takes_too_long_is_not_waited_for(slowly: Slowly, monkeypatch: pytes
     def late(exchange: Shared, offload: OffloadQueue) -> None:
         until_waiting(exchange)
         assert offload.publish(0, *operands(0))
-        assert begun.wait(10)
+        assert begun.wait(60)
         check(offload.collect(), range(1))
         assert len(own) == 1
         assert len(offload._free) == 1, "somebody may still write there"
+        monkeypatch.setattr(desks, "PATIENCE_SECONDS", 1000)
         go_on.set()
         while len(offload._free) < 2:
             offload._handle_messages()
         begun.clear()
         assert offload.publish(0, *operands(0))
-        assert begun.wait(10)
+        assert begun.wait(60)
         check(offload.collect(), range(1))
         assert len(own) == 1
         exchange.wait_for_all()
@@ -204,7 +210,7 @@ def test_who_is_lost_with_a_job_takes_nothing_with_it(monkeypatch: pytest.Monkey
     def late(exchange: Shared, offload: OffloadQueue) -> None:
         until_waiting(exchange)
         assert offload.publish(0, *operands(0))
-        assert begun.wait(10)
+        assert begun.wait(60)
         check(offload.collect(), range(1))
         exchange.wait_for_all()
 
@@ -252,7 +258,7 @@ def join_with(affinities: list[int], monkeypatch: pytest.MonkeyPatch) -> list[An
 
     def work(rank: int) -> None:
         mine.processors = affinities[rank]
-        exchange = Shared(store, rank=rank, workers=len(affinities), timeout_seconds=20)
+        exchange = Shared(store, rank=rank, workers=len(affinities), timeout_seconds=120)
         found[rank] = (exchange.offload, exchange.gather_bytes(bytes([rank]) * (rank + 1)))
         exchange.close()
 
@@ -282,7 +288,7 @@ def test_who_cannot_open_a_desk_leaves_nothing_open(monkeypatch: pytest.MonkeyPa
 
     def work(rank: int) -> None:
         try:
-            Shared(store, rank=rank, workers=2, timeout_seconds=20)
+            Shared(store, rank=rank, workers=2, timeout_seconds=120)
         except LostPeerError as error:
             heard.append(str(error))
 

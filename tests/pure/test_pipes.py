@@ -24,15 +24,15 @@ class Meeting:
     def gather(self, rank: int) -> Callable[[list[int]], list[list[int]]]:
         def gather(numbers: list[int]) -> list[list[int]]:
             self._rows[rank] = numbers
-            self._barrier.wait(10)
+            self._barrier.wait(60)
             heard = list(self._rows)
-            self._barrier.wait(10)
+            self._barrier.wait(60)
             return heard
 
         return gather
 
 
-def act_together(workers: int, act: Callable[[Pipes, int], Any], timeout_seconds: float = 10) -> list[Any]:
+def act_together(workers: int, act: Callable[[Pipes, int], Any], timeout_seconds: float = 120) -> list[Any]:
     """What `act(pipes, rank)` returned, or raised, in each thread."""
     meeting, found = Meeting(workers), [None] * workers
 
@@ -49,7 +49,7 @@ def act_together(workers: int, act: Callable[[Pipes, int], Any], timeout_seconds
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(180)
         assert not thread.is_alive()
     return found
 
@@ -82,14 +82,14 @@ def test_who_has_gone_is_told_after_what_it_said() -> None:
             return heard
         if rank == 1:
             pipes._send(dict.fromkeys(pipes._outlets, memoryview(b"1")))  # it reads only when worker 0 has gone
-            left.wait(10)
+            left.wait(60)
             heard = [bytearray() for _ in range(3)]
             heard[1] += b"1"
             while not all(heard):
                 pipes._receive({file: 1 for file, worker in pipes._inlets.items() if not heard[worker]}, heard)
         else:
             heard = pipes.swap(b"2")
-            left.wait(10)
+            left.wait(60)
         with pytest.raises(LostPeerError, match="another worker has gone"):
             pipes.swap(b"x" * 100_000)
         return heard
@@ -102,7 +102,7 @@ def test_who_does_not_come_is_named() -> None:
 
     def act(pipes: Pipes, rank: int) -> None:
         if rank == 1:
-            over.wait(10)
+            over.wait(60)
             return
         try:
             pipes.swap(b"x")

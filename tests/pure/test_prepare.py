@@ -52,8 +52,11 @@ def nothing_written(folder: Path) -> bool:
     return not (folder / "store").exists() or not list((folder / "store").iterdir())
 
 
+@pytest.mark.parametrize("counts", [(1, 3), pytest.param((1, 2, 5, 8), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("model", "kind"), [("bag", "ngrams"), ("transformer", "wordpiece"), ("transformer", "bpe")])
-def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
+def test_bytes_do_not_depend_on_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str, counts: tuple[int, ...]
+) -> None:
     monkeypatch.setattr(rows, "COLUMN_BATCH_ROWS", 8)
     monkeypatch.setattr(inputs, "find_input_splits", partial(find_input_splits, input_split_bytes=200))
     train, test = str(tmp_path / "train.jsonl"), write(tmp_path / "test.csv", lines(30, 1000))
@@ -61,7 +64,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.Monk
     Path(train).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     assert len(inputs.find_input_splits(train, Data())) > 8
     made = []
-    for workers in (1, 2, 3, 5, 8):
+    for workers in counts:
         store = str(tmp_path / str(workers))
         data = {"train": train, "test": test, "validation_fraction": 0.2, "store": store}
         screen = {"near_duplicates": "refuse", "mail": "mask"}

@@ -136,7 +136,7 @@ def test_words_of_the_supervisor_reach_another_process() -> None:
     assert (progress_table.generation, progress_table.request, progress_table.prepared) == (0, RUNNING, False)
     pid = os.fork()
     if not pid:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while progress_table.request != STOP and time.monotonic() < deadline:
             time.sleep(0.001)
         progress_table.prepared = progress_table.generation == 3

@@ -69,7 +69,7 @@ def test_a_step_took_also_what_others_computed_for_it(monkeypatch: pytest.Monkey
     offload.taken_seconds += 50.0
     reduction.finish()
     ((microseconds,),) = learnt
-    assert 50e6 <= microseconds < 60e6
+    assert 50e6 <= microseconds < 150e6  # what was taken before the step does not count
 
 
 def normed() -> nn.Module:

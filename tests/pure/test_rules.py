@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-import time
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toy import ends
 from unisono.config.recipe import check
 from unisono.config.sections import Screen
 from unisono.data.ingest.read import Record
@@ -376,13 +376,12 @@ def test_wrong_settings_are_explained(table: dict[str, Any], told: str) -> None:
     ],
 )
 def test_time_grows_with_the_text_and_not_with_its_square(text: str) -> None:
-    """200,000 characters made to be matched almost: minutes, where a pattern starts over at every place. phonenumbers
+    """A million characters made to be matched almost: hours, where a pattern starts over at every place. phonenumbers
     takes about 10 µs a digit, so it is given fewer."""
-    for characters, settings in ((200_000, {"phone": "keep"}), (20_000, {"phone_region": "DE"})):
+    for characters, settings in ((1_000_000, {"phone": "keep"}), (20_000, {"phone_region": "DE"})):
         examiner = Examiner(Screen(**{**MENDING, "mojibake": "keep", **settings}), ())
-        start = time.process_time()
-        examiner.examine(record("a@" + text * (characters // len(text))))
-        assert time.process_time() - start < 5
+        with ends():
+            examiner.examine(record("a@" + text * (characters // len(text))))
 
 
 def test_new_texts_are_treated_like_those_learned_from() -> None:

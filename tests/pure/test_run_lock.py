@@ -81,7 +81,7 @@ def test_another_process_is_named_and_its_death_ends_its_claim(tmp_path: Path) -
 
 def test_workers_of_a_killed_supervisor_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have inherited the lock, and die a moment after it."""
-    monkeypatch.setattr(run_locks, "DYING_SECONDS", 30.0)
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 120.0)
     pid = begin_elsewhere(lambda: RunLock(tmp_path))
     killer = threading.Timer(0.1, end, (pid,))
     killer.start()
@@ -156,12 +156,12 @@ def converse(folder: Path, workers: int, answer: Callable[[RunLock, int], None])
 
     asking = threading.Thread(target=ask)
     asking.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while asking.is_alive() and time.monotonic() < deadline:
         if (wanted := run_lock.wanted_workers()) is not None:
             answer(run_lock, wanted)
         time.sleep(0.002)
-    asking.join(10)
+    asking.join(120)
     with suppress(OSError):
         run_lock.release()
     return found[0]
@@ -215,7 +215,7 @@ def test_nobody_is_there_to_be_asked(tmp_path: Path) -> None:
 
 def test_who_waited_for_a_claim_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock must be on the file that is there: the one before was removed when its holder let go."""
-    monkeypatch.setattr(run_locks, "DYING_SECONDS", 1.0)
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 120.0)
     first = RunLock(tmp_path)
     found: list[RunLock] = []
     waiting = threading.Thread(target=lambda: found.append(RunLock(tmp_path)))
@@ -223,6 +223,7 @@ def test_who_waited_for_a_claim_keeps_others_out(tmp_path: Path, monkeypatch: py
     time.sleep(0.2)
     first.release()
     waiting.join()
+    monkeypatch.setattr(run_locks, "DYING_SECONDS", 0.1)
     with pytest.raises(RunFolderError, match="is being trained by process"):
         RunLock(tmp_path)
     found[0].release()

@@ -51,7 +51,7 @@ def floats(samples: int) -> dict[str, np.ndarray]:
     return {**columns, "x": columns["x"].astype(np.float32) / zoo.WORDS}
 
 
-@pytest.mark.parametrize(("workers", "total_steps"), [(2, 3), (64, 2), (150, 1)])
+@pytest.mark.parametrize(("workers", "total_steps"), [(2, 3), (64, 2), pytest.param(150, 1, marks=pytest.mark.slow)])
 def test_many_workers_give_the_bits_of_one(workers: int, total_steps: int) -> None:
     microbatches = max(64, workers)
     expected = train(Solo(), microbatches=microbatches, total_steps=total_steps)
@@ -60,6 +60,7 @@ def test_many_workers_give_the_bits_of_one(workers: int, total_steps: int) -> No
     assert expected != train(Solo(), microbatches=microbatches, total_steps=total_steps + 1)
 
 
+@pytest.mark.slow
 def test_a_thousand_workers_reduce_to_the_bits_of_one() -> None:
     """Each owns one element of the gradient, and has one microbatch."""
     workers, microbatches = 1000, 1000

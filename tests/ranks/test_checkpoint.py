@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from worlds import CPU, Forked, Heard, train_alone
 
 import zoo
+from toy import DAMAGES
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.errors import DamagedError, Interrupted, RunFolderError, WorkerError
@@ -103,7 +104,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workers", [3, 7])
+@pytest.mark.parametrize("workers", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, whole: Path, tmp_path: Path) -> None:
     play_train(workers, tmp_path / "run")
     found, expected = contents(tmp_path / "run" / "checkpoints"), contents(whole / "checkpoints")
@@ -112,7 +113,9 @@ def test_bytes_do_not_depend_on_the_number_of_workers(workers: int, whole: Path,
     assert {"exp_avg.0.weight", "average.1.running_mean", "best.0.weight", "best_integers", "updates.0.weight"} <= names
 
 
-@pytest.mark.parametrize("stops", [(2, 3), (1, 1), (4, 4)])
+@pytest.mark.parametrize(
+    "stops", [(2, 3), *(pytest.param(stops, marks=pytest.mark.slow) for stops in ((1, 1), (4, 4)))]
+)
 def test_resumed_on_other_numbers_of_workers_equals_uninterrupted(
     stops: tuple[int, int], whole: Path, tmp_path: Path
 ) -> None:
@@ -155,8 +158,7 @@ def test_keep_best_chooses_among_all_evaluations(whole: Path) -> None:
             assert value.item() == 4, name
 
 
-@pytest.mark.parametrize("file", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     file: str, damage: str, whole: Path, tmp_path: Path
 ) -> None:
@@ -175,8 +177,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert contents(folder / "checkpoints") == contents(whole / "checkpoints")
 
 
-@pytest.mark.parametrize("file", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
 def test_with_no_whole_checkpoint_the_newest_damaged_file_is_named(file: str, damage: str, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         play_train(1, tmp_path, steps=2)

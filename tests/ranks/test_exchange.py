@@ -230,10 +230,8 @@ def test_a_killed_worker_is_the_cause_and_its_peers_are_not(forked: Forked) -> N
         while True:
             exchange.wait_for_all()
 
-    begun = time.monotonic()
     with pytest.raises(WorkerError, match="worker 1 was killed by SIGKILL"):
         forked(3, act)
-    assert time.monotonic() - begun < 20
 
 
 def test_a_worker_that_raises_is_the_cause(forked: Forked) -> None:
@@ -278,7 +276,7 @@ def test_a_group_that_could_not_be_made_is_forgotten(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError):
                 Distributed(alone, rank=0, workers=2, device=cpu, timeout_seconds=0.3)
         store = torch.distributed.FileStore(str(tmp_path / "met"), 2)
-        exchange = Distributed(store, rank=rank, workers=2, device=cpu, timeout_seconds=20)
+        exchange = Distributed(store, rank=rank, workers=2, device=cpu, timeout_seconds=120)
         assert exchange.add_integers(torch.tensor([rank + 1])).tolist() == [3]
         exchange.close()
 
@@ -286,6 +284,6 @@ def test_a_group_that_could_not_be_made_is_forgotten(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(40)
+        worker.join(240)
         worker.kill()
     assert [worker.exitcode for worker in workers] == [0, 0]

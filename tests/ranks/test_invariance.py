@@ -34,7 +34,6 @@ from unisono.tasks.run_inputs import RunInputs
 from unisono.tasks.task import Task
 from unisono.tasks.text.classification import TextClassification
 
-MATRIX = (1, 2, 3, 5, 8)
 SHORT_LAST_STEP = {"samples_per_step": 20, "microbatches": 8, "epochs": 2.0}  # 45 samples: steps of 20, 20 and 5
 
 
@@ -151,17 +150,31 @@ def perform(case: Case, exchange: Exchange, folder: Path) -> dict[str, Any]:
     return kept | {"checkpoints": checkpoints} | ({"losses": heard.losses} if exchange.rank == 0 else {})
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_any_number_of_played_workers(name: str, tmp_path: Path) -> None:
+QUICK = (
+    "convolution, clipped, averaged", "attention", "bag, sparse gradients", "bag, lazy rows, clipped",
+    "tied, frozen, unused, dropped", "recomputed", "counting", "bf16", "class weights", "one sample a step",
+    "thirteen microbatches", "preset transformer", "preset BERT, clipped",
+)  # fmt: skip
+"""One of each promise; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        *((name, (1, 2, 3)) for name in QUICK),
+        *(pytest.param(name, (1, 2, 3, 5, 8), marks=pytest.mark.slow) for name in CASES),
+    ],
+)
+def test_any_number_of_played_workers(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     case = CASES[name]
     found = {}
-    for workers in MATRIX:
+    for workers in counts:
 
         def act(exchange: Exchange, folder: Path = tmp_path / str(workers)) -> dict[str, Any]:
             return perform(case, exchange, folder)
 
         found[workers] = play(workers, act)[0]
-    for workers in MATRIX[1:]:
+    for workers in counts[1:]:
         assert found[workers] == found[1], f"{workers} workers"
     assert len(found[1]["losses"]) == found[1]["steps"] >= 3
     assert len(found[1]["checkpoints"]) >= 3
@@ -185,14 +198,17 @@ def _assert_trained(case: Case, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "counts"),
     [
-        ("convolution, clipped, averaged", (1, 2, 3, 8)),
-        ("tied, frozen, unused, dropped", (2, 5)),
+        ("convolution, clipped, averaged", (1, 2, 3)),
+        ("tied, frozen, unused, dropped", (2,)),
         ("preset transformer", (3,)),
         ("preset bag", (2,)),
-        ("bag, lazy rows", (2, 3)),
-        ("lstm", (3,)),
+        ("bag, lazy rows", (3,)),
         ("float64", (2,)),
         ("bf16", (3,)),
+        pytest.param("convolution, clipped, averaged", (8,), marks=pytest.mark.slow),
+        pytest.param("tied, frozen, unused, dropped", (5,), marks=pytest.mark.slow),
+        pytest.param("bag, lazy rows", (2,), marks=pytest.mark.slow),
+        pytest.param("lstm", (3,), marks=pytest.mark.slow),
     ],
 )
 def test_real_workers_as_played_ones(name: str, counts: tuple[int, ...], tmp_path: Path, forked: Forked) -> None:
@@ -203,7 +219,15 @@ def test_real_workers_as_played_ones(name: str, counts: tuple[int, ...], tmp_pat
         assert found[0] == expected, f"{workers} workers"
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"microbatches": 7}, {"samples_per_step": 19}, {"optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"microbatches": 7},
+        pytest.param({"samples_per_step": 19}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "adam"}, marks=pytest.mark.slow),
+    ],
+)
 def test_what_decides_bits_does(change: dict[str, Any], tmp_path: Path) -> None:
     """Else the comparisons above would pass whatever was trained."""
     case = CASES["recomputed"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import fcntl
 import os
+import termios
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from test_invariance import CASES, Case, bert, bert_folder, encoded, perform  # 
 from torch import nn
 from worlds import Forked
 
-from unisono.backends.torch_backend import TorchBackend
 from unisono.engine.audit import Audit
-from unisono.engine.contribution import Contribution
+from unisono.engine.contribution import Contribution, Contributor
+from unisono.exchange import offload as offloading
 from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.simulated import play
@@ -41,63 +43,95 @@ FROZEN = {"frozen in part": Case(frozen_in_part, encoded, {"learning_rate": 1e-3
 NAMES = ("frozen in part", "preset transformer", "preset BERT, clipped", "preset BERT, bf16", "preset bag")
 
 
+Helped = list[int]
+"""Grows when this process computes for another one."""
+
+
 @pytest.fixture
-def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every linear layer counts as a large one, all workers have processors, and each in turn is late. Returns a list
-    whose length tells how often this process has computed for another one."""
+def helped(monkeypatch: pytest.MonkeyPatch) -> Helped:
+    """Every linear layer counts as a large one, and all workers have processors. In each step one worker is late: it
+    begins when another waits for it, and goes on when that one has taken a job. So there is help, however the machine
+    shares out its time."""
     monkeypatch.setattr(linear, "LARGE", 1)
     monkeypatch.setattr(linear, "multiplies_bf16", lambda: False)  # else torch's own layers are used
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    served: list[int] = []
-    serve, honest, turns = OffloadQueue.serve, TorchBackend._go_back, itertools.count()
+    monkeypatch.setattr(offloading, "PATIENCE_SECONDS", 1000)
+    given: Helped = []
+    serve, contribute, collect = OffloadQueue.serve, Contributor.contribute, OffloadQueue.collect
+    init, place = OffloadQueue.__init__, [0, 1]  # this process's rank, and the workers
+
+    def remember(self: OffloadQueue, *arguments: Any, rank: int, workers: int) -> None:
+        place[:] = rank, workers
+        init(self, *arguments, rank=rank, workers=workers)
 
     def count(self: OffloadQueue, file: int) -> None:
         before = self.given_seconds
         serve(self, file)
         if self.given_seconds > before:
-            served.append(1)
+            given.append(1)
 
-    def go_back(self: TorchBackend, loss: Any, offload: Any) -> None:
-        if (next(turns) + os.getpid()) % 3 == 0:
-            time.sleep(0.02)
-        honest(self, loss, offload)
+    def begin(self: Contributor, step: int, number: int, microbatch: Any) -> Contribution:
+        if self.offload is not None and place[0] == step % place[1]:
+            while not self.offload._waiting():
+                time.sleep(1e-3)
+        return contribute(self, step, number, microbatch)
 
+    def take_back(self: OffloadQueue) -> list[tuple[Any, Any]]:
+        while self._laid and count_bytes(self._jobs) == len(self._laid):
+            time.sleep(1e-3)
+        return collect(self)
+
+    monkeypatch.setattr(OffloadQueue, "__init__", remember)
     monkeypatch.setattr(OffloadQueue, "serve", count)
-    monkeypatch.setattr(TorchBackend, "_go_back", go_back)
-    return served
+    monkeypatch.setattr(OffloadQueue, "collect", take_back)
+    monkeypatch.setattr(Contributor, "contribute", begin)
+    return given
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_bit_tells_who_computed(name: str, tmp_path: Path, forked: Forked, laid: list[int]) -> None:
+def count_bytes(pipe: int) -> int:
+    """What can be read from it now."""
+    found = array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, found)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        *[(name, (2, 3)) for name in ("frozen in part", "preset BERT, clipped", "preset bag")],
+        *[pytest.param(name, (2, 3, 5, 8), marks=pytest.mark.slow) for name in NAMES],
+    ],
+)
+def test_no_bit_tells_who_computed(
+    name: str, counts: tuple[int, ...], tmp_path: Path, forked: Forked, helped: Helped
+) -> None:
     case = (CASES | FROZEN)[name]
     expected = play(1, lambda exchange: perform(case, exchange, tmp_path / "alone"))[0]
-    for workers in (2, 3, 5, 8):
+    for workers in counts:
 
         def act(exchange: Exchange, folder: Path = tmp_path / str(workers)) -> list[Any]:
             found = perform(case, exchange, folder)
-            return [found, len(laid)]
+            return [found, len(helped)]
 
         told = forked(workers, act)
         assert told[0][0] == expected, f"{workers} workers"
-        assert sum(count for _, count in told) > 3, f"{workers} workers: nobody computed for another one"
+        assert sum(count for _, count in told) >= 2, f"{workers} workers: nobody computed for another one"
 
 
 def test_an_audited_microbatch_is_its_workers_own(
-    tmp_path: Path, forked: Forked, laid: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, forked: Forked, helped: Helped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is judged answers for every bit; the other microbatches have help as always."""
-    helped: list[bool] = []
+    taken: list[bool] = []
     contribute = Audit.contribute
 
     def watch(self: Audit, step: int, number: int, microbatch: Any) -> Contribution:
         offload = self._exchange.offload
         assert offload is not None
-        if number == self._choose(step):
-            time.sleep(0.1)  # so the other one waits
         before = offload.taken_seconds
         found = contribute(self, step, number, microbatch)
         if number == self._choose(step):
-            helped.append(offload.taken_seconds > before)
+            taken.append(offload.taken_seconds > before)
         return found
 
     monkeypatch.setattr(Audit, "contribute", watch)
@@ -106,7 +140,7 @@ def test_an_audited_microbatch_is_its_workers_own(
 
     def act(exchange: Exchange) -> list[Any]:
         perform(audited, exchange, tmp_path / "audited")
-        return [helped, len(laid)]
+        return [taken, len(helped)]
 
     told = forked(2, act)
     assert sum(len(one) for one, _ in told) >= 6  # one a step

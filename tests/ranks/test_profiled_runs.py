@@ -103,8 +103,8 @@ def test_played_workers_wait_for_each_other(tmp_path: Path) -> None:
     "fault",
     [
         "kill(worker=1, step=7, phase=update)",
-        "kill(worker=0, step=18, phase=commit)",
-        "kill(worker=1, step=18, phase=finish)",
+        pytest.param("kill(worker=0, step=18, phase=commit)", marks=pytest.mark.slow),
+        pytest.param("kill(worker=1, step=18, phase=finish)", marks=pytest.mark.slow),
     ],
 )
 def test_a_loss_leaves_a_profile_of_the_rest(
@@ -123,6 +123,7 @@ def test_a_loss_leaves_a_profile_of_the_rest(
     assert {path.name for path in run.iterdir()} >= FILES
 
 
+@pytest.mark.slow
 def test_torchrun_leaves_a_profile(tmp_path: Path, trained: dict[int, Path]) -> None:
     make_toy(tmp_path)
     with socket.socket() as free:
@@ -135,7 +136,7 @@ def test_torchrun_leaves_a_profile(tmp_path: Path, trained: dict[int, Path]) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 0, done.stderr

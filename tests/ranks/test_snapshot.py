@@ -217,7 +217,14 @@ def alone(case: Case, count: int) -> dict[str, Any]:
     return gathered(run)
 
 
-@pytest.mark.parametrize("name", ["mixed", "attention, bf16, averaged", "convolution", "lazy rows"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixed",
+        "convolution",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("attention, bf16, averaged", "lazy rows")),
+    ],
+)
 def test_any_number_of_workers_goes_on_from_it(name: str, direct: bool, memory: int) -> None:
     case = CASES[name]
 

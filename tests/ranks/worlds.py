@@ -27,7 +27,8 @@ from unisono.tracking.events import Event, Notice, Observer, RunEnded, StepDone
 
 CPU = torch.device("cpu")
 Forked = Callable[[int, Callable[[Exchange], Any]], list[Any]]
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 240
+"""Ends a world that hangs, on a busy machine too; no result depends on it."""
 
 
 class Heard:
