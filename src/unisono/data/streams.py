@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,6 +33,7 @@ from unisono.processes.forking import describe_end, end_with_parent, fork
 PROBED = 16  # samples that are read twice, to see that they are the same
 CHECKED = 4  # samples after a state, by which it is judged: a shuffle buffer's state may not lead to the same ones
 KEPT_STATES = 4
+PATIENCE_SECONDS = 600
 MOST_STATE_BYTES = 32 * 1024  # it is a part of every commit
 
 
@@ -59,7 +61,8 @@ class SampleStream:
         self._window: dict[int, Any] = {}
         self._states: dict[int, Any] = {}
         self.has_state = hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
-        told = self._ask_child(self._compare)
+        self._checks = self._start_checks()
+        told = self._ask(0, None)
         self.left_out = dict.fromkeys(told["left_out"])
         self.sha256 = str(told["sha256"])
         self._iterator: Iterator[Any] = iter(data)
@@ -91,10 +94,9 @@ class SampleStream:
         """
         position = step * self._samples_per_step
         self._states = {}
-        if told is not None and told["state"] is not None:
-            checked = self._ask_child(lambda: {"next": self._hash_next(position, _as_json(told["state"]))})
-            if checked["next"] == told["next"]:
-                self._states[position] = told["state"]
+        state = None if told is None else told["state"]
+        if state is not None and self._ask(position, state)["next"] == told["next"]:
+            self._states[position] = state
         self._begin(position if position in self._states else 0)
         return self._position == position
 
@@ -156,24 +158,58 @@ class SampleStream:
     def _hash(self, items: list[Any]) -> str:
         return hash_tensors(self._put_together(items)) if items else ""
 
-    # In a process of its own
+    # In a process of its own: a copy of this one from before anything was read here. A later copy would lack
+    # the threads that a library may have started for the stream meanwhile, and wait for them.
 
-    def _ask_child(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Call a function in a copy of this process."""
+    def _start_checks(self) -> Connection:
+        """Start the process; return the connection through which it is asked. It ends when that is closed."""
         mine, theirs = Pipe()
-        child = fork(_answer_parent, (ask, theirs, os.getpid()), "stream check")
+        fork(self._answer_checks, (mine, theirs, os.getpid()), "stream checks", hold=(signal.SIGINT, signal.SIGTERM))
         theirs.close()
+        return mine
+
+    def _ask(self, position: int, state: Any) -> dict[str, Any]:
+        """Have the stream compared with itself (state None), or read on from the state that it had at `position`."""
         try:
-            told: dict[str, Any] = json.loads(mine.recv_bytes())
-        except EOFError:
-            child.join()
-            raise DataError(f"a process that read the stream {describe_end(child.exitcode or 0)}.") from None
-        finally:
-            mine.close()
-        child.join()
+            self._checks.send_bytes(json.dumps([position, state]).encode())
+            if not self._checks.poll(PATIENCE_SECONDS):
+                raise DataError(
+                    f"the stream gave nothing for {PATIENCE_SECONDS} s in a forked process. If it was read "
+                    'here before, its threads are not in forked ones: use launcher="spawn", or make it anew.'
+                )
+            told: dict[str, Any] = json.loads(self._checks.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise DataError("the process that reads the stream to check it has ended. Start again.") from None
         if "error" in told:
             raise DataError(told["error"])
         return told
+
+    def _answer_checks(self, parents: Connection, mine: Connection, parent: int) -> None:
+        """Answer, each time in a copy of this process, so that the stream here stays as it is."""
+        end_with_parent(parent)
+        parents.close()
+        while True:
+            try:
+                position, state = json.loads(mine.recv_bytes())
+            except (EOFError, ConnectionError):
+                os._exit(0)  # no clean-up of what was inherited
+            child = fork(self._answer, (mine, position, state, os.getpid()), "stream check")
+            child.join()
+            if child.exitcode:
+                error = f"a process that read the stream {describe_end(child.exitcode)}."
+                mine.send_bytes(json.dumps({"error": error}).encode())
+
+    def _answer(self, connection: Connection, position: int, state: Any, parent: int) -> None:
+        end_with_parent(parent)
+        told: dict[str, Any]
+        try:
+            told = self._compare() if state is None else {"next": self._hash_next(position, _as_json(state))}
+        except DataError as error:
+            told = {"error": str(error)}
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+            told = {"error": f"the stream raised {type(error).__name__}: {error}"}
+        connection.send_bytes(json.dumps(told).encode())
+        os._exit(0)
 
     def _compare(self) -> dict[str, Any]:
         """Read the first samples twice."""
@@ -211,18 +247,6 @@ class SampleStream:
         for _ in following:
             self._read()
         return self._hash([self._window[number] for number in following])
-
-
-def _answer_parent(ask: Callable[[], dict[str, Any]], connection: Connection, parent: int) -> None:
-    end_with_parent(parent)
-    try:
-        told = ask()
-    except DataError as error:
-        told = {"error": str(error)}
-    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-        told = {"error": f"the stream raised {type(error).__name__}: {error}"}
-    connection.send_bytes(json.dumps(told).encode())
-    os._exit(0)  # no clean-up of what was inherited
 
 
 def _as_json(state: Any) -> Any:
