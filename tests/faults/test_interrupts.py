@@ -157,7 +157,7 @@ def test_terminal_interrupts_the_whole_group(tmp_path: Path, held: Path, stop: s
 def test_second_interrupt_ends_at_once(tmp_path: Path, first: signal.Signals, code: int) -> None:
     """The workers' step does not end: they are held up until the end of the test."""
     launched = begin(tmp_path)
-    children = launched.workers()
+    children = launched.workers()[:2]  # without what writes a checkpoint just now, and ends by itself
     interrupt(launched, first)
     assert is_alive(launched.pid) and all(map(is_alive, children))
     os.kill(launched.pid, signal.SIGINT)
