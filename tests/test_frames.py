@@ -307,7 +307,7 @@ from pathlib import Path
 import numpy as np, polars as pl, pyarrow as pa
 from unisono.data.ingest.inputs import find_inputs
 from unisono.data.share import Share
-from unisono.data.ingest.staging import spool
+from unisono.data.ingest.staging import stage
 from unisono.data.screening.rules import Examiner
 from unisono.config.sections import Data, Screen
 
@@ -325,7 +325,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
 before, allocated = memory("VmRSS"), pa.total_allocated_bytes()
 (found,) = find_inputs(data, {"train": frame}, Share(workers=1)).values()
 for number, part in enumerate(found.parts):
-    spool(Path(f"{kind}-{number}"), [part], "frame", data, Examiner(Screen(), ()), place=False, near=False)
+    stage(Path(f"{kind}-{number}"), [part], "frame", data, Examiner(Screen(), ()), place=False, near=False)
 print(len(found.parts), found.sha256, memory("VmHWM") - before, pa.total_allocated_bytes() - allocated)
 """
 
