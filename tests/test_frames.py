@@ -464,6 +464,7 @@ def run(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unisono.train(make_toy(folder), workers=2, run=folder / "run", quiet=True).folder
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_on_any_frame_as_on_the_file(tmp_path: Path, run: Path) -> None:
     make_toy(tmp_path)
     recipe = tmp_path / "frames.toml"

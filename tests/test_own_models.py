@@ -72,8 +72,15 @@ def train(folder: Path, task: unisono.Task, data: object, workers: int, **settin
     return unisono.train(task, data, test=make_columns(31), workers=workers, run=run, **(SETTINGS | settings))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("data", [make_columns(), Augmented(make_columns())], ids=["columns", "augmented"])
-@pytest.mark.parametrize("task", [Classes(), Convolutions()], ids=["dropout", "batchnorm"])
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        pytest.param(Classes(), make_columns(), id="dropout-columns"),
+        pytest.param(Convolutions(), Augmented(make_columns()), id="batchnorm-augmented"),
+        pytest.param(Classes(), Augmented(make_columns()), id="dropout-augmented", marks=pytest.mark.slow),
+        pytest.param(Convolutions(), make_columns(), id="batchnorm-columns", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, task: unisono.Task, data: object) -> None:
     runs = [train(tmp_path, task, data, workers) for workers in (1, 2, 3)]
     for name in ("weights_sha256", "optimizer_sha256", "test"):

@@ -26,7 +26,7 @@ from unisono.errors import ParallelError, TaskError, WorkerError
 from unisono.parallel import local_processes as local
 from unisono.parallel import sharing
 
-WORKERS = (1, 2, 3, pytest.param(5, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow))
+WORKERS = (1, 3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 5, 8)))
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +168,7 @@ def test_there_is_no_key_outside_of_tasks() -> None:
         parallel.key()
 
 
+@pytest.mark.slow
 def test_torch_imported_by_a_task_is_seeded_in_the_first_one_too() -> None:
     """`seed_all` finds no torch before the first task; from the second on it does, in workers that had an earlier one."""
     script = """

@@ -22,7 +22,7 @@ LARGE = 3 * BUFFER_BYTES  # elements: beside the pickle; small ones travel withi
 
 
 def echo(items: list[Any], **arguments: Any) -> list[Any]:
-    return list(parallel.map(lambda item: item, items, workers=2, **arguments))
+    return list(parallel.map(lambda item: item, items, workers=1, **arguments))
 
 
 def make_structured(count: int) -> np.ndarray:

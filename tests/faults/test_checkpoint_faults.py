@@ -65,9 +65,9 @@ def spoil(path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "file", "resume", "workers"),
     [
-        ("truncated", "optimizer.safetensors", True, 1),
+        pytest.param("truncated", "optimizer.safetensors", True, 1, marks=pytest.mark.slow),
         ("altered", "parameters.safetensors", "auto", 2),
-        ("missing", "state.json", "auto", 1),
+        pytest.param("missing", "state.json", "auto", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(

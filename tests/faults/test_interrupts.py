@@ -137,7 +137,9 @@ def test_interrupt_while_a_checkpoint_is_being_written(
     assert_resumes_to_the_same_bits(tmp_path, uninterrupted, workers=3)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("stop", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)]
+)
 def test_terminal_interrupts_the_whole_group(tmp_path: Path, held: Path, stop: signal.Signals, code: int) -> None:
     """Ctrl-C in a terminal, and a scheduler's signal, reach the workers too; they leave it to the supervisor."""
     launched = begin(tmp_path)
@@ -153,7 +155,9 @@ def test_terminal_interrupts_the_whole_group(tmp_path: Path, held: Path, stop: s
     assert "Traceback" not in launched.err
 
 
-@pytest.mark.parametrize(("first", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("first", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_second_interrupt_ends_at_once(tmp_path: Path, first: signal.Signals, code: int) -> None:
     """The workers' step does not end: they are held up until the end of the test."""
     launched = begin(tmp_path)
@@ -196,7 +200,7 @@ def test_interrupt_within_the_first_step_saves_it(tmp_path: Path, held: Path) ->
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_worker_is_named_once_and_replaced(tmp_path: Path, uninterrupted: Path, held: Path, rank: int) -> None:
     launched = begin(tmp_path)
     children = launched.workers()
@@ -238,7 +242,7 @@ def test_killed_worker_is_replaced_without_a_snapshot(
     assert_same_bits(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_worker_ends_a_run_that_may_not_recover(
     tmp_path: Path, uninterrupted: Path, held: Path, rank: int
 ) -> None:

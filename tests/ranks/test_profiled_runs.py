@@ -60,7 +60,7 @@ def check_trace(run: Path, workers: int) -> set[int]:
     return set.intersection(*({one["args"]["step"] for one in row} for row in rows.values()))
 
 
-@pytest.mark.parametrize("task", ["attention", "convolution"])
+@pytest.mark.parametrize("task", ["attention", pytest.param("convolution", marks=pytest.mark.slow)])
 def test_profile_changes_no_bit(forked: Forked, tmp_path: Path, task: str) -> None:
     """Forked workers, with audits and evaluations between the steps, and buffers that each microbatch changes."""
     make, data = (zoo.Attention, zoo.words) if task == "attention" else (zoo.convolution, zoo.images)

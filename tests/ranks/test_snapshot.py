@@ -184,7 +184,10 @@ def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return request.param
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("mixed", "convolution") else [pytest.mark.slow]) for name in CASES],
+)
 def test_content_is_the_state_s_byte_for_byte(name: str, direct: bool, memory: int) -> None:
     case = CASES[name]
 
