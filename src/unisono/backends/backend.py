@@ -142,7 +142,7 @@ class Backend(Protocol):
         old values.
 
         offload: takes products that waiting workers may compute; ignored by a backend without such products. halfway:
-        to be called between the forward and the backward pass, where they can be told apart.
+        called between the forward and the backward pass, where they can be told apart.
 
         Raises:
             ContractError: the task returned no sum and number of terms (`check_sum`), or a buffer changed its shape.

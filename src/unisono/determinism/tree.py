@@ -23,7 +23,7 @@ class Tree(Generic[Value]):
     """A part of the tree: combines nodes as they come, from left to right.
 
     Args:
-        combine: makes a node of its children, the left one first; both are its to overwrite.
+        combine: makes a node of its children, the left one first; it may overwrite both.
 
     Attributes:
         pending: the nodes that wait for a sibling, from left to right.
