@@ -22,7 +22,7 @@ JUMP_PERCENT = 25  # when all remembered measurements differ from a pace by more
 GAIN_PERCENT = 4  # of the step's predicted time, below which no work moves
 SLACK_PERCENT = 1  # of the step's predicted time, that may be lost for larger nodes
 FOLLOWED = 16  # possible bounds between two workers, while a cut is chosen
-WALK = 16  # a bound moves by at most a sixteenth of the microbatches a step (or by 1, if that is more)
+MOVE_PARTS = 16  # a bound moves by at most a sixteenth of the microbatches a step (or by 1, if that is more)
 
 
 def shares(microbatches: int, workers: int) -> list[range]:
@@ -102,7 +102,7 @@ class Assignment:
         if self._bounds[-1] >= self._workers > 1 and all(paces):
             self._aim(paces)
             if self._bounds != self._target:
-                self._walk()
+                self._move_bounds()
 
     def _aim(self, paces: list[int]) -> None:
         """Choose another target if it is faster by enough: the best there is, found by bisecting the step's time.
@@ -124,14 +124,14 @@ class Assignment:
         allowed = enough + enough * SLACK_PERCENT // 100
         self._target = _cut(microbatches, [allowed // pace for pace in paces])
 
-    def _walk(self) -> None:
+    def _move_bounds(self) -> None:
         """Move every bound towards its target, a little.
 
         A bound's new place is the median of its target and of the two ends of its path. So no range becomes longer than
         the longer of its old and its target range, nor shorter than the shorter: no step on the way is slower than both
         the one before it and the target, and none leaves a worker idle.
         """
-        way = max(1, self._bounds[-1] // WALK)
+        way = max(1, self._bounds[-1] // MOVE_PARTS)
         self._adopt([min(max(to, at - way), at + way) for at, to in zip(self._bounds, self._target, strict=True)])
         self._even = False
 

@@ -43,7 +43,7 @@ def steps(
     reduction = Reduction(state.replica, state.exchange)
     for step in order.steps(start=state.step):
         at("begin", step.number, -1)
-        mine = reduction.begin(step)  # the only thing that depends on who I am
+        mine = reduction.begin(step)  # the only thing that depends on this worker's rank
         for number, microbatch in feed.load(step, mine):
             at("contribute", step.number, number)
             reduction.add(number, contributor.contribute(step.number, number, microbatch))

@@ -65,7 +65,7 @@ def settle(*, threads: int, device: torch.device) -> None:
 
 
 def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], layout: str) -> dict[str, Any]:
-    """Everything that decides bits beside the recipe, as plain names and values; `battery` is computed, not named.
+    """Everything that decides bits except the recipe, as plain names and values; `battery` is computed, not named.
 
     `data` names the dataset's hashes and versions, `layout` the hash of the model's names and shapes and first weights.
 

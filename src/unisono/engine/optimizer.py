@@ -114,7 +114,7 @@ class Optimizer:
         self._adam = None if self.arrays.in_place else find_adam(train, replica.flat)
         on_cpu, whole = replica.flat.device.type == "cpu", replica.shard.size
         self._chunk_elements = min(CHUNK, whole) if on_cpu else whole  # a GPU gains nothing from small chunks
-        size = whole if self._adam else self._chunk_elements  # nor does one pass
+        size = whole if self._adam else self._chunk_elements  # one pass gains nothing from them, either
         self._chunks, self._buffers = cut(replica.space, replica.shard, size)
         self._tables = tables_of(replica.space, replica.shard)
         self._behind = Behind(self._tables)
@@ -192,7 +192,7 @@ class Optimizer:
     def _apply(self, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known) -> None:
         """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
         if self._adam:
-            self._walk(self._adam, gradient, chunk, old, new, known)
+            self._update_in_one_pass(self._adam, gradient, chunk, old, new, known)
         else:
             self._copy_and_update(gradient, chunk, old, new, known)
         if AVERAGE in new:
@@ -211,7 +211,7 @@ class Optimizer:
                 )
                 self._run_rule(group, pieces, known.rate)
 
-    def _walk(
+    def _update_in_one_pass(
         self, rule: AdamWalk, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known
     ) -> None:
         pieces, counts = [], known.counts.tolist()

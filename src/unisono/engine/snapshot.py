@@ -8,8 +8,8 @@ meanwhile.
 
     header    sequence number, size of the description, the facts of the last two commits (whose number is even, odd)
     arrays    one copy after the other: weights, optimiser state, averages, counts, integers; then best, and constants
-    end       the description, JSON: which tensor of the model lies where; so any process with the file can write a
-    checkpoint
+    end       the description, JSON: which tensor of the model lies where; so any process with the file can write
+              a checkpoint
 
 Owns the file's layout and the flip. `optimizer.py` and `state.py` define the content of the arrays.
 """

@@ -90,7 +90,7 @@ class HangDetector:
 
     @property
     def limit_seconds(self) -> float:
-        """How long a worker may be without progress; 0: for ever."""
+        """How long a worker may be without progress; 0: forever."""
         return self._factor * (max(1.0, self._longest_step) if self._longest_step else FIRST_STEP_PATIENCE)
 
     def find(self) -> list[tuple[WorkerHandle, Stuck]]:

@@ -85,8 +85,8 @@ def _tell_stop(run: Run, saved: bool) -> str:
             f"command and `--run-folder {run.job.folder} --resume`, on any number of workers."
         )
     return (
-        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said "
-        "above tells why. Go on from the last checkpoint, if there is one, with --resume."
+        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: the "
+        "messages above say why. Go on from the last checkpoint, if there is one, with --resume."
     )
 
 
@@ -157,7 +157,7 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
             )
             return RUNNING
         if state.finished:
-            run.tell(events.Notice(message=f"ending after step {state.step}: an observer asked for it"))
+            run.tell(events.Notice(message=f"ending after step {state.step}: an observer requested it"))
         if done.totals.request != RUNNING:
             return done.totals.request
         last, waited = time.perf_counter(), feed.waited_seconds
@@ -267,7 +267,7 @@ def _save(run: Run) -> None:
 
 def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
     """Put the workers' profiles together; report where time was spent, and write it to the run folder. Without a feed,
-    nothing is measured beside."""
+    no microbatch is computed again for measurements."""
 
     def again(step: int, number: int) -> None:
         assert feed is not None
@@ -297,7 +297,7 @@ def _refuse_changed_data(run: Run) -> None:
     changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]))
     if changed.item():
         raise DataError(
-            "the data was written into while it was trained on, so the weights are those of no data that there is. "
+            "the data was written into while it was trained on, so the weights belong to no data that still exists. "
             "Give a copy of it (frame.copy(), array.copy()), or leave it alone until training has ended."
         )
 

@@ -117,8 +117,8 @@ def ask_for_workers(folder: Path, workers: int) -> str:
 def _holder(folder: Path) -> dict[str, Any]:
     if not is_held(folder / RUNNING):
         raise RunFolderError(
-            f"{str(folder)!r} is not being trained now. Name the folder of a run at work; a stopped one goes on with "
-            "any number of workers: unisono train RECIPE --resume --workers N."
+            f"{str(folder)!r} is not being trained now. Name the folder of a run that is being trained; a stopped "
+            "one goes on with any number of workers: unisono train RECIPE --resume --workers N."
         )
     return _read(folder / RUNNING)
 

@@ -108,7 +108,7 @@ def compare(everyone: Sequence[Told]) -> None:
     if len(kinds) > 1:
         told = ", ".join(f"{_name(ranks, everyone)} on {kind!r}" for kind, ranks in kinds.items())
         raise RecipeError(
-            f"the workers would compute on different kinds of device, to different bits: {told}. Use at most as many "
+            f"the workers would compute on different kinds of device, with different bits: {told}. Use at most as many "
             f"workers on each machine as it has GPUs, {CPU_INSTEAD}."
         )
     shared = {

@@ -114,7 +114,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
     """Run `act` in `workers` processes; return when all have ended well.
 
     Raises:
-        RecipeError: this host has GPUs, but not so many.
+        RecipeError: this host has GPUs, and fewer than that.
         UserError, Interrupted, …: the error of the worker that failed first, as it raised it.
         WorkerError: a worker failed unexpectedly, or was killed; with its rank and traceback.
     """
