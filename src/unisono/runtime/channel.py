@@ -53,7 +53,7 @@ class Channel:
         while b"\n" not in self._rest:
             content, descriptors, _, _ = socket.recv_fds(self._socket, CHUNK_BYTES, 1)
             if not content:
-                raise LostPeerError("the supervisor has ended")
+                raise LostPeerError("the supervisor has gone")
             self._rest += content
             self._descriptors += descriptors
         line, _, self._rest = self._rest.partition(b"\n")
