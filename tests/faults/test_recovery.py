@@ -128,7 +128,7 @@ def test_an_exception_that_comes_again_ends_the_run(command: Command, quiet: Any
     code, _, err = command("train", quiet.recipe, "--run-folder", "run", "-w", 2, "--fault", fault)
     assert code == 1
     assert "worker 1 failed twice with the same error at step 4: it would come again" in err
-    assert err.count("Traceback") == 1 and err.count("OSError: a fault that was asked for") == 1
+    assert err.count("Traceback") == 1 and err.count("OSError: a fault that was requested") == 1
     assert "--resume" in err
     assert places(tmp_path / "run") == [(3, "worker 1")], "it was tried again once"
     assert [line["step"] for line in read_ledger(tmp_path / "run", "StepDone")] == [1, 2, 3]

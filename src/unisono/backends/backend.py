@@ -24,7 +24,7 @@ from unisono.tasks.task import Microbatch, Task
 
 Measurement = Callable[[Any, Microbatch], Mapping[str, Tensor]]
 """A task's `measure`, or another method of its form: (model, microbatch) → name → [samples] or [samples, k]. The model
-is what the backend shows to tasks: an `nn.Module`, with torch."""
+is the object that the backend gives to tasks: an `nn.Module`, with torch."""
 Measure = Callable[[Microbatch, int], Mapping[str, Tensor]]
 """(microbatch, key) → the results of a `Measurement`, as torch tensors."""
 
@@ -53,7 +53,7 @@ class ModelParameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchSums:
-    """What `Backend.contribute` returns beside the buffers.
+    """The result of `Backend.contribute`, without the buffers.
 
     loss: scalar float tensor, the sum of the losses. terms: how many terms are in it. gradients: of that sum, one for
     each adopted parameter in their order, of its shape, dtype and device; None where the loss does not depend on it.
@@ -94,7 +94,7 @@ class Backend(Protocol):
         batch normalisation. Else 1."""
         ...
 
-    """Under which tasks choose it: `Task.backend`."""
+    """The name under which tasks choose it: `Task.backend`."""
 
     @classmethod
     def build(
@@ -118,16 +118,16 @@ class Backend(Protocol):
         ...
 
     def adopt(self, parameters: Mapping[str, Tensor]) -> None:
-        """From now on compute with these values of the trainable parameters, in this order.
+        """Compute with these values of the trainable parameters, in this order, from now on.
 
         Called before the first contribution and whenever values have changed: once a step. The same mapping again means
-        the same memory with other values, so who computes in it has nothing to do. Frozen parameters may have changed
-        as well, but only if `tensors` was written to.
+        the same memory with other values, so a backend that computes in this memory has nothing to do. Frozen
+        parameters may have changed as well, but only if `tensors` was written to.
         """
         ...
 
     def adopt_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """From now on each contribution finds the buffers' values here, and leaves the new ones here."""
+        """Read the buffers' values here in each contribution from now on, and write the new ones here."""
         ...
 
     def contribute(
@@ -138,11 +138,11 @@ class Backend(Protocol):
         offload: Offload | None = None,
         halfway: Callable[[], None] | None = None,
     ) -> MicrobatchSums:
-        """Compute one microbatch's sums; leave in the adopted buffers what it makes of them. The engine puts their old
-        values back.
+        """Compute one microbatch's sums; write the new buffer values to the adopted buffers. The engine restores their
+        old values.
 
-        offload: takes products that waiting workers may compute; ignored by who has none. halfway: to be called between
-        the forward and the backward pass, where they can be told apart.
+        offload: takes products that waiting workers may compute; ignored by a backend without such products. halfway:
+        called between the forward and the backward pass, where they can be told apart.
 
         Raises:
             ContractError: the task returned no sum and number of terms (`check_sum`), or a buffer changed its shape.
@@ -155,14 +155,14 @@ class Backend(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a finished model is saved as, under the names of the framework's own format, a shared array under each
-        of its names: the adopted tensors (views of them), and the backend's own of frozen parameters. The engine writes
-        to them when it loads a checkpoint, and calls `adopt` after it."""
+        """The arrays that a finished model is saved as, under the names of the framework's own format, a shared array
+        under each of its names: the adopted tensors (views of them), and the backend's own of frozen parameters. The
+        engine writes to them when it loads a checkpoint, and calls `adopt` after it."""
         ...
 
     def remembered(self) -> dict[str, Any]:
-        """Plain values that model and task keep outside parameters and buffers, by name: where two calls for the same
-        microbatch differ, those that changed are named. {}: nothing is known."""
+        """Plain values that model and task keep outside parameters and buffers, by name: if two calls for the same
+        microbatch differ, the changed values are named. {}: the backend keeps no such list."""
         ...
 
     def count_flop(self, compute: Callable[[], object]) -> int | None:
@@ -171,7 +171,7 @@ class Backend(Protocol):
 
     def measure_saved(self, compute: Callable[[], object], constants: Sequence[Tensor]) -> int | None:
         """The most bytes that were kept at one time for the backward pass, those of `constants` left out; None: not
-        known here."""
+        measured here."""
         ...
 
 

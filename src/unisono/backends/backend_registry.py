@@ -1,6 +1,6 @@
-"""Which backends there are: those that come along, those of installed packages, those that a program registers.
+"""The list of backends: those of this package, those of installed packages, those that a program registers.
 
-Owns the names. A backend's module, and its framework, is imported when a task asks for it.
+Owns the names. A backend's module, and its framework, is imported when a task names it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _registered: dict[str, type[Backend]] = {}
 
 
 def register_backend(backend: type[Backend]) -> None:
-    """Let tasks of this process, and of those forked from it, choose this class by its `name`.
+    """Make this class available by its `name` to tasks of this process, and of those forked from it.
 
     Raises:
-        ContractError: there is another one of that name.
+        ContractError: another backend has that name.
     """
     name = backend.name
     if name in COME_ALONG or _registered.get(name, backend) is not backend:
@@ -32,7 +32,7 @@ def register_backend(backend: type[Backend]) -> None:
 
 
 def find_backend(name: str) -> type[Backend]:
-    """The class that a task means by `Task.backend`.
+    """The class that `Task.backend` names.
 
     Raises:
         ContractError: there is none of that name.

@@ -1,4 +1,4 @@
-"""A torch module as a task has built it, kept so that a caller's own module is given back unchanged.
+"""A torch module as a task has built it, kept so that a caller's own module is returned unchanged.
 
 Owns the list of what a backend changes in a module.
 """
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 class BuiltModule:
     """The tensors of a module as a task has built it. A replica moves a module into memory of its own, and trains it;
-    a task that keeps what it has built finds it as it was, after `restore`."""
+    after `restore`, a task that keeps the module has it as it was built."""
 
     @staticmethod
     def of(model: object) -> list[BuiltModule]:
-        """What is to be restored of a model of any backend."""
+        """What is restored of a model, for any backend."""
         return [BuiltModule(model)] if isinstance(model, nn.Module) else []
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The backend of torch: an `nn.Module`, its numbers in the engine's memory, and autograd.
 
-Owns the forward and backward pass, and everything that is known of modules: which parameters decay, where buffers hang,
-what a state_dict holds. Copies nothing: parameters and buffers are views of what was adopted.
+Owns the forward and backward pass, and everything specific to modules: which parameters decay, where buffers are
+attached, what a state_dict holds. Copies nothing: parameters and buffers are views of the adopted memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPARED = (
     nn.modules.instancenorm._InstanceNorm,
 )
 INTERNAL = frozenset(vars(nn.Module()))
-"""Attributes of any module: nothing that a model remembers."""
+"""Attributes of any module: no state of a model."""
 
 
 class TorchBackend:
@@ -51,7 +51,7 @@ class TorchBackend:
         self._owners = _buffer_owners(module)
         self._adopted: Mapping[str, Tensor] | None = None
         self._trained: list[nn.Parameter] = []
-        self._buffers: Mapping[str, Tensor] = {}  # adopted ones
+        self._buffers: Mapping[str, Tensor] = {}  # the adopted ones
         self._sparse = frozenset(
             id(part.weight) for part in self._parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
         )
@@ -81,7 +81,7 @@ class TorchBackend:
         return {}
 
     def parameters(self) -> list[ModelParameter]:
-        """Biases, norms and other vectors are spared weight decay."""
+        """Biases, norms and other vectors get no weight decay."""
         spared = {
             id(parameter)
             for part in self._parts
@@ -103,7 +103,7 @@ class TorchBackend:
         return {name: self._buffer(name).detach() for name in self._owners}
 
     def adopt(self, parameters: Mapping[str, Tensor]) -> None:
-        """Let the module look at these values; frozen ones move once, to memory that is aligned wherever they lay."""
+        """Make the module use these values; frozen ones move once, to aligned memory, wherever they were."""
         if parameters is self._adopted:
             return
         if self._adopted is None:
@@ -128,10 +128,10 @@ class TorchBackend:
         offload: Offload | None = None,
         halfway: Callable[[], None] | None = None,
     ) -> MicrobatchSums:
-        if not all(part.training for part in self._parts):  # setting it again costs more than looking
+        if not all(part.training for part in self._parts):  # setting it again costs more than reading
             self.module.train()
         with self._autocast():
-            loss, count = self._task.loss(self.module, dict(microbatch))  # its own: it may take columns out
+            loss, count = self._task.loss(self.module, dict(microbatch))  # a copy: the task may remove columns
         terms = check_sum(loss, count)
         if halfway:
             halfway()
@@ -148,7 +148,7 @@ class TorchBackend:
         return torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._half)
 
     def _go_back(self, loss: Tensor, offload: Offload | None) -> None:
-        """Leave in each parameter its gradient."""
+        """Store in each parameter its gradient."""
         if offload is None:
             loss.backward()
             return
@@ -160,7 +160,7 @@ class TorchBackend:
                     weight.grad = part if weight.grad is None else weight.grad + part
 
     def settle_buffers(self) -> None:
-        """Move what a forward pass has assigned anew into the adopted buffers, and hang those in again.
+        """Copy newly assigned buffers of a forward pass into the adopted ones, and attach those again.
 
         Raises:
             ContractError: one has another shape than before.
@@ -192,7 +192,7 @@ class TorchBackend:
         self.module.train(was_training)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As the module's state_dict has them."""
+        """The tensors of the module's state_dict."""
         return {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
 
     def remembered(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class TorchBackend:
 
 
 class _KeptBuffers:
-    """A module's buffers as they were, so that what one microbatch leaves in them reaches no other, and no later
+    """A module's buffers at the beginning, so that changes by one microbatch reach no other microbatch, and no later
     training."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -242,14 +242,14 @@ class _KeptBuffers:
         ]
 
     def restore(self) -> None:
-        """Give every buffer its value back."""
+        """Restore the value of every buffer."""
         for part, attribute, buffer, value in self._before:
             part._buffers[attribute] = buffer
             buffer.copy_(value)
 
 
 def _gradient(parameter: nn.Parameter, sparse: bool) -> Tensor | None:
-    """A parameter's gradient: coalesced rows, if its embedding asks for sparse ones, else a dense tensor.
+    """A parameter's gradient: coalesced rows, if its embedding has sparse=True, else a dense tensor.
 
     An absent row counts as +0.0. So that leaving it out of a sum and adding it are the same, a sparse embedding's
     gradient never holds −0.0.

@@ -1,6 +1,6 @@
 """What a contribution costs in torch: its floating-point operations, and the memory that autograd keeps.
 
-Owns the formulas for what torch's own counter does not know. Decides not what is measured; `engine/footprint.py` does.
+Owns the formulas that torch's own counter lacks. `engine/footprint.py` decides what is measured.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ FORMULAS = {
     torch.ops.aten.addmm_: _count_addmm,
     torch.ops.aten.baddbmm_: _count_addmm,
 }
-"""What torch's own counter does not know: attention's kernel on CPUs, and products that are added in place."""
+"""Operations that torch's own counter lacks: attention's kernel on CPUs, and products that are added in place."""
 
 
 def count_flop(compute: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention that `compute` runs, forward and
     backward, a multiplication and an addition being two.
 
-    Counted below autograd, so custom functions count as what they call; so does what is computed twice to save memory.
-    Not counted: elementwise operations, and torch's fused recurrent layers.
+    Counted below autograd, so custom functions count as the operations that they call; recomputation to save memory
+    counts, too. Not counted: elementwise operations, and torch's fused recurrent layers.
     """
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         compute()
@@ -78,17 +78,17 @@ def count_flop(compute: Callable[[], object]) -> int:
 
 
 class _Saved:
-    """What autograd saved, until it lets go."""
+    """A tensor that autograd saved, until autograd releases it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def measure_saved(compute: Callable[[], object], constants: Sequence[Tensor]) -> int:
-    """Bytes: the most that autograd saved at one time while `compute` ran, each piece of memory counted once, except
+    """Bytes: the most that autograd saved at one time while `compute` ran, each storage counted once, except
     that of `constants` (parameters and buffers).
 
-    Not seen is what a recomputed block saves while it is computed again.
+    Memory that a recomputed block saves while it is computed again is not measured.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in constants}
     held: Counter[int] = Counter()

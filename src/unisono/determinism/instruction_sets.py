@@ -24,7 +24,7 @@ LIMITS: Mapping[str, str] = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
 NEEDED = ("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm")
-"""Flags of x86-64-v3 as Linux names them: what kernels of our own are compiled for, and more than torch's ask for."""
+"""Flags of x86-64-v3 as Linux names them: our own kernels are compiled for them; torch's kernels need fewer."""
 CPUINFO = Path("/proc/cpuinfo")
 MKL_BRANCH, MKL_COMPATIBLE = 1, 3  # mkl_types.h: MKL_CBWR_BRANCH, MKL_CBWR_COMPATIBLE
 
@@ -58,7 +58,7 @@ def limit(numerics: str) -> None:
 
 
 def limited() -> bool:
-    """Whether the variables limit this process, whoever set them."""
+    """Whether the variables limit this process, however they were set."""
     return all(os.environ.get(name) == value for name, value in LIMITS.items())
 
 
@@ -66,7 +66,7 @@ def verify() -> None:
     """Check that the limits hold in this process. They are read when torch first computes, and never again.
 
     Raises:
-        NumericsError: they do not hold, or this build of torch does not let it be seen.
+        NumericsError: they do not hold, or this build of torch does not show it.
     """
     torch = sys.modules["torch"]
     if not torch.backends.mkl.is_available():
@@ -105,9 +105,9 @@ def check_processor() -> None:
 
 
 def _mkl_branch(torch: Any) -> int | None:
-    """The branch of MKL's conditional numerical reproducibility in this process; None where it cannot be asked for."""
+    """The branch of MKL's conditional numerical reproducibility in this process; None where it cannot be read."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    ask = getattr(library, "mkl_serv_cbwr_get", None)  # what mkl_cbwr_get is when it is linked statically
+    ask = getattr(library, "mkl_serv_cbwr_get", None)  # the name of mkl_cbwr_get when it is linked statically
     return int(ask(MKL_BRANCH)) if ask else None
 
 

@@ -1,10 +1,10 @@
-"""The fixed binary tree in which everything is put together: its places, and which of them a range covers.
+"""The fixed binary tree in which everything is combined: its places, and which of them a range covers.
 
 Node (0, i) is leaf i (a microbatch's contribution, a task's result); node (l, i) is made of nodes (l − 1, 2i) and
-(l − 1, 2i + 1); what lacks its right child goes up as it is. The tree depends on the leaves' numbers alone, so whoever
-combines what, the result is the same.
+(l − 1, 2i + 1); a node without a right sibling goes up unchanged. The tree depends on the leaves' numbers alone, so the
+result is the same, whichever worker combines which nodes.
 
-Owns the places. The sums of tensors are `engine/tree.py`, results of any kind `parallel/gathering.py`.
+Owns the places. Sums of tensors are in `tree.py`, results of any kind in `parallel/gathering.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def nodes(leaves: range) -> list[Node]:
     found: list[Node] = []
     at, stop = leaves.start, leaves.stop
     while at < stop:
-        size = min(at & -at or stop, 1 << (stop - at).bit_length() - 1)  # the largest that begins here and fits
+        size = min(at & -at or stop, 1 << (stop - at).bit_length() - 1)  # the largest node that begins here and fits
         found.append(Node(size.bit_length() - 1, at // size))
         at += size
     return found

@@ -2,8 +2,8 @@
 
 Parameters lie group after group, then the floating-point buffers; each tensor starts on a grid of 64 elements, so that
 no vector body or scalar tail of any kernel depends on where a shard is cut; shards are made of whole blocks of 1,024
-elements. Padding is zero and stays zero. The layout is a function of the module alone; only the cut knows the number of
-workers.
+elements. Padding is zero and stays zero. The layout is a function of the module alone; only the cut depends on the
+number of workers.
 
 Owns positions. Holds no values.
 """

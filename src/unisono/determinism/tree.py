@@ -1,7 +1,7 @@
 """The fixed binary tree in which contributions are added.
 
-The tree itself is `nodes.py`: node (0, i) is microbatch i's contribution, and a missing right child is not added
-(−0.0 + 0.0 would be +0.0). Whoever adds what, the sums are the same, because the tree is.
+The tree itself is in `nodes.py`: node (0, i) is microbatch i's contribution, and a missing right child is not added
+(−0.0 + 0.0 would be +0.0). The sums are the same, whichever worker adds which nodes, because the tree is the same.
 
 Owns the order of additions. Does not communicate.
 """
@@ -20,10 +20,10 @@ Value = TypeVar("Value")
 
 
 class Tree(Generic[Value]):
-    """A part of the tree: puts nodes together as they come, from left to right.
+    """A part of the tree: combines nodes as they come, from left to right.
 
     Args:
-        combine: makes a node of its children, the left one first; both are its to overwrite.
+        combine: makes a node of its children, the left one first; it may overwrite both.
 
     Attributes:
         pending: the nodes that wait for a sibling, from left to right.
@@ -42,7 +42,7 @@ class Tree(Generic[Value]):
         self.pending.append((node, value))
 
     def clear(self) -> None:
-        """Forget all nodes."""
+        """Remove all nodes."""
         self.pending.clear()
 
 
@@ -55,7 +55,7 @@ def additions(nodes: Sequence[Node]) -> list[int]:
         waiting = len(tree.pending)
         tree.add(node, None)
         found.append(waiting + 1 - len(tree.pending))
-    found[-1] += len(tree.pending) - 1  # what lacks its right sibling goes up as it is
+    found[-1] += len(tree.pending) - 1  # a node without a right sibling goes up unchanged
     return found
 
 
@@ -67,8 +67,8 @@ def fold_nodes(pending: Sequence[tuple[Node, Tensor]], into: Tensor | None = Non
 def fold_values(values: Sequence[Tensor], additions: Sequence[int], into: Tensor | None = None) -> Tensor:
     """Add the values of nodes in the order of `additions`; return the root.
 
-    Sums overwrite their left part; with `into`, those that begin with the first node go there, so that it stays as it
-    is. A single node is returned itself.
+    Sums overwrite their left part; with `into`, those that begin with the first node go there, so that this node stays
+    unchanged. A single node is returned itself.
     """
     stack: list[Tensor] = []
     for value, count in zip(values, additions, strict=True):

@@ -1,7 +1,7 @@
 """Where a run's trained arrays live: weights, optimiser state, averages; flat, one element per element of the space.
 
-Each worker holds its shard of every array. Here is the interface, and the simplest way: one copy, in this worker's own
-memory, updated in place. `snapshot.py` has the other one: several copies in memory that outlives workers.
+Each worker holds its shard of every array. This module has the interface, and the simplest implementation: one copy, in
+this worker's own memory, updated in place. `snapshot.py` has the other: several copies in memory that outlives workers.
 
 Owns memory. Does not compute.
 """
@@ -23,16 +23,16 @@ WEIGHTS, AVERAGE, BEST = "weights", "average", "best"
 
 class Arrays(Protocol):
     """The trained arrays of a run, of which this worker holds its shard. All workers call the same methods in the same
-    order, but for `mine`, `best` and `best_integers`."""
+    order, except `mine`, `best` and `best_integers`."""
 
     @property
     def committed(self) -> bool:
-        """Whether they hold a state to go on from; else zeros."""
+        """Whether they hold a state to go on from; if not, zeros."""
         ...
 
     @property
     def in_place(self) -> bool:
-        """Whether `begin` returns what `mine` does."""
+        """Whether `begin` returns the same arrays as `mine`."""
         ...
 
     def mine(self) -> dict[str, Tensor]:
@@ -48,14 +48,14 @@ class Arrays(Protocol):
         ...
 
     def begin(self) -> dict[str, Tensor]:
-        """Arrays of the form of `mine` for an update to write whole: the same ones, or others whose content is old.
+        """Arrays of the form of `mine` for an update to write whole: the same arrays, or others with old content.
 
-        Until `commit`, what `mine` returns is still the truth.
+        Until `commit`, `mine` still returns the valid values.
         """
         ...
 
     def commit(self, facts: Mapping[str, Any], counts: Tensor, integers: Tensor, *, met: bool = False) -> None:
-        """Make what was written since `begin` the present values: of all workers, or of none.
+        """Make the values written since `begin` the present ones: of all workers, or of none.
 
         facts: plain values that belong to them. counts, integers: int64, updates per parameter, and integer buffers.
         met: every worker has called the exchange since it wrote the last of them, and need not wait for others.
@@ -67,7 +67,7 @@ class Arrays(Protocol):
         ...
 
     def pin(self) -> None:
-        """Keep the present values readable for who writes a checkpoint, until the next `pin`."""
+        """Keep the present values readable for the writer of a checkpoint, until the next `pin`."""
         ...
 
     def whole(self, name: str) -> Tensor:
@@ -79,7 +79,7 @@ class Arrays(Protocol):
 
 
 class PrivateArrays:
-    """One copy in this worker's memory, updated in place: what is lost with a worker is in the last checkpoint."""
+    """One copy in this worker's memory, updated in place: if a worker is lost, its part is in the last checkpoint."""
 
     committed = False
     in_place = True

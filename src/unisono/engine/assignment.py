@@ -1,7 +1,7 @@
 """Which worker computes which microbatches of a step. No choice made here can change a bit.
 
-Owns the contiguous ranges: even ones at first, then such as follow the workers' measured speeds. Does not measure, and
-does not communicate: every worker computes the same ranges from the same integers. Knows no samples.
+Owns the contiguous ranges: even ones at first, then ranges that follow the workers' measured speeds. Does not measure,
+and does not communicate: every worker computes the same ranges from the same integers. Handles no samples.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from operator import itemgetter
 from unisono.determinism.nodes import nodes
 
 REMEMBERED = 5  # measurements of a worker; their median ignores two outliers
-SURE = 8  # medians, after which a pace is believed
+SURE = 8  # medians, after which a pace is used
 SMOOTHING = 32  # medians, over which a pace is averaged
-JUMP_PERCENT = 25  # by which all remembered measurements lie off a pace that holds no more
+JUMP_PERCENT = 25  # when all remembered measurements differ from a pace by more, it is no longer valid
 GAIN_PERCENT = 4  # of the step's predicted time, below which no work moves
-SLACK_PERCENT = 1  # of the step's predicted time, given for larger nodes
+SLACK_PERCENT = 1  # of the step's predicted time, that may be lost for larger nodes
 FOLLOWED = 16  # possible bounds between two workers, while a cut is chosen
-WALK = 16  # a bound moves by at most a sixteenth of the microbatches a step (or by 1, if that is more)
+MOVE_PARTS = 16  # a bound moves by at most a sixteenth of the microbatches a step (or by 1, if that is more)
 
 
 def shares(microbatches: int, workers: int) -> list[range]:
@@ -46,14 +46,14 @@ def shares(microbatches: int, workers: int) -> list[range]:
 
 
 class Assignment:
-    """The shares of every step, following the workers' speeds. Each worker holds one and feeds it what all others feed.
+    """The shares of every step, following the workers' speeds. Each worker holds one; all get the same input.
 
-    The workers must agree in every share, or they would wait for each other for ever. So all arithmetic here is on
-    Python integers, and nothing enters it but the numbers of microbatches and the times, which are the same everywhere.
+    The workers must agree in every share, or they would wait for each other forever. So all arithmetic here is on
+    Python integers, and its only input is the numbers of microbatches and the times, which are the same everywhere.
 
-    The predicted time of a step is the largest number of microbatches · pace of all workers. When the best cut promises
-    a gain of 4 %, it becomes the *target*, and the bounds walk there within a few tens of steps. Until the
-    paces of all workers are known the shares are even, and so they stay with more workers than microbatches.
+    The predicted time of a step is the largest number of microbatches · pace of all workers. When the predicted gain of
+    the best cut is at least 4 %, it becomes the *target*, and the bounds move there within a few tens of steps. Until
+    the paces of all workers are known the shares are even, and so they stay with more workers than microbatches.
 
     After workers came or went, make a new one.
     """
@@ -69,10 +69,10 @@ class Assignment:
 
     @property
     def number(self) -> int:
-        """Names the current cut and all before it, in 48 bits: so many workers' sum fits into an int64.
+        """A digest of the current cut and all before it, in 48 bits: the sum over many workers fits into an int64.
 
-        A digest of the cuts' history, it differs wherever two histories differ (but for one chance in 2^48). A smaller
-        last step has no number of its own: its shares follow from the current cut.
+        It differs wherever two histories of cuts differ (except for one chance in 2^48). A smaller last step has no
+        number of its own: its shares follow from the current cut.
         """
         return self._number
 
@@ -80,7 +80,7 @@ class Assignment:
         """Cut the next step's 0 … microbatches − 1 into one contiguous range per worker, in the order of ranks.
 
         No range is empty unless there are more workers than microbatches: an idle worker would never be measured again.
-        Asked again before `learn`, the answer is the same.
+        A second call before `learn` gives the same result.
         """
         if microbatches > self._bounds[-1]:
             target = self._fit(self._target, microbatches)
@@ -91,9 +91,9 @@ class Assignment:
         return list(self._given)
 
     def learn(self, microseconds: Sequence[int]) -> None:
-        """Take in how long each worker computed on the shares last given, by rank; cut the next step accordingly.
+        """Use the time that each worker computed on its last share, by rank, to cut the next step.
 
-        0 means not measured: an empty share, or a worker that cannot tell.
+        0 means not measured: an empty share, or a worker that cannot measure.
         """
         for share, pace, time in zip(self._given, self._paces, microseconds, strict=True):
             if time > 0 and len(share):
@@ -102,7 +102,7 @@ class Assignment:
         if self._bounds[-1] >= self._workers > 1 and all(paces):
             self._aim(paces)
             if self._bounds != self._target:
-                self._walk()
+                self._move_bounds()
 
     def _aim(self, paces: list[int]) -> None:
         """Choose another target if it is faster by enough: the best there is, found by bisecting the step's time.
@@ -112,7 +112,7 @@ class Assignment:
         microbatches = self._bounds[-1]
         predicted = max((b - a) * pace for (a, b), pace in zip(pairwise(self._target), paces, strict=True))
         enough = predicted * (100 - GAIN_PERCENT) // 100
-        too_short = max(paces) - 1  # everybody does one
+        too_short = max(paces) - 1  # every worker does one
         if enough <= too_short or sum([enough // pace for pace in paces]) < microbatches:
             return
         while enough - too_short > 1 + enough // 1024:
@@ -124,14 +124,14 @@ class Assignment:
         allowed = enough + enough * SLACK_PERCENT // 100
         self._target = _cut(microbatches, [allowed // pace for pace in paces])
 
-    def _walk(self) -> None:
+    def _move_bounds(self) -> None:
         """Move every bound towards its target, a little.
 
-        A bound's new place is the median of its target and of the two ends of its way. So no range becomes longer than
+        A bound's new place is the median of its target and of the two ends of its path. So no range becomes longer than
         the longer of its old and its target range, nor shorter than the shorter: no step on the way is slower than both
         the one before it and the target, and none leaves a worker idle.
         """
-        way = max(1, self._bounds[-1] // WALK)
+        way = max(1, self._bounds[-1] // MOVE_PARTS)
         self._adopt([min(max(to, at - way), at + way) for at, to in zip(self._bounds, self._target, strict=True)])
         self._even = False
 
@@ -156,10 +156,10 @@ class _Pace:
     """A worker's picoseconds per microbatch.
 
     Each measurement gives the median of the last five, so that a pause or an evaluation does not count (running
-    medians: J. W. Tukey, Exploratory Data Analysis, 1977, chapter 7). The pace is the mean of these medians at first,
-    their exponential mean later. One that lies far off counts as just far; when all five measurements lie far off on
-    one side, the mean starts anew. It becomes known when eight medians have entered. So the work stays where it is
-    during up to seven slow steps in a row.
+    medians: J. W. Tukey, Exploratory Data Analysis, 1977, chapter 7). At first the pace is the mean of these medians,
+    later their exponential mean. A median that differs by much is limited to a fixed difference; when all five
+    measurements lie far off on one side, the mean starts anew. The pace becomes known when eight medians have entered.
+    So the work stays where it is during up to seven slow steps in a row.
     """
 
     __slots__ = ("_mean", "_medians", "_recent", "known")
@@ -188,12 +188,12 @@ class _Pace:
 def _cut(microbatches: int, most: list[int]) -> list[int]:
     """Bounds that give every worker 1 … most[worker] microbatches, so that few nodes travel.
 
-    Of all ways to a bound the one with fewest nodes is followed, and of all bounds between two workers only FOLLOWED;
-    where there are not more, the cut has fewest of all.
+    Of all paths to a bound the one with the fewest nodes is kept, and of all bounds between two workers only FOLLOWED;
+    with no more bounds than that, the cut has the fewest nodes of all.
     """
     most_right_of = [0, *accumulate(reversed(most[1:]))][::-1]
-    sent = {0: 0}  # where the ranges so far may end → nodes in them
-    ways: list[dict[int, int]] = []  # of every worker: where its range may end → where it begins then
+    sent = {0: 0}  # possible ends of the ranges so far → nodes in them
+    ways: list[dict[int, int]] = []  # for every worker: possible end of its range → beginning of that range
     for worker, right in enumerate(most_right_of):
         found: dict[int, tuple[int, int]] = {}
         for start, before in sent.items():

@@ -1,8 +1,8 @@
-"""Looking for silent corruption: every n-th step, another worker computes a microbatch again, and bits are compared.
+"""A check for silent corruption: every n-th step, another worker computes a microbatch again, and bits are compared.
 
 A contribution is a pure function, so two workers that differ prove that a processor, its memory or a library has
-failed; who it was, a third computation tells. Only a deterministic trainer can do this. A single worker computes the
-microbatch twice.
+failed; a third computation shows which worker it was. Only a deterministic trainer can do this. A single worker
+computes the microbatch twice.
 
 Owns the choice of the microbatch, the comparison and the verdict. The step is not committed where bits differ.
 """
@@ -42,9 +42,10 @@ class Disagreement:
 
 
 class Audit:
-    """A contributor that remembers what will be audited, and the audit itself.
+    """A contributor that keeps the digests to be audited, and the audit itself.
 
-    inner: who computes for training. judge: who computes again. take: loads a microbatch. tell: hears of a difference.
+    inner: the contributor for training. judge: the one that computes again. take: loads a microbatch. tell: gets the
+    event of a difference.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class Audit:
         self._digests: Digests = {}
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
-        """Compute a contribution, and remember its digests if it is going to be looked at."""
+        """Compute a contribution, and keep its digests if it will be audited."""
         if not self._is_due(step) or number != self._choose(step):
             return self._inner.contribute(step, number, microbatch)
         offload = self._exchange.offload
-        with offload.paused() if offload else nullcontext():  # who is judged answers for every bit
+        with offload.paused() if offload else nullcontext():  # an audited worker computes every bit itself
             found = self._inner.contribute(step, number, microbatch)
         self._digests = self._digest(found)
         return found
@@ -127,10 +128,10 @@ class Audit:
 def find_wrong(
     *, first: Digests, owner: int, again: Digests, auditor: int, votes: Sequence[Digests]
 ) -> tuple[list[int], list[str]]:
-    """Who was wrong, and the names of what differed.
+    """The workers that were wrong, and the names of what differed.
 
-    first: what the owner had computed. again: what the auditor made of it. votes: what every worker, by rank, computed
-    after they differed. What most of the votes say is right; where there is no majority, both are suspected.
+    first: the bits that the owner had computed. again: those of the auditor. votes: those that every worker, by rank,
+    computed after they differed. The majority is right; where there is no majority, both are suspected.
     """
     names = [name for name in {**first, **again} if first.get(name) != again.get(name)]
     counted = Counter(json.dumps(vote, sort_keys=True) for vote in votes)

@@ -1,6 +1,6 @@
-"""The state of a process that is lent to a training: kept before it, and put back after it.
+"""The state of a process that a training borrows: kept before the training, and restored after it.
 
-A worker of its own may be left in any state; the process of a caller may not. Owns what is kept: everything that
+A worker process may be left in any state; the process of a caller may not. Owns what is kept: everything that
 `numerics.settle`, the seeding of generators and the layout of a module change.
 """
 
@@ -22,7 +22,7 @@ _DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def preserved(*, threads: int) -> Iterator[None]:
-    """Within, the process may be put into any known state; afterwards it is as before. `threads`: of the computation.
+    """Within, the process may be put into any known state; afterwards it is as before. `threads`: those that compute.
 
     The present thread's flush-to-zero, number of threads, autocast and gradient mode; torch's deterministic mode,
     matmul precision and default dtype; the generators of torch, CUDA, NumPy and Python.

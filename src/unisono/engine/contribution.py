@@ -1,7 +1,7 @@
 """What one microbatch adds to a step: a pure function of (parameters and buffers at the step's start, microbatch, key).
 
-Owns the key, and what becomes of buffers; the forward and backward pass is the backend's. Does not add contributions
-up, and knows neither worker nor shard.
+Owns the key, and the handling of buffers; the backend computes the forward and backward pass. Does not add
+contributions up, and depends on neither worker nor shard.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Contribution:
 
 
 class Contributes(Protocol):
-    """Computes contributions: a `Contributor`, or who writes down, audits or times what one does."""
+    """Computes contributions: a `Contributor`, or a wrapper that records, audits or times one."""
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution: ...
 
@@ -46,7 +46,7 @@ class Contributor:
     """Computes contributions with one replica.
 
     offload: where other workers find some of the work; None: nowhere. halfway: called between the forward and the
-    backward pass, for who reads the clock there.
+    backward pass, to read the clock there.
     """
 
     replica: Replica

@@ -1,8 +1,8 @@
 """Evaluation and prediction over workers: every sample exactly once, results in sample order, the same bits on any
 number of them.
 
-Owns the cut into fixed microbatches, their sharing out, and the gathering. What the numbers mean is the matter of
-`scores.py`.
+Owns the cut into fixed microbatches, their assignment, and the gathering. `tasks/metrics.py` says what the numbers
+mean.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure_all(
     progress: Progress = UNWATCHED,
     loaders: int = 0,
 ) -> Results:
-    """Call `measure` on every sample once, shared out among the workers; return everything on each of them.
+    """Call `measure` on every sample once, split over the workers; return all results on every worker.
 
     loaders: processes that load ahead from a source that is not prefetchable.
     """
@@ -76,8 +76,8 @@ def measure_all(
 
 
 def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:
-    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: it has a microbatch if anybody
-    has."""
+    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: if any worker has a
+    microbatch, worker 0 has one."""
     mine = [
         (name, rows[0][1].is_floating_point(), rows[0][1].shape[1] if rows[0][1].ndim > 1 else 0)
         for name, rows in found.items()

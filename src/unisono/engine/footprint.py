@@ -1,7 +1,7 @@
-"""What a worker's part of a model costs: floating-point operations, what the machine could do of them, and bytes.
+"""What a worker's part of a model costs: floating-point operations, the machine's possible speed, and bytes.
 
-Measured beside training, on microbatches that have been trained on: a contribution leaves nothing behind, so computing
-one more changes no bit.
+Measured outside training, on microbatches that have been trained on: a contribution changes no state, so computing one
+more changes no bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_SHAPES = 8
 COUNTING_SECONDS = 10.0
 PEAK_SECONDS = 0.5
 PEAK_SIZES = (512, 1024, 2048, 4096, 8192)
-"""Rows and columns of the matrices that are multiplied, while time lasts."""
+"""Rows and columns of the matrices that are multiplied, within the time limit."""
 
 Again = Callable[[int, int], object]
 """Computes the contribution of (step, microbatch) once more."""
@@ -65,7 +65,7 @@ def estimate_flop(shape: Shape, counted: Mapping[Shape, int]) -> int:
 
 
 def elements(shape: Shape) -> int:
-    """Numbers in a microbatch."""
+    """The number of elements in a microbatch."""
     return sum(math.prod(column) for column in shape)
 
 
@@ -75,8 +75,8 @@ def _evenly(count: int, wanted: int) -> list[float]:
 
 
 def measure_activations(again: Again, backend: Backend, profile: Profile, constants: Sequence[Tensor]) -> int | None:
-    """Bytes: the most that was kept at one time for the backward pass of this worker's largest microbatch, that of
-    `constants` (parameters and buffers) left out. None: the backend does not know."""
+    """Bytes: the most that was kept at one time for the backward pass of this worker's largest microbatch, without
+    `constants` (parameters and buffers). None: the backend does not measure it."""
     places = [
         (elements(shape), step, number) for step, one in profile.steps.items() for number, shape in one.microbatches
     ]
@@ -94,10 +94,10 @@ def measure_peak(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[st
 def _measure_product(device: torch.device, dtype: torch.dtype) -> float:
     best, deadline, seconds = 0.0, time.perf_counter() + PEAK_SECONDS, 0.0
     for size in PEAK_SIZES:
-        if time.perf_counter() + 16 * seconds > deadline and best:  # twice, eight times the work
+        if time.perf_counter() + 16 * seconds > deadline and best:  # two runs, each eight times the work
             break
         left = torch.ones(size, size, device=device, dtype=dtype)
-        product = torch.mm(left, left)  # what a first call costs is not measured
+        product = torch.mm(left, left)  # the first call is not measured
         for _ in range(5):
             _synchronize(device)
             began = time.perf_counter()
@@ -116,8 +116,8 @@ def _synchronize(device: torch.device) -> None:
 
 
 def weigh(state: TrainState, profile: Profile) -> dict[str, int]:
-    """Bytes of this worker's memory by kind, but activations. The optimiser's state, and averaged weights, are its
-    shard's; `peak_resident` is what the process held at most, memory that it shares with others included."""
+    """Bytes of this worker's memory by kind, except activations. The optimiser's state, and averaged weights, are those
+    of its shard; `peak_resident` is the most that the process held, shared memory included."""
     replica, optimizer = state.replica, state.optimizer
     averaged = [] if optimizer.average is None else [optimizer.average]
     found = {
@@ -133,7 +133,7 @@ def weigh(state: TrainState, profile: Profile) -> dict[str, int]:
 
 
 def constants(state: TrainState) -> list[Tensor]:
-    """The tensors of the module: a microbatch reads them, and they are there before and after it."""
+    """The tensors of the module: a microbatch reads them, and they exist before and after it."""
     return [state.replica.flat, *(tensor.detach() for tensor in state.replica.all_tensors().values())]
 
 
@@ -148,9 +148,9 @@ def describe(
 ) -> dict[str, Any]:
     """Measure all of it on this worker; return plain values: "flop" by step, "peak", "memory", "problems".
 
-    again: None: there is no time for it, and only what is known already is told. memory: file of the run's snapshot, or
+    again: None: there is no time for it, and only known values are returned. memory: file of the run's snapshot, or
     −1. wait_for_all: so that all workers measure the machine's speed at once, as they train. Every worker calls this.
-    What cannot be measured is a problem, and told.
+    Whatever cannot be measured is listed as a problem.
     """
     problems: list[str] = []
     weights = weigh(state, profile)
@@ -162,7 +162,7 @@ def describe(
     def attempt(what: str, measure: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return measure()
-        except Exception as error:  # noqa: BLE001 - a model may do what no counter foresees; the run goes on
+        except Exception as error:  # noqa: BLE001 - a model may do what no counter supports; the run goes on
             problems.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 

@@ -1,6 +1,6 @@
 """THE LOOP: a generator of steps. State in, state out; everything else observes what it yields.
 
-Owns the order of the verbs. Evaluation, checkpoints and reports belong to who iterates (`run.py`).
+Owns the order of the verbs. Evaluation, checkpoints and reports belong to the caller that iterates (`runtime/run.py`).
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ def steps(
     at: Callable[[str, int, int], None] = UNWATCHED.at,
 ) -> Iterator[Done]:
     """Train from `state.step` to the order's end, or until any worker's `request` is more than RUNNING; yield after
-    each committed step. `check` audits contributions before they are added up; `at` hears of every verb before it
-    happens."""
+    each committed step. `check` audits contributions before they are added up; `at` is called before every verb."""
     reduction = Reduction(state.replica, state.exchange)
     for step in order.steps(start=state.step):
         at("begin", step.number, -1)
-        mine = reduction.begin(step)  # the only thing that depends on who I am
+        mine = reduction.begin(step)  # the only thing that depends on this worker's rank
         for number, microbatch in feed.load(step, mine):
             at("contribute", step.number, number)
             reduction.add(number, contributor.contribute(step.number, number, microbatch))

@@ -1,7 +1,7 @@
-"""The state that a process computes in, and its fingerprint: everything beside recipe and data that decides bits.
+"""The state that a process computes in, and its fingerprint: everything that decides bits, except recipe and data.
 
-Owns what is switched on and off in torch, the names that explain a difference, and the battery that decides whether
-there is one.
+Owns the switches that are set in torch, the names that explain a difference, and the battery that decides whether there
+is one.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def settle(*, threads: int, device: torch.device) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # torch.use_deterministic_algorithms does this and imports the compiler, which takes longer than to start a worker
     torch._C._set_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads unwritten memory
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
-    torch.set_grad_enabled(True)  # a forked worker inherits what its parent's thread was in
+    torch.set_grad_enabled(True)  # a forked worker inherits the mode of its parent's thread
     for kind in ("cpu", "cuda"):
         torch.set_autocast_enabled(kind, False)
     if device.type == "cuda":
@@ -65,7 +65,7 @@ def settle(*, threads: int, device: torch.device) -> None:
 
 
 def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], layout: str) -> dict[str, Any]:
-    """Everything that decides bits beside the recipe, as plain names and values; `battery` is computed, not named.
+    """Everything that decides bits except the recipe, as plain names and values; `battery` is computed, not named.
 
     `data` names the dataset's hashes and versions, `layout` the hash of the model's names and shapes and first weights.
 
@@ -131,7 +131,8 @@ def digest(found: Mapping[str, Any]) -> str:
 
 
 def battery(device: torch.device) -> str:
-    """SHA-256 over what a fixed set of small kernels computes here: it catches what names miss. Well under a second."""
+    """SHA-256 over what a fixed set of small kernels computes here: it shows differences that names miss. Well under a
+    second."""
     result = hashlib.sha256()
     saved = torch.get_rng_state()
     try:
@@ -143,7 +144,7 @@ def battery(device: torch.device) -> str:
 
 
 def _kernels(device: torch.device) -> list[Tensor]:
-    """One result each of the kernels that models are made of, on inputs from integer arithmetic."""
+    """One result of each kernel that models are made of, on inputs from integer arithmetic."""
 
     def numbers(*shape: int, seed: int = 1) -> Tensor:
         grid = (np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(seed * 97)) % np.uint64(
@@ -178,7 +179,7 @@ def _kernels(device: torch.device) -> list[Tensor]:
     torch.manual_seed(7)
     out.append(F.dropout(x, 0.3))
     out.append(_after_adam(weight.detach(), weight.grad))
-    tiny = torch.full((131_072,), 1e-38, device=device)  # large enough for every thread to take a part
+    tiny = torch.full((131_072,), 1e-38, device=device)  # large enough that every thread computes a part
     out.append(tiny * 1e-3)
     return out
 

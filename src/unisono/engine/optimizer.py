@@ -1,8 +1,9 @@
-"""From my shard of the gradient to everybody's new weights: the norm, the update, and the second crossing.
+"""From my shard of the gradient to all workers' new weights: the norm, the update, and the second crossing.
 
-Owns the optimiser's state, of which each worker keeps its shard. An update goes through the shard in one walk
-(`kernels.py`), or else in chunks, so that what one pass has read or written is still in the processor's cache for the
-next; all cuts lie on the grid of 64 elements, and nothing depends on them. The rules themselves are in `rules.py`.
+Owns the optimiser's state, of which each worker keeps its shard. An update goes through the shard in one pass
+(`kernels/update.py`), or else in chunks, so that what one operation has read or written is still in the processor's
+cache for the next; all cuts lie on the grid of 64 elements, and nothing depends on them. The rules themselves are in
+`kernels/update_rules.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CHUNK = 256 * BLOCK  # elements: larger ones leave the cache, smaller ones are m
 
 
 def array_names(train: Train) -> list[str]:
-    """The arrays that a run keeps: weights, what its rule remembers, and averaged weights where it wants them."""
+    """The arrays that a run keeps: weights, the state of its rule, and averaged weights where the recipe sets them."""
     return [WEIGHTS, *SLOTS[train.optimizer], *([AVERAGE] if train.ema_decay else [])]
 
 
@@ -42,7 +43,7 @@ def array_names(train: Train) -> list[str]:
 class ShardChunk:
     """A part of my shard: either of parameters or of buffers.
 
-    place: where it lies in the shard, whole blocks. pieces: number of each parameter in it, its group, and where its
+    place: its place in the shard, whole blocks. pieces: number of each parameter in it, its group, and where its
     part lies in the chunk.
     """
 
@@ -78,8 +79,8 @@ def cut(space: Space, shard: Shard, size: int) -> tuple[list[ShardChunk], slice]
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What an update knows before it begins. counts: int64, updates that each parameter will have had. factor: by which
-    clipping multiplies the gradient."""
+    """What is known before an update begins. counts: int64, updates that each parameter will have had. factor: clipping
+    multiplies the gradient by it."""
 
     used: Sequence[bool]
     counts: Tensor
@@ -94,7 +95,7 @@ class Known:
 
 
 class Optimizer:
-    """My shard of weights, optimiser state and averaged weights, and the rule that changes them.
+    """My shard of weights, optimiser state and averaged weights, and the rule that updates them.
 
     Attributes:
         arrays: where they live.
@@ -112,8 +113,8 @@ class Optimizer:
         self.counts = torch.zeros(len(replica.parameters), dtype=torch.int64)
         self._adam = None if self.arrays.in_place else find_adam(train, replica.flat)
         on_cpu, whole = replica.flat.device.type == "cpu", replica.shard.size
-        self._chunk_elements = min(CHUNK, whole) if on_cpu else whole  # a GPU has no use for small pieces
-        size = whole if self._adam else self._chunk_elements  # nor has a walk
+        self._chunk_elements = min(CHUNK, whole) if on_cpu else whole  # a GPU gains nothing from small chunks
+        size = whole if self._adam else self._chunk_elements  # one pass gains nothing from them, either
         self._chunks, self._buffers = cut(replica.space, replica.shard, size)
         self._tables = tables_of(replica.space, replica.shard)
         self._behind = Behind(self._tables)
@@ -131,12 +132,12 @@ class Optimizer:
         self.average = arrays.get(AVERAGE)
 
     def update(self, gradient: Sum, totals: Totals, *, step: int, rate: float) -> float:
-        """Work out one step, up to `publish`. Return the norm of the whole gradient.
+        """Compute one step, up to `publish`. Return the norm of the whole gradient.
 
         `gradient` is my shard of the sum of contributions, and is overwritten.
 
         Raises:
-            DivergedError: the gradient is not finite; what `arrays` had committed is as it was.
+            DivergedError: the gradient is not finite; the committed content of `arrays` is unchanged.
         """
         old, new = self.arrays.mine(), self.arrays.begin()
         known = self._know(totals, step, rate)
@@ -146,7 +147,7 @@ class Optimizer:
         }
         for table in self._tables:
             table.add_squares(touched[table.index], squares)
-        norm_first = new is old or bool(self._train.clip_norm)  # else what is written stays uncommitted
+        norm_first = new is old or bool(self._train.clip_norm)  # else the written arrays stay uncommitted
         if norm_first:
             for chunk in self._chunks:
                 gradient.mean(chunk.place, totals.terms, squares=_blocks(squares, chunk))
@@ -168,7 +169,7 @@ class Optimizer:
         self._move_buffers(gradient.mean(self._buffers, totals.terms), old, new, known)
         if not norm_first:
             norm = self._norm(squares, totals, step)
-        self._met = not norm_first  # never where arrays are updated in place, or copied by the commit
+        self._met = not norm_first  # false where arrays are updated in place, or copied by the commit
         if self._train.lazy_rows and new is not old:
             self._behind.commit(_copy(new), {table: rows.numbers for table, rows in touched.items()})
         self._hold(new)
@@ -181,8 +182,8 @@ class Optimizer:
         return Known(used=totals.used, counts=counts, rate=rate, ema_decay=decay)
 
     def publish(self, integers: Tensor, facts: Mapping[str, Any] | None = None) -> None:
-        """Commit the present arrays, with the step's integer buffers and what else is told of it; afterwards
-        `replica.flat` holds everybody's new weights."""
+        """Commit the present arrays, with the step's integer buffers and its other facts; afterwards `replica.flat`
+        holds all workers' new weights."""
         self.arrays.commit(facts or {}, self.counts, integers, met=self._met)
         self._met = False
         self._replica.show(self.arrays.whole(WEIGHTS))
@@ -191,7 +192,7 @@ class Optimizer:
     def _apply(self, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known) -> None:
         """Run the rule on those parameters of a chunk that got a gradient; skip the others, as torch skips None."""
         if self._adam:
-            self._walk(self._adam, gradient, chunk, old, new, known)
+            self._update_in_one_pass(self._adam, gradient, chunk, old, new, known)
         else:
             self._copy_and_update(gradient, chunk, old, new, known)
         if AVERAGE in new:
@@ -210,7 +211,7 @@ class Optimizer:
                 )
                 self._run_rule(group, pieces, known.rate)
 
-    def _walk(
+    def _update_in_one_pass(
         self, rule: AdamWalk, gradient: Gradient, chunk: ShardChunk, old: Named, new: Named, known: Known
     ) -> None:
         pieces, counts = [], known.counts.tolist()
@@ -261,12 +262,13 @@ class Optimizer:
         """Add the mean change of the buffers in my shard."""
         values = _moved(self._buffers, old, new)
         weights = values[WEIGHTS].add_(change)
-        if AVERAGE in values:  # an untouched −inf, as masks have it, has no mean with itself
+        if AVERAGE in values:  # an untouched −inf, as in masks, has no mean with itself
             average = values[AVERAGE]
             average.copy_(torch.where(average == weights, average, average.lerp(weights, 1 - known.ema_decay)))
 
     def _norm(self, squares: Tensor, totals: Totals, step: int) -> float:
-        """Euclidean norm of the whole gradient, from the squares of my blocks: added in a tree, whoever owns them.
+        """Euclidean norm of the whole gradient, from the squares of my blocks: added in a tree, whichever worker owns
+        them.
 
         Raises:
             DivergedError: it is not finite.
@@ -283,7 +285,7 @@ class Optimizer:
 
 
 def _copy(arrays: Named) -> int:
-    """By which the copies of the arrays are told apart."""
+    """What distinguishes the copies of the arrays."""
     return arrays[WEIGHTS].data_ptr()
 
 
@@ -292,7 +294,7 @@ def _blocks(squares: Tensor, chunk: ShardChunk) -> Tensor:
 
 
 def _moved(place: slice, old: Named, new: Named) -> dict[str, Tensor]:
-    """A part of the new arrays, holding what the old ones hold."""
+    """A part of the new arrays, with the content of the old ones."""
     values = {name: array[place] for name, array in new.items()}
     if new is not old:
         for name, value in values.items():

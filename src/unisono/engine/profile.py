@@ -1,22 +1,22 @@
-"""What one worker was at, and for how long: marks of the loop's verbs, kept for the newest steps.
+"""What one worker was doing, and for how long: marks of the loop's verbs, kept for the newest steps.
 
-The loop marks each verb anyway, for the board; a `Profile` hears the same marks and reads the clock. What lies between
-two marks is a *span*, and belongs to one of the phases:
+The loop marks each verb anyway, for the progress table; a `Profile` gets the same marks and reads the clock. The time
+between two marks is a *span*, and belongs to one of the phases:
 
     data        waiting for a microbatch, and moving it to the device
     forward     the task's loss · backward from there to the end of the contribution: gradients, buffers' changes
-    tree        adding this worker's contributions, and the tally's making; and everybody's nodes in the end, unless the
-                update does: on one host they are read where they lie, so that adding is most of the transport, too
-    exchange    talking to other workers, and reading everybody's new weights
-    wait        for the last worker to come to an exchange; told apart from it where workers are compared
-    assist      computing for workers that are late, while waiting in an exchange; booked where that began
+    tree        adding this worker's contributions, and making the tally; at the end also all workers' nodes, unless the
+                update does: on one host they are read in place, so adding is most of the transport, too
+    exchange    communicating with other workers, and reading all workers' new weights
+    wait        for the last worker to reach an exchange; separated from it where workers are compared
+    assist      computing for workers that are late, while waiting in an exchange; counted where that began
     optimiser   the update of this worker's shard
     other       what remains: planning the step, an audit
 
-Spans touch, so the phases add up to the step. What follows a commit (report, evaluate, save) is kept for the trace, and
-belongs to no step. On a GPU each mark waits for the device, or time would be booked where it is not spent.
+Spans touch, so the phases add up to the step. Work after a commit (report, evaluate, save) is kept for the trace, and
+belongs to no step. On a GPU each mark waits for the device, or time would be counted in the wrong phase.
 
-Owns the clock and a worker's spans. Compares no workers; `report/profile.py` does.
+Owns the clock and a worker's spans. Compares no workers; `tracking/profile_report.py` does.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ VERBS = {
 Span = tuple[str, int, int, int]
 """Phase, or name of a call of the exchange; microbatch, or −1; start and end, nanoseconds of the monotonic clock."""
 Shape = tuple[tuple[int, ...], ...]
-"""Of a microbatch: that of each column."""
+"""The shape of each column of a microbatch."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Recorded:
-    """One worker's part of a step, and what followed it. `first`: the first step of a group of workers, which touches
+    """One worker's part of a step, and the work after it. `first`: the first step of a group of workers, which touches
     memory for the first time."""
 
     rank: int
@@ -71,11 +71,11 @@ class Recorded:
 
 
 class Profile:
-    """A `Progress` that passes marks on to another one, and remembers when they were made.
+    """A `Progress` that passes marks on to another one, and records their times.
 
     Attributes:
         steps: committed steps by number, the newest MOST_STEPS.
-        buffer_bytes: what the tree's buffers take.
+        buffer_bytes: the bytes of the tree's buffers.
         gradient_bytes: the most that contributions of a group's first step took at one time beside them.
     """
 
@@ -86,12 +86,12 @@ class Profile:
         self._gradients: list[weakref.ref[Tensor]] = []  # of the first step
         self._step = -1
         self._recorded: Recorded | None = None
-        self._within = False  # a step
+        self._within = False  # inside a step
         self._phase, self._microbatch, self._since = "", -1, 0
         self._settle: Callable[[], None] = _nothing
 
     def join(self, exchange: Exchange, progress: Progress, device: torch.device) -> Exchange:
-        """A new group of workers begins; return its exchange, with marks around each call."""
+        """Begin with a new group of workers; return its exchange, with marks around each call."""
         self._progress, self._rank, self._workers = progress, exchange.rank, exchange.workers
         self._first, self._within, self._recorded = True, False, None
         self._buffers, self._gradients, self.buffer_bytes = set(), [], 0
@@ -100,7 +100,7 @@ class Profile:
         return Timed(exchange, self)
 
     def told(self) -> dict[str, Any]:
-        """The spans as plain values, and whose clock they are of."""
+        """The spans as plain values, and the identity of their clock."""
         steps = {
             step: {"rank": one.rank, "workers": one.workers, "first": one.first, "spans": one.spans}
             for step, one in self.steps.items()
@@ -112,7 +112,7 @@ class Profile:
             self.turn(VERBS[phase], microbatch)
             if phase == "begin":
                 self._begin(step)
-        elif self._within or phase != self._phase:  # what follows a step is one span each
+        elif self._within or phase != self._phase:  # each phase after a step is one span
             self.turn(phase)
             if self._within:
                 self._keep()
@@ -125,7 +125,7 @@ class Profile:
             self.turn(call)
 
     def leave(self, assisted_seconds: float = 0.0) -> None:
-        """It is over, and what went on before goes on. assisted_seconds: how much of it was spent on others' work."""
+        """The call ends, and the phase before it continues. assisted_seconds: the part of it spent on others' work."""
         if self._within:
             began, self._since = self._since, self._since + round(assisted_seconds * 1e9)
             if self._recorded is not None and self._since > began:
@@ -145,11 +145,11 @@ class Profile:
         return dataclasses.replace(contributor, halfway=self._go_back)
 
     def watch(self, contributor: Contributes) -> Contributes:
-        """The same contributor, with a mark where it has contributed."""
+        """The same contributor, with a mark after each contribution."""
         return _Watched(contributor, self)
 
     def hold(self, buffer: Tensor) -> None:
-        """The engine was given a buffer of the exchange; within a step, it is the tree's."""
+        """The engine got a buffer of the exchange; within a step, it is the tree's."""
         if self._within:
             self._buffers.add(buffer.untyped_storage().data_ptr())
             self.buffer_bytes += buffer.nbytes
@@ -162,7 +162,7 @@ class Profile:
         if self._first:
             self._gradients += [weakref.ref(part) for part in found.parts if part is not None]
             held = [one() for one in self._gradients]
-            with suppress(RuntimeError, NotImplementedError):  # what has no memory of its own takes none
+            with suppress(RuntimeError, NotImplementedError):  # a tensor without memory of its own takes none
                 self.gradient_bytes = max(self.gradient_bytes, storage_bytes(held, besides=self._buffers))
 
     def _go_back(self) -> None:
@@ -176,14 +176,14 @@ class Profile:
         """The step is committed."""
         assert self._recorded is not None
         self._within = self._first = False
-        self.steps.pop(self._step, None)  # one that was computed again counts as it was in the end
+        self.steps.pop(self._step, None)  # of a step that was computed again, the last time counts
         self.steps[self._step] = self._recorded
         if len(self.steps) > MOST_STEPS:
             del self.steps[next(iter(self.steps))]
 
 
 def storage_bytes(tensors: Sequence[Tensor | None], *, besides: set[int] | None = None) -> int:
-    """Bytes of the memory in which tensors lie, each piece counted once, but those at the addresses `besides`."""
+    """Bytes of the memory in which tensors lie, each storage counted once, except those at the addresses `besides`."""
     parts = [part for one in tensors if one is not None for part in _dense_parts(one)]
     storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
     return sum(size for address, size in storages.items() if address not in (besides or ()))
@@ -194,7 +194,7 @@ def _dense_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _name_host() -> str:
-    """What is the same for all processes that share a monotonic clock."""
+    """A value that is the same for all processes that share a monotonic clock."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -206,7 +206,7 @@ def _nothing() -> None:
 
 
 class _Watched:
-    """A contributor after which the tree's time begins."""
+    """A contributor that marks the beginning of the tree's time."""
 
     def __init__(self, inner: Contributes, profile: Profile) -> None:
         self._inner = inner

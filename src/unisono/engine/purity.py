@@ -1,8 +1,8 @@
-"""The purity probe: is a contribution really a function of its arguments?
+"""The purity probe: is a contribution a function of its arguments only?
 
-Computes contributions of two microbatches in the order a, b, b, a and compares bits. What a model remembers between
-calls, and randomness that no key reaches, show as a difference; so does a model that writes on its own weights, which
-all workers of a host read in one place.
+Computes contributions of two microbatches in the order a, b, b, a and compares bits. State that a model keeps between
+calls, and randomness that does not come from the key, show as a difference; so does a model that writes to its own
+weights, which all workers of a host read in one place.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ def _differing(names: list[str], one: Contribution, other: Contribution) -> list
             found.append(name)
     if not same_bits(one.integers, other.integers):
         found.append("change of an integer buffer")
-    # the loss differs with almost any fault, so the parameter, which names a module, comes first
+    # the loss differs with almost any fault; a parameter names a module, so it comes first
     return found[1:] + found[:1] if found and found[0] == "loss" else found

@@ -1,7 +1,7 @@
 """From a step's contributions to my shard of its gradient: the tree, and the first crossing to other workers.
 
-A gradient is added where autograd has left it; the last addition of a node that I pass on is written where others
-read it. Owns the buffers for that, and the *tally*: the small exact facts of a step that every worker learns.
+A gradient is added where autograd has left it; the last addition of a node that I send is written where others read it.
+Owns the buffers for that, and the *tally*: the small exact facts of a step that every worker learns.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Totals:
     """What every worker knows of a finished step.
 
     loss: mean over all terms, float64 arithmetic. terms: number of terms. used: whether each parameter got a gradient
-    at all. integers: int64, the integer buffers as microbatch 0 left them. request: what the workers were asked to do
-    after this step, one of REQUESTS or `progress_table.RUNNING`.
+    at all. integers: int64, the integer buffers as microbatch 0 left them. request: the request to the workers
+    after this step: one of REQUESTS or `progress_table.RUNNING`.
     """
 
     loss: float
@@ -46,8 +46,8 @@ class Totals:
 
 
 class Sum:
-    """My shard of the *sum* of a step's contributions, still in nodes: they are added up a part at a time, as the tree
-    says, by whoever needs the part. Their memory is overwritten freely.
+    """My shard of the *sum* of a step's contributions, still in nodes: each part is added as the tree says when it is
+    needed. Their memory is overwritten freely.
 
     Attributes:
         additions: how the nodes are added, see `tree.additions`.
@@ -67,12 +67,12 @@ class Sum:
 
     def mean(self, place: slice, terms: int, into: Tensor | None = None, *, squares: Tensor | None = None) -> Tensor:
         """A part of the shard, added and divided by the step's number of terms, once: in the beginning of `into`, or
-        left where `left` finds it. squares: float64, to hold the sum of squares of each of its blocks."""
+        left where `left` finds it. squares: float64, gets the sum of squares of each of its blocks."""
         target = self.left(place) if into is None else into[: place.stop - place.start]
         return mean(self.nodes(place), self.additions, terms, target, squares)
 
     def rows(self, table: int, first: int, last: int, terms: int) -> Rows:
-        """The rows of a table that any microbatch touched, from `first` up to, but without, `last`, divided by the
+        """The rows of a table that any microbatch touched, from `first` up to `last`, `last` excluded, divided by the
         step's terms."""
         found = add_up(self._tables[table], first, last)
         found.values.div_(terms)
@@ -94,11 +94,9 @@ class Reduction:
         self._replica = replica
         self._exchange = exchange
         self._tree: Tree[list[Tensor | None]] = Tree(self._combine)
-        self._buffers: list[Tensor] = []  # of the nodes that I pass on, in their order
+        self._buffers: list[Tensor] = []  # of the nodes that I send, in their order
         self._views: list[list[Tensor]] = []  # the parts in each buffer
-        self._targets: dict[
-            Node, list[Tensor]
-        ] = {}  # node of the present step that I pass on → the parts in its buffer
+        self._targets: dict[Node, list[Tensor]] = {}  # node of the present step that I send → the parts in its buffer
         self._tables = [index for index, segment in enumerate(replica.space.parameters) if segment.table]
         self._dense = [index for index, segment in enumerate(replica.space.segments) if not segment.table]
         self._packed = exchange.new_buffer(1, replica.space.dtype)  # grows with the rows
@@ -127,7 +125,7 @@ class Reduction:
     def add(self, number: int, contribution: Contribution) -> None:
         """Add microbatch `number`'s contribution, whose parts are then overwritten; numbers rise."""
         node, dense = Node(0, number), [contribution.parts[index] for index in self._dense]
-        if node in self._targets:  # nothing is added to it here
+        if node in self._targets:  # no addition writes to it
             publish(dense, self._targets[node])
             dense = []
         self._tree.add(node, dense)
@@ -165,7 +163,8 @@ class Reduction:
         return [rows for table in self._rows.values() for rows in table.values()]
 
     def _gather_rows(self, counts: list[list[int]], names: list[int]) -> dict[int, dict[int, Rows]]:
-        """Everybody's rows. counts: table by table, how many each microbatch has. names: of everybody's packed rows."""
+        """All workers' rows. counts: table by table, how many each microbatch has. names: of all workers' packed
+        rows."""
         widths = [self._replica.parameters[table].shape[1] for table in self._tables]
         sizes = [
             [sum(counts[k][number] for number in share) * (1 + width) for k, width in enumerate(widths)]
@@ -186,9 +185,9 @@ class Reduction:
         return found
 
     def _tally(self, request: int) -> tuple[Totals, dict[str, Tensor]]:
-        """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all but
-        one. Return the totals, and what was told: "names" of everybody's buffers, int64 [workers, nodes + 1], that of
-        packed rows being the last; "rows" that each microbatch has of each table, int64 [tables, microbatches]."""
+        """Add the workers' facts as integers: exact in any order. A float64 travels as its bits, zero from all workers
+        except one. Return the totals, and the other facts: "names" of all workers' buffers, int64 [workers, nodes + 1],
+        the last that of packed rows; "rows" that each microbatch has of each table, int64 [tables, microbatches]."""
         assert self._step is not None
         microbatches, rank, workers = len(self._step.microbatches), self._exchange.rank, self._exchange.workers
         losses, terms = torch.zeros(microbatches, dtype=torch.float64), torch.zeros(microbatches, dtype=torch.int64)
@@ -211,7 +210,7 @@ class Reduction:
         places = torch.zeros(workers, 2, dtype=torch.int64)
         places[rank, 0], places[rank, 1] = self._exchange.generation, self._step.number + 1
         facts = {
-            "places": places,  # first: there they are found, however long another step's facts may be
+            "places": places,  # first: so they are found even where another step's facts are longer
             "losses": losses.view(torch.int64),
             "terms": terms,
             "used": self._used,
@@ -230,21 +229,21 @@ class Reduction:
         return self._conclude(told), told
 
     def _compare_places(self, places: list[list[int]]) -> None:
-        """Never add what belongs to different steps. places: by rank, generation and step of each worker."""
+        """Refuse to add parts of different steps. places: by rank, generation and step of each worker."""
         mine = places[self._exchange.rank]
         if places != [mine] * len(places):
             told = ", ".join(f"worker {n} at step {step} (group {group})" for n, (group, step) in enumerate(places))
             raise LostPeerError(f"the workers are not at the same step: {told}")
 
     def _taken(self) -> float:
-        """Seconds that others have saved me, in all: my microbatches are worth them, whoever computed."""
+        """Seconds that other workers have saved me, in all: they count as time of my microbatches."""
         return self._exchange.offload.taken_seconds if self._exchange.offload else 0.0
 
     def _learn(self, *pace: int) -> None:
-        """Let the next step's shares follow what this one took: every worker learns the same."""
+        """Let the next step's shares follow what this one took: every worker gets the same numbers."""
         *microseconds, numbers = pace
         if numbers != self._assignment.number * self._exchange.workers:
-            raise LostPeerError("the workers do not agree on the sharing out of this step")
+            raise LostPeerError("the workers do not agree on the shares of this step")
         self._assignment.learn(microseconds)
 
     def _conclude(self, told: dict[str, Tensor]) -> Totals:
@@ -271,7 +270,7 @@ class Reduction:
         )
 
     def _combine(self, node: Node, left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
-        """A node's parts, of those of its children: where the left ones lie, or where I pass the node on."""
+        """A node's parts, of those of its children: where the left ones lie, or where I send the node from."""
         if node not in self._targets:
             return add_parts(left, right)
         add_parts_into(left, right, self._targets[node])

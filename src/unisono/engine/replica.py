@@ -1,7 +1,7 @@
-"""A worker's copy of the model's numbers: the trained ones in one flat tensor, with which a backend computes.
+"""A worker's copy of the model's numbers: the trained ones in one flat tensor, on which a backend computes.
 
-Owns the flat tensor, and what happens to buffers: each microbatch starts from the step's, and what it changed is part
-of its contribution. Knows no other worker, and no framework.
+Owns the flat tensor, and the handling of buffers: each microbatch starts from the step's buffers, and its changes are
+part of its contribution. Depends on no other worker, and on no framework.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from unisono.errors import ContractError
 
 
 class Replica:
-    """The numbers of one model, laid out in a `Space`, with its buffers guarded.
+    """The numbers of one model, laid out in a `Space`, with its buffers restored before each microbatch.
 
     Attributes:
         backend: what computes with them; it has adopted views of `flat` as its trainable parameters, and views of
             `buffer_values` as its float buffers.
         space: the layout; parameters first, then those buffers whose dtype is the space's.
-        flat: [shard size × workers] all of them as they are at the step's start, padded with zeros; read only, since
+        flat: [shard size × workers] all values at the step's start, padded with zeros; read only, since
             other workers may read the same memory.
         buffer_values: float buffers as the backend has changed them, the part of `flat` that follows the parameters.
-        groups: what each group number in the space means.
-        integers: integer and boolean buffers; after a step they hold what microbatch 0 left.
+        groups: the meaning of each group number in the space.
+        integers: integer and boolean buffers; after a step they hold the values from microbatch 0.
     """
 
     def __init__(self, backend: Backend, *, rank: int, workers: int) -> None:
@@ -49,7 +49,7 @@ class Replica:
         self.buffer_values = torch.zeros_like(self._step_floats)
         self._seen: WeakIdKeyDictionary = (
             WeakIdKeyDictionary()
-        )  # flat tensors that come again → views of the parameters
+        )  # flat tensors that are used again → views of the parameters
         self._buffers: dict[str, Tensor] = {}
         self._move_in({one.name: one.value for one in parameters}, buffers)
         self.integers = [
@@ -71,7 +71,7 @@ class Replica:
         return self.flat[start : self.space.blocks * BLOCK]
 
     def take_buffer_changes(self) -> list[Tensor | None]:
-        """Return what the last microbatch added to each buffer of the space.
+        """Return the change of each buffer of the space by the last microbatch.
 
         Raises:
             ContractError: a buffer of another floating dtype has changed, which no contribution can carry.
@@ -84,7 +84,7 @@ class Replica:
                 )
         if not self.space.buffers:
             return []
-        # an untouched −inf, as masks have it, has changed by 0 and not by −inf − (−inf)
+        # an untouched −inf, as in masks, has changed by 0 and not by −inf − (−inf)
         change = (self.buffer_values - self._step_floats).masked_fill_(self.buffer_values == self._step_floats, 0.0)
         if ((change != 0.0) & ~self._step_floats.isfinite()).any():
             raise ContractError(self._name_infinite(change))
@@ -114,7 +114,7 @@ class Replica:
             self._buffers[name].copy_(value)
 
     def show(self, flat: Tensor) -> None:
-        """Let the backend compute with the present weights of this flat tensor, which is not copied; buffers follow
+        """Make the backend compute with the present weights of this flat tensor, which is not copied; buffers follow
         when they are restored."""
         if flat.data_ptr() != self.flat.data_ptr():
             if flat not in self._seen:
@@ -143,8 +143,8 @@ class Replica:
         self.restore_buffers()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's own tensors by name: parameters, frozen ones too, and persistent buffers. Tied names are all
-        there."""
+        """The model's own tensors by name: parameters, frozen ones too, and persistent buffers. All names of tied
+        tensors are included."""
         return self.backend.tensors()
 
     def all_tensors(self) -> dict[str, Tensor]:
@@ -167,16 +167,17 @@ class Replica:
         return "constant", 0
 
     def _cut(self, flat: Tensor) -> dict[str, Tensor]:
-        same = flat.detach()  # or the views would keep `flat`, and so themselves
+        same = flat.detach()  # else the views would keep `flat` alive, and so themselves
         return {segment.name: segment.view(same) for segment in self.space.parameters}
 
     def _move_in(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Copy every value into the flat tensor (aligned, wherever it lay before) and let the backend find it there."""
+        """Copy every value into the flat tensor (aligned, wherever it lay before) and give the backend views of it."""
         self._shown = self._cut(self.flat)
         for name, view in self._shown.items():
             view.copy_(parameters[name])
         for segment in self.space.buffers:
-            # .data: own version counters, so that changing one buffer spares what autograd saved of the others
+            # .data: own version counters, so that changing one buffer does not invalidate what autograd saved of the
+            # others
             view = self._buffer_part(self.buffer_values, segment).data
             view.copy_(buffers[segment.name])
             segment.view(self.flat).copy_(view)

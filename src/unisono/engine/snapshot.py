@@ -3,13 +3,15 @@
 Three copies of every trained array lie in one anonymous memory file (no name, so nothing outlives the processes; no
 room in /dev/shm is needed), which the supervisor opens before it forks and every worker maps. An update reads the
 committed copy and writes another; when all workers have written their shards, worker 0 flips one number, and that is
-the commit: an update torn between workers is never seen. The third copy is for a checkpoint being written meanwhile.
+the commit: no worker ever sees an update that only some workers wrote. The third copy is for a checkpoint being written
+meanwhile.
 
     header    sequence number, size of the description, the facts of the last two commits (whose number is even, odd)
-    arrays    a copy after the other: weights, optimiser state, averages, counts, integers; then best, and constants
-    end       the description, JSON: which tensor of the model lies where; so who has the file can write a checkpoint
+    arrays    one copy after the other: weights, optimiser state, averages, counts, integers; then best, and constants
+    end       the description, JSON: which tensor of the model lies where; so any process with the file can write
+              a checkpoint
 
-Owns the file's layout and the flip. What the arrays hold is the matter of `optimizer.py` and `state.py`.
+Owns the file's layout and the flip. `optimizer.py` and `state.py` define the content of the arrays.
 """
 
 from __future__ import annotations
@@ -45,12 +47,12 @@ DTYPES = {str(dtype): dtype for dtype in (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What lies where, in plain values.
+    """The description of the file, in plain values.
 
     arrays: name → (byte offset, dtype, elements); a copied array's name is followed by "/" and the copy's number.
     names: the copied float arrays. segments: (name, start, size, shape) of parameters, then buffers; `parameters` of
     them are parameters. sources: tensor of the module → (array, first element, shape, whether its state_dict has it);
-    dtypes: its dtype, which differs from the array's for integers. extra: what else a checkpoint says of the run.
+    dtypes: its dtype, which differs from the array's for integers. extra: other facts of the run for a checkpoint.
     """
 
     arrays: dict[str, tuple[int, str, int]]
@@ -75,14 +77,14 @@ class Snapshot:
 
     @staticmethod
     def is_laid_out(file: int) -> bool:
-        """Whether the file has its size and its description; false where a worker was lost before that."""
+        """Whether the file has its size and its description; false where a worker was lost before writing them."""
         return os.fstat(file).st_size >= HEADER_BYTES and any(
             os.pread(file, 8, 8 * _DESCRIPTION_BYTES)  # written last
         )
 
     @staticmethod
     def lay_out(file: int, description: Description) -> None:
-        """Give a memory file the size that the description asks for, and write the description."""
+        """Give a memory file the size that the description requires, and write the description."""
         text = json.dumps({name: getattr(description, name) for name in Description.__slots__}).encode()
         os.ftruncate(file, description.size_bytes + len(text))
         os.pwrite(file, text, description.size_bytes)
@@ -94,7 +96,7 @@ class Snapshot:
         return int(self._words[_SEQUENCE])
 
     def flip(self, sequence: int) -> None:
-        """Commit. Worker 0 does, after all have written."""
+        """Commit. Only worker 0 calls this, after all have written."""
         self._words[_SEQUENCE] = sequence
 
     def facts(self) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Snapshot:
         return self._view(offset + start * kind.itemsize, kind, math.prod(shape)).view(list(shape))
 
     def content(self, facts: Mapping[str, Any]) -> Content:
-        """What a checkpoint of the commit with these facts holds. Tensors are views: they stay as they are while the
+        """The content of a checkpoint of the commit with these facts. Tensors are views: they stay unchanged while the
         commit is pinned, or is the last one or the one before."""
         told = self.description
         copy = int(facts["copy"])
@@ -153,7 +155,7 @@ class Snapshot:
 
 
 class SnapshotArrays:
-    """The arrays of a run in its snapshot. Shards are cut from whole arrays, so any number of workers finds its own.
+    """The arrays of a run in its snapshot. Shards are cut from whole arrays, so any number of workers can use them.
 
     With `direct`, updates are computed in the snapshot itself (on CPUs); else in private arrays on the worker's device,
     from which each commit copies.
@@ -234,7 +236,7 @@ class SnapshotArrays:
         self._conclude(facts, met=False)
 
     def _conclude(self, facts: Mapping[str, Any], *, met: bool) -> None:
-        """Flip, when all have written. Nobody waits for that: if worker 0 is lost before it, the others learn so in
+        """Flip, when all have written. No worker waits for it: if worker 0 is lost before it, the others notice in
         their next exchange, before they write anything, and go back to the commit before."""
         if not met:
             self._exchange.wait_for_all()
@@ -247,7 +249,7 @@ class SnapshotArrays:
         self._pinned = self._copy
 
     def whole(self, name: str) -> Tensor:
-        """Every array was complete when it was committed; the best weights, when their facts were noted."""
+        """Every array was complete when it was committed; the best weights, when their facts were written."""
         copy = None if name == BEST else self._copy
         if (name, copy) not in self._wholes:
             self._wholes[name, copy] = self.snapshot.array(name, copy)[: self._replica.shard.padded_space]
@@ -257,7 +259,7 @@ class SnapshotArrays:
         return {name: self._replica.shard.of(self.snapshot.array(name, copy)) for name in self._names}
 
     def _write_constants(self) -> None:
-        """Put what no step changes (frozen weights, say) where who writes a checkpoint finds it."""
+        """Write the tensors that no step changes (frozen weights, for example), for the writer of a checkpoint."""
         tensors = self._replica.all_tensors()
         for name, (array, _, _, _) in self.snapshot.description.sources.items():
             if array.startswith("constant "):
@@ -267,7 +269,7 @@ class SnapshotArrays:
 def describe(names: Sequence[str], replica: Replica, most_workers: int, extra: Mapping[str, Any]) -> Description:
     """Lay out the snapshot of a replica, for any number of workers up to `most_workers`."""
     space = replica.space
-    elements = (space.blocks + most_workers - 1) * BLOCK  # shards of equal size pad by less than a block a worker
+    elements = (space.blocks + most_workers - 1) * BLOCK  # equal shards need less than one block of padding per worker
     position = HEADER_BYTES
     arrays: dict[str, tuple[int, str, int]] = {}
 
@@ -305,8 +307,8 @@ def describe(names: Sequence[str], replica: Replica, most_workers: int, extra: M
 
 
 def new_file() -> int:
-    """An empty memory file for a snapshot; −1 where the system has none, or limits the size of files."""
+    """An empty memory file for a snapshot; −1 where the system has no memory files, or limits the size of files."""
     import resource
 
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # it holds for memory files too
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # also limits memory files
     return os.memfd_create("unisono") if hasattr(os, "memfd_create") and unlimited else -1

@@ -1,10 +1,10 @@
 """Gradients that come as rows: of tables, embeddings of which a step touches a small part.
 
-Each microbatch's rows travel as they are, and the owner of a part of the table adds them up in the tree, laid side by
-side: an absent row counts as +0.0, and adding that changes no bit, since no row holds −0.0 (`contribution.py` sees to
-it). So the sum of a row is that of a dense gradient, and what no step touches is neither zeroed, sent nor read.
+Each microbatch's rows travel as they are, and the owner of a part of the table adds them up in the tree, side by side:
+an absent row counts as +0.0, and adding that changes no bit, since no row holds −0.0 (`contribution.py` ensures it).
+So the sum of a row is that of a dense gradient, and rows that no step touches are neither zeroed, sent nor read.
 
-Owns the rows' packing and their sum. What becomes of them is the matter of `tables.py`.
+Owns the rows' packing and their sum. `sparse_tables.py` updates the tables with them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Rows:
 
     @property
     def elements(self) -> int:
-        """How many `pack` writes."""
+        """The number of elements that `pack` writes."""
         return len(self.numbers) + self.values.numel()
 
     def between(self, first: int, last: int) -> Rows:
-        """Those from number `first` up to, but without, number `last`: views."""
+        """The rows from number `first` up to number `last`, `last` excluded: views."""
         start, stop = torch.searchsorted(self.numbers, torch.tensor([first, last], device=self.numbers.device)).tolist()
         return Rows(numbers=self.numbers[start:stop], values=self.values[start:stop])
 
@@ -72,7 +72,7 @@ def unpack(content: Tensor, counts: Sequence[int], width: int) -> list[Rows]:
 
 
 def add_up(parts: Mapping[int, Rows], first: int, last: int) -> Rows:
-    """The sum over all microbatches (by number) of the rows from `first` up to, but without, `last`; new memory."""
+    """The sum over all microbatches (by number) of the rows from `first` up to `last`, `last` excluded; new memory."""
     mine = {number: rows.between(first, last) for number, rows in sorted(parts.items())}
     some = next(iter(mine.values()))
     present = torch.zeros(last - first, dtype=torch.bool, device=some.numbers.device)

@@ -4,7 +4,7 @@
 touched; the others keep weights and optimiser state, as with torch.optim.SparseAdam. Either way elements are laid in
 memory so that kernels see whole vectors of them, and nothing depends on where shards are cut.
 
-Owns where rows lie in a shard, and which rows a copy of the arrays lacks. The rules are in `rules.py`.
+Owns where rows lie in a shard, and which rows a copy of the arrays lacks. The rules are in `kernels/update_rules.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Table:
     Attributes:
         index: the table's number among the parameters.
         group: number of its group.
-        first, last: rows of which the shard holds something, up to but without `last`.
+        first, last: rows of which the shard holds something, up to `last`, `last` excluded.
         place: where the part lies in the shard, padding included.
     """
 
@@ -91,7 +91,7 @@ class Table:
             yield place, scratch[begin - row * self._width : end - row * self._width]
 
     def update(self, rows: Rows, old: Named, new: Named, rule: Callable[[Tensor, dict[str, Tensor]], None]) -> None:
-        """Run `rule(gradient, arrays)` on these rows only, all others staying as they are."""
+        """Run `rule(gradient, arrays)` on these rows only, all others stay unchanged."""
         for strip in self.strips:
             some = rows.between(strip.first, strip.first + strip.rows)
             if len(some.numbers):
@@ -119,7 +119,7 @@ class Table:
 
 
 def _padded(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Zeros for a matrix and for what it lacks to whole vectors."""
+    """Zeros for a matrix, padded to whole vectors."""
     return like.new_zeros(-(-shape[0] * shape[1] // GRID) * GRID)
 
 
@@ -146,7 +146,7 @@ def _put(table: Tensor, numbers: Tensor, rows: Tensor) -> None:
 class Behind:
     """Which rows each copy of the arrays lacks: those that were updated since it was written.
 
-    A copy of which nothing is known lacks everything.
+    A copy without an entry lacks everything.
     """
 
     def __init__(self, tables: Sequence[Table]) -> None:
@@ -154,8 +154,8 @@ class Behind:
         self._rows: dict[int, list[Mapping[int, Tensor]]] = {}
 
     def catch_up(self, copy: int, old: Named, new: Named, touched: Mapping[int, Rows]) -> None:
-        """Bring a copy, `new`, up to what `old` holds, but for rows that will be overwritten (table → rows). Nothing is
-        known of it then, until `commit`."""
+        """Bring a copy, `new`, up to the content of `old`, except for rows that will be overwritten (table → rows). The
+        copy then has no entry, until `commit`."""
         known = self._rows.pop(copy, None)
         for table in self._tables:
             if known is None:
@@ -174,7 +174,7 @@ class Behind:
         for other, lacking in list(self._rows.items()):
             lacking.append(touched)
             if sum(len(numbers) for rows in lacking for numbers in rows.values()) > most:
-                del self._rows[other]  # to copy everything is less
+                del self._rows[other]  # copying everything is cheaper
         self._rows[copy] = []
 
 

@@ -1,7 +1,6 @@
-"""All that a step reads and leaves behind.
+"""All that a step reads and writes.
 
-Owns the list of what makes up a run's state, and the commit of a step; each part is owned by the object that it lies
-in.
+Owns the list of what makes up a run's state, and the commit of a step; each part is owned by the object that holds it.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class TrainState:
     shard).
 
     last: loss, norm and rate of the last step, plain values. evaluated: whether the evaluation that may follow it is
-    done. has_best: whether the best evaluation's weights are kept. finished: an observer has asked for the end, so no
+    done. has_best: whether the best evaluation's weights are kept. finished: an observer has requested the end, so no
     step follows; it is committed with the step, so that a loss after it changes nothing. stream: where a stream of
-    samples stands, as it says of itself; None: there is none, or it cannot tell. read_stream: the same, for a number of
+    samples stands, from its own state; None: there is none, or it has no state. read_stream: the same, for a number of
     steps.
     """
 
@@ -53,7 +52,7 @@ class TrainState:
     _took_best: bool = False
 
     def commit(self, step: int, totals: Totals, last: Mapping[str, Any]) -> None:
-        """Make what the optimiser worked out the state after `step` steps: on all workers, or on none."""
+        """Make the optimiser's result the state after `step` steps: on all workers, or on none."""
         self.step, self.last, self.evaluated = step, last, False
         self.finished = totals.request == FINISH
         self.stream = None if self.read_stream is None else self.read_stream(step)
@@ -115,7 +114,7 @@ class TrainState:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within, the replica holds the averaged weights, where there are such (and no best ones have been taken)."""
+        """Within, the replica holds the averaged weights, where the run has them (and has not taken the best ones)."""
         if self.optimizer.average is None or self._took_best:
             yield
             return
@@ -154,7 +153,7 @@ class TrainState:
         return Content(parameters=parameters, buffers=buffers, optimizer=self.optimizer_tensors(), facts=facts)
 
     def restore(self, content: Content) -> None:
-        """Take over a state that was saved under any number of workers.
+        """Load a state that was saved under any number of workers.
 
         Raises:
             KeyError, RuntimeError: it is that of another model.

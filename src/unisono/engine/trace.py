@@ -1,4 +1,4 @@
-"""Writing down what every microbatch contributed, so that two runs can be compared to the first bit that differs.
+"""A record of what every microbatch contributed, so that two runs can be compared to the first bit that differs.
 
 Owns the digests and their file: one JSON line per microbatch, {"step", "microbatch", "loss", "parts": {name: digest}},
 and one per step, {"step", "weights": {name: digest}}. Compares nothing; `verification.py` does.
@@ -19,7 +19,7 @@ from unisono.engine.replica import Replica
 
 
 class Traced:
-    """A contributor that writes down what it computes, for one worker."""
+    """A contributor that records what it computes, for one worker."""
 
     def __init__(self, contributor: Contributor, folder: Path, rank: int) -> None:
         self._contributor = contributor
@@ -27,14 +27,14 @@ class Traced:
         self._file = (folder / f"trace-{rank}.jsonl").open("w", encoding="utf-8")
 
     def contribute(self, step: int, number: int, microbatch: dict[str, Tensor]) -> Contribution:
-        """Compute and write down a contribution."""
+        """Compute and record a contribution."""
         found = self._contributor.contribute(step, number, microbatch)
         parts = {name: digest(part) for name, part in zip(self._names, found.parts, strict=True)}
         self._write({"step": step + 1, "microbatch": number, "loss": float(found.loss).hex(), "parts": parts})
         return found
 
     def record_weights(self, step: int, replica: Replica) -> None:
-        """Write down the weights after a step."""
+        """Record the weights after a step."""
         self._write(
             {
                 "step": step,

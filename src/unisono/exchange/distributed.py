@@ -1,8 +1,8 @@
-"""The exchange of real processes, over torch.distributed: gloo, and nccl for what lies on GPUs.
+"""The exchange of real processes, over torch.distributed: gloo, and nccl for tensors on GPUs.
 
-Owns the process groups and the shapes of their messages. Uses tensor collectives only, never one that pickles. What is
-in host memory (tallies, facts, meetings) always goes through gloo: a collective of nccl returns when it is queued
-on the device, so who has passed one knows nothing of the others.
+Owns the process groups and the shapes of their messages. Uses tensor collectives only, never one that pickles. Data in
+host memory (tallies, facts, meetings) always goes through gloo: a collective of nccl returns when it is queued on the
+device, so its return says nothing about the other workers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LARGE_BYTES = 2**20  # above, gloo's broadcasts together are faster than its all
 
 
 class Distributed:
-    """A worker among processes. `store` is where they meet; None: among those of the process group that this process
-    is in already, which is left as it is. `device` decides through what the contributions go."""
+    """A worker among processes. `store` is where they meet; None: the processes of the group that this process is in
+    already, which is left unchanged. `device` decides which library sends the contributions."""
 
     offload = None
 
@@ -47,7 +47,7 @@ class Distributed:
         timeout = timedelta(seconds=timeout_seconds)
         self._made = store is not None  # the default group is this exchange's own
         try:
-            if store is None:  # groups of its own, so that its messages and others' never mix
+            if store is None:  # new groups, so that its messages and others' never mix
                 self._host: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout)
             else:
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=timeout)
@@ -104,7 +104,7 @@ class Distributed:
         return gather_padded(self, content)
 
     def wait_for_all(self) -> None:
-        if self._device.type == "cuda":  # what the device has been told to do is done before anybody relies on it
+        if self._device.type == "cuda":  # queued work of the device is done before another worker relies on it
             torch.cuda.synchronize(self._device)
         self.add_integers(torch.zeros(1, dtype=torch.int64))
 
@@ -117,8 +117,9 @@ class Distributed:
 
 
 def _forget_half_made() -> None:
-    """Make torch forget a group that could not be made: it counts them, and takes the count for the next one's name, by
-    which workers that were not in this one would wait for each other in vain. Ending a group sets the count back."""
+    """Make torch forget a group that could not be made. Torch counts groups and uses the count for the next one's name;
+    with another count, workers that were not in this group would wait for each other forever. Ending a group resets the
+    count."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     dist.destroy_process_group()
@@ -131,7 +132,7 @@ def _broadcast_each(parts: Sequence[Tensor], group: dist.ProcessGroup | None) ->
 
 
 def _sized(buffer: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
-    """The buffer cut to a size, or a larger one."""
+    """The buffer cut to a size, or a new, larger one."""
     if buffer.dtype != dtype or buffer.untyped_storage().nbytes() < elements * dtype.itemsize:
         return torch.empty(elements, dtype=dtype, device=buffer.device)
     return torch.empty(0, dtype=dtype, device=buffer.device).set_(buffer.untyped_storage(), 0, (elements,), (1,))

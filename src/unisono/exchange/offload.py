@@ -1,14 +1,15 @@
-"""Who waits for others computes for them: products that a late worker lays down, instead of computing them itself.
+"""Offloaded weight gradients: products that a late worker publishes, and waiting workers compute for it.
 
 A *job* is one product, left transposed times right, of float32 numbers. Its owner copies both into a *slot*, memory
-that all workers of a host map, and writes the slot's number into its pipe of jobs. Whoever waits in an exchange
-(`pipes.py`) wakes up and reads the number; so does the owner itself in the end, for what nobody has begun. A number is
-read once, so nothing is computed twice. Nothing is lost with a worker, either: the owner keeps the operands until it
-has the product.
+that all workers of a host map, and writes the slot's number into its pipe of jobs. Any worker that waits in an exchange
+(`pipes.py`) wakes up and reads the number; so does the owner itself at the end, for jobs that no worker has begun. A
+number is read once, so nothing is computed twice. Nothing is lost with a worker, either: the owner keeps the operands
+until it has the product.
 
-It is the same call on the same numbers, laid out in the same way, so no bit tells who computed it.
+It is the same call on the same numbers, laid out in the same way, so no bit depends on which worker computes it.
 
-Owns the slots, the pipes of jobs and of answers, and who computes what. What the products are is their owner's matter.
+Owns the slots, the pipes of jobs and of answers, and which worker computes what. The owner of a product defines its
+use.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from unisono.errors import LostPeerError
 from unisono.exchange.pipes import Pipes, open_end
 
 MOST_SLOTS = 8
-SLOT_BYTES = 2**27  # of address space; what is never written takes no memory
-JOBS_EACH = 2  # that lie ready for each worker who waits: one that it computes, and the next
+SLOT_BYTES = 2**27  # of address space; unwritten pages take no memory
+JOBS_EACH = 2  # published for each waiting worker: one that it computes, and the next
 ALIGNED = 64  # bytes; as torch aligns its own tensors, on which a product's bits may depend
-PATIENCE_SECONDS, SLOWEST_FLOPS = 0.2, 1e9  # how long a product is waited for, once its owner has nothing else to do
+PATIENCE_SECONDS, SLOWEST_FLOPS = 0.2, 1e9  # how long an idle owner waits for a product
 _COLUMNS = ("m", "i", "o", "nanoseconds")  # of the table of sizes, which has a row for each slot
 
 
 class OffloadQueue:
-    """One worker's place for products that others may compute, and its way to those of others.
+    """One worker's queue of products that others may compute, and its access to the queues of others.
 
     Args:
-        new_buffer, name, read: memory that all map, as `Shared` has it. pipes: of the exchange in which workers wait.
+        new_buffer, name, read: memory that all workers map, from `Shared`. pipes: of the exchange in which workers
+        wait.
 
     Attributes:
         given_seconds: how long this worker has computed for others, in all. taken_seconds: how much longer this one
@@ -62,8 +64,8 @@ class OffloadQueue:
         self._slots = min(JOBS_EACH * (workers - 1), MOST_SLOTS)
         self._memory = new_buffer(self._slots * SLOT_BYTES // 4, torch.float32)
         self._sizes = new_buffer(self._slots * len(_COLUMNS), torch.int64)
-        self._free = list(range(self._slots))  # a slot is not, too, while a job is done that nobody waits for any more
-        self._laid: dict[int, tuple[Any, Tensor, Tensor]] = {}  # slot → what lies there
+        self._free = list(range(self._slots))  # a slot is also taken while an abandoned job is computed
+        self._laid: dict[int, tuple[Any, Tensor, Tensor]] = {}  # slot → its key and operands
         self._found: list[tuple[Any, Tensor]] = []
         self._others: dict[int, int] = {}  # their pipes of jobs → rank
         self._places: dict[int, tuple[int, int, int]] = {}  # rank → its pipe of answers, its memory, its sizes
@@ -78,7 +80,7 @@ class OffloadQueue:
                 if worker != rank:
                     self._others[open_end(pipes.pids[worker], jobs, os.O_RDONLY | os.O_NONBLOCK)] = worker
                     self._places[worker] = (open_end(pipes.pids[worker], answers, os.O_WRONLY), files[0], files[1])
-            pipes.swap(b"0")  # all have opened what is mine
+            pipes.swap(b"0")  # all have opened my files
         except BaseException:
             self.close()
             raise
@@ -89,8 +91,8 @@ class OffloadQueue:
     # ---- for the owner of a product
 
     def publish(self, key: Any, left: Tensor, right: Tensor) -> bool:
-        """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
-        whether this was done. `collect` then has the product."""
+        """Enqueue the product left [m, i] transposed times right [m, o], float32, if another worker waits for this one;
+        return whether this was done. `collect` then has the product."""
         self._handle_messages()
         if self._shut or not self._free or len(self._laid) >= JOBS_EACH * self._waiting():
             return False
@@ -108,25 +110,25 @@ class OffloadQueue:
         return True
 
     def collect(self) -> list[tuple[Any, Tensor]]:
-        """The products of all that was laid down, with their keys; what nobody has begun is computed here."""
+        """The products of all enqueued pairs, with their keys; jobs that no worker has begun are computed here."""
         while self._laid and (slot := _take(self._jobs)) is not None:
             self._compute(slot)
             self._free.append(slot)
             self._handle_messages()
         while self._laid and self._await():
             self._handle_messages()
-        for slot in list(self._laid):  # who has begun it is gone, or hangs
+        for slot in list(self._laid):  # the worker that has begun it has ended, or hangs
             self._compute(slot)
         found, self._found = self._found, []
         return found
 
     def _compute(self, slot: int) -> None:
-        """Here, what was laid down."""
+        """Compute an enqueued product in this worker."""
         key, left, right = self._laid.pop(slot)
         self._found.append((key, left.t() @ right))
 
     def _handle_messages(self) -> None:
-        """Take over what others have computed."""
+        """Collect the products that others have computed."""
         while len(self._free) < self._slots and (slot := _take(self._answers)) is not None:
             if slot in self._laid:
                 key, _, _ = self._laid.pop(slot)
@@ -145,21 +147,21 @@ class OffloadQueue:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, nothing is laid down: what is computed is this worker's own."""
+        """Within, nothing is enqueued: this worker computes all its products itself."""
         self._shut = True
         try:
             yield
         finally:
             self._shut = False
 
-    # ---- for who waits
+    # ---- for a waiting worker
 
     def offers(self, late: Container[int]) -> list[int]:
-        """The pipes from which jobs of these workers can be had."""
+        """The pipes from which jobs of these workers are read."""
         return [file for file, worker in self._others.items() if worker in late]
 
     def serve(self, file: int) -> None:
-        """Do a job from this pipe, if there still is one."""
+        """Compute a job from this pipe, if there still is one."""
         slot = _take(file)
         if slot is None:
             return
@@ -199,7 +201,7 @@ def _cut(memory: Tensor, sizes: Tensor, slot: int) -> list[Tensor]:
 
 
 def _take(file: int) -> int | None:
-    """The number of a slot from a pipe; None: there is none now, or nobody to write any more."""
+    """The number of a slot from a pipe; None: there is none now, or no writer any more."""
     try:
         content = os.read(file, 1)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Contents of different sizes, gathered by an exchange of equal shards: each is filled up to the longest."""
+"""Contents of different sizes, gathered by an exchange of equal shards: each is padded to the longest."""
 
 from __future__ import annotations
 

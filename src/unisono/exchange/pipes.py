@@ -1,10 +1,10 @@
 """Small messages among the processes of one host, through pipes. A collective of gloo goes through several threads and
 a socket, and takes a hundred times as long.
 
-Each worker has a pipe from every other one. Nobody but the two holds its ends, so that a worker that is lost, or
-leaves, is known at once: what it wrote can still be read, and then there is an end.
+Each worker has a pipe from every other one. Only these two processes hold its ends, so a worker that is lost, or
+leaves, is noticed at once: its earlier messages can still be read, and then comes the end of file.
 
-Owns the pipes, and the waiting. What the messages mean is the matter of `shared.py`.
+Owns the pipes, and the waiting. `shared_memory.py` defines what the messages mean.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Protocol
 
 from unisono.errors import LostPeerError
 
-SPIN_SECONDS = 1e-4  # a process that sleeps takes as long to wake up: others are mostly quicker
+SPIN_SECONDS = 1e-4  # a sleeping process takes as long to wake up, and messages are mostly quicker
 
 
 class Work(Protocol):
-    """What a worker can do while it waits."""
+    """Work for a worker that waits."""
 
     def offers(self, late: Container[int]) -> list[int]:
-        """Files that can be read from when these workers, by rank, have something to do."""
+        """Files that become readable when these workers, by rank, have work for others."""
         ...
 
     def serve(self, file: int) -> None:
-        """Do what one of these files has."""
+        """Do one job from one of these files."""
         ...
 
 
@@ -40,7 +40,7 @@ class Pipes:
 
     Attributes:
         pids: of all workers, by rank.
-        work: what to do while waiting; None: nothing.
+        work: to be done while waiting; None: nothing.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Pipes:
                 self._outlets[open_end(self.pids[worker], told[worker][1 + rank], os.O_WRONLY)] = worker
             for file in (*self._inlets, *self._outlets):
                 os.set_blocking(file, False)
-            self.swap(b"0")  # who has written to me has opened its end
+            self.swap(b"0")  # a worker that has written to me has opened its end
         except BaseException:
             self.close()
             raise
@@ -75,7 +75,7 @@ class Pipes:
         """Return what every worker passed, in order of rank; all pass the same number of bytes, one at least.
 
         Raises:
-            LostPeerError: another worker has gone, or did not come in time.
+            LostPeerError: another worker has ended, or did not come in time.
         """
         found = [bytearray(content if worker == self._rank else b"") for worker in range(self._workers)]
         unsent = dict.fromkeys(self._outlets, memoryview(content))
@@ -92,17 +92,17 @@ class Pipes:
         return found
 
     def count_waiting(self) -> int:
-        """How many others have come to the next exchange."""
+        """How many other workers wait in the next exchange."""
         return sum(event & select.POLLIN > 0 for _, event in self._arrivals.poll(0))
 
     def close(self) -> None:
-        """Leave; the others learn of it."""
+        """Leave; the others notice it."""
         for file in (*self._inlets, *self._outlets):
             os.close(file)
         self._inlets, self._outlets = {}, {}
 
     def _send(self, unsent: dict[int, memoryview]) -> bool:
-        """Write what the pipes take; return whether that was anything."""
+        """Write as much as the pipes take; return whether anything was written."""
         before = len(unsent)
         for file, content in list(unsent.items()):
             try:
@@ -118,7 +118,7 @@ class Pipes:
         return len(unsent) < before
 
     def _receive(self, lacking: dict[int, int], found: list[bytearray]) -> bool:
-        """Read what has come; return whether that was anything."""
+        """Read what has arrived; return whether there was anything."""
         anything = False
         for file, size in list(lacking.items()):
             try:
@@ -136,7 +136,7 @@ class Pipes:
         return anything
 
     def _wait(self, unsent: dict[int, memoryview], lacking: dict[int, int]) -> None:
-        """Sleep until one of the pipes is ready, or do some work of those who are late."""
+        """Sleep until one of the pipes is ready, or do some work of late workers."""
         waiting = select.poll()
         for file in unsent:
             waiting.register(file, select.POLLOUT)
@@ -155,7 +155,7 @@ class Pipes:
 
 
 def open_end(pid: int, file: int, flags: int) -> int:
-    """Another process's end of a pipe, for this one, too."""
+    """Open another process's end of a pipe in this process, too."""
     try:
         return os.open(f"/proc/{pid}/fd/{file}", flags)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The only door to other workers: what the engine knows of an exchange.
+"""The only door to other workers: the interface of an exchange, as the engine uses it.
 
-Owns the interface and its meaning. `solo`, `played` and `distributed` implement it; no other module talks to another
-worker.
+Owns the interface and its meaning. `solo`, `simulated`, `distributed` and `shared_memory` implement it; no other module
+communicates with another worker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 
 class Offload(Protocol):
-    """Where a worker lays down matrix products that others compute while they wait for it. Who does changes no bit.
+    """A queue of matrix products that other workers compute while they wait for this one. No bit depends on which
+    worker computes a product.
 
     given_seconds: how long this worker has computed for others, in all. taken_seconds: how much longer this one would
     have computed without them.
@@ -25,16 +26,16 @@ class Offload(Protocol):
     taken_seconds: float
 
     def publish(self, key: Any, left: Tensor, right: Tensor) -> bool:
-        """Let somebody compute left [m, i] transposed times right [m, o], float32, if anybody waits for me; return
-        whether this was done. `collect` then has the product."""
+        """Enqueue the product left [m, i] transposed times right [m, o], float32, if another worker waits for this one;
+        return whether this was done. `collect` then has the product."""
         ...
 
     def collect(self) -> list[tuple[Any, Tensor]]:
-        """The products [i, o] of all that was laid down, with their keys, when they are there."""
+        """Wait for the products [i, o] of all enqueued pairs; return them, with their keys."""
         ...
 
     def paused(self) -> AbstractContextManager[None]:
-        """Within, nothing is laid down: what is computed is this worker's own."""
+        """Within, nothing is enqueued: this worker computes all its products itself."""
         ...
 
 
@@ -42,9 +43,9 @@ class Exchange(Protocol):
     """A group of workers that call the same methods in the same order.
 
     Nothing here adds floating-point numbers: `add_integers` is exact in any order, and the engine adds the rest itself,
-    in its tree. Every method raises LostPeerError where another worker has gone.
+    in its tree. Every method raises LostPeerError where another worker has ended.
 
-    desk: None where workers share no memory, or have no processors to themselves.
+    offload: None where workers share no memory, or have no processors to themselves.
     generation: which of a run's groups of workers this is.
     """
 
@@ -75,8 +76,8 @@ class Exchange(Protocol):
         node.
 
         `nodes`: flat tensors of workers × shard_size elements, from `new_buffer`. `names`: of every worker's nodes, by
-        rank, as an exchange told them after the nodes were written. The result may alias `nodes` or other workers'
-        memory, and is the caller's to overwrite. Nodes may be written again after the next exchange of any kind.
+        rank, as an exchange sent them after the nodes were written. The result may alias `nodes` or other workers'
+        memory, and the caller may overwrite it. Nodes may be written again after the next exchange of any kind.
         """
         ...
 
@@ -84,7 +85,7 @@ class Exchange(Protocol):
         """Fill `flat` (workers × shard elements) with every worker's shard, in order of rank.
 
         A shard from `new_buffer` may be written again after the next exchange of any kind. `names`: of the buffers in
-        which the shards lie, by rank, if an exchange told them after these were written: that spares a meeting.
+        which the shards lie, by rank, if an exchange sent them after these were written: that saves one exchange.
         """
         ...
 
@@ -93,7 +94,7 @@ class Exchange(Protocol):
         ...
 
     def wait_for_all(self) -> None:
-        """Return when every worker has called this, and all that its device had been told to do before is done."""
+        """Return when every worker has called this, and all work queued on its device before is done."""
         ...
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
-"""The exchange of processes on one host: nodes are read where they lie, instead of travelling through sockets.
+"""The exchange of processes on one host: nodes are read in place, instead of travelling through sockets.
 
 Each worker keeps its tree's buffers in anonymous shared memory (memfd: no name, so nothing outlives the processes, and
 no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges go through pipes and
-are the barriers: after one of them, what a worker wrote before it can be read by all. Workers meet at a store, which
-all have left when the pipes are laid.
+are the barriers: after one of them, all workers can read what a worker wrote before it. Workers meet at a store, which
+all have left when the pipes are open.
 
-Owns the memory. What is added, and in which order, is the engine's matter, so the bits are those of any other exchange.
+Owns the memory. The engine decides what is added, and in which order, so the bits are those of any other exchange.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.padding import gather_padded
 from unisono.exchange.pipes import Pipes
 
-SMALL_BYTES = 65_536  # below, a message costs less than looking at memory
+SMALL_BYTES = 65_536  # below, a message costs less than shared memory
 
 
 class Shared:
@@ -81,7 +81,7 @@ class Shared:
     def to_owners(
         self, nodes: Sequence[Tensor], names: Sequence[Sequence[int]], *, shard_size: int, dtype: torch.dtype
     ) -> list[Tensor]:
-        """As the protocol says; the result lies in the workers' buffers, of which each owner has a part to itself."""
+        """As the protocol says; the result lies in the workers' buffers; each owner has its own part of them."""
         mine = slice(self.rank * shard_size, (self.rank + 1) * shard_size)
         return [self._read(worker, file, dtype)[mine] for worker, files in enumerate(names) for file in files]
 
@@ -115,7 +115,7 @@ class Shared:
             os.close(file)
 
     def _announce(self, name: int) -> list[int]:
-        """Tell everyone which of my buffers to read, and hear it of all. What was written before can be read after."""
+        """Send every worker the names of my buffers to read; return theirs. Earlier writes can be read afterwards."""
         told = torch.zeros(self.workers, dtype=torch.int64)
         told[self.rank] = name
         return self.add_integers(told).tolist()
@@ -132,7 +132,7 @@ class Shared:
         return torch.frombuffer(self._maps[worker, file], dtype=dtype)
 
     def _next_window(self, size_bytes: int) -> Tensor:
-        """The window that was not used last, large enough: a peer may still read the last one."""
+        """The window that was not used last, made large enough: a peer may still read the last one."""
         window = self._windows.pop(0) if len(self._windows) == 2 else None
         if window is None or window.nbytes < size_bytes:
             window = self.new_buffer(size_bytes, torch.uint8)
@@ -141,10 +141,10 @@ class Shared:
 
 
 def can_share(store: dist.Store, rank: int, workers: int) -> bool:
-    """Whether all workers can read each other's memory. Every worker must ask; all get the same answer."""
+    """Whether all workers can read each other's memory. Every worker must call this; all get the same result."""
     file = os.memfd_create("unisono") if hasattr(os, "memfd_create") else -1
     files = _meet(store, "memory", rank, workers, [os.getpid(), file])
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # it holds for memory files too
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # limits memory files too
     readable = unlimited and all(_can_open(pid, other) for pid, other in files)
     answers = _meet(store, "readable", rank, workers, [int(readable)])
     if file >= 0:
@@ -159,7 +159,7 @@ def _can_assist(workers: int) -> bool:
 
 
 def _meet(store: dist.Store, what: str, rank: int, workers: int, numbers: list[int]) -> list[list[int]]:
-    """The numbers that every worker tells of one matter, in order of rank."""
+    """The numbers that every worker stores under `what`, in order of rank."""
     store.set(f"{what}-{rank}", " ".join(map(str, numbers)))
     told = store.multi_get([f"{what}-{worker}" for worker in range(workers)])
     return [[int(number) for number in row.split()] for row in told]

@@ -1,4 +1,4 @@
-"""An exchange that plays N workers in one process, one after another.
+"""An exchange that simulates N workers in one process, one after another.
 
 Each worker is a thread, and a baton lets one run at a time, from one exchange to the next; so a thousand workers can be
 checked on a laptop, through the same loop that real workers run. For tests, not for speed.
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Simulation:
-    """What the played workers share: the baton, and what each has laid down in the current exchange."""
+    """What the simulated workers share: the baton, and the value that each has put into the current exchange."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -27,12 +27,12 @@ class Simulation:
         self.turn = threading.Condition(self.baton)
         self.lost = False
         self._laid_down: dict[int, Any] = {}
-        self._combined: list[Any] = []  # one result per exchange so far
+        self._combined: list[Any] = []  # one result for each exchange so far
 
     def swap(self, rank: int, value: Any, combine: Callable[[list[Any]], Result]) -> Result:
-        """Lay down a value and wait for the others'; return what `combine`, called once on all of them, makes of them.
+        """Put in a value and wait for the others'; return the result of `combine`, called once on all of them.
 
-        The result is shared and must not alias the values: who laid them down goes on at once.
+        The result is shared and must not alias the values: a worker may reuse its value at once.
         """
         exchange = len(self._combined)
         self._laid_down[rank] = value
@@ -40,17 +40,17 @@ class Simulation:
             self._combined.append(combine([self._laid_down[other] for other in range(self.workers)]))
             self._laid_down = {}
             if exchange:
-                self._combined[exchange - 1] = None  # everyone has passed it
+                self._combined[exchange - 1] = None  # every worker has passed it
             self.turn.notify_all()
         else:
             self.turn.wait_for(lambda: len(self._combined) > exchange or self.lost)
         if self.lost:
-            raise LostPeerError("another played worker has stopped")
+            raise LostPeerError("another simulated worker has stopped")
         return self._combined[exchange]
 
 
 class Simulated:
-    """One of the workers that a `Simulation` plays."""
+    """One of the workers of a `Simulation`."""
 
     offload = None
     generation = 0
@@ -91,7 +91,7 @@ class Simulated:
 
 
 def play(workers: int, act: Callable[[Simulated], Result]) -> list[Result]:
-    """Run `act` once for each of `workers` played workers; return their results in order of rank.
+    """Run `act` once for each of `workers` simulated workers; return their results in order of rank.
 
     The first exception ends all of them and is raised.
     """
@@ -104,7 +104,7 @@ def play(workers: int, act: Callable[[Simulated], Result]) -> list[Result]:
             try:
                 if not stage.lost:
                     results[rank] = act(Simulated(stage, rank))
-            except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            except BaseException as error:  # noqa: BLE001 - raised to the caller below
                 failures.append(error)
                 stage.lost = True
                 stage.turn.notify_all()

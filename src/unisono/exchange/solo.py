@@ -1,4 +1,4 @@
-"""The exchange of a single worker: communication vanishes."""
+"""The exchange of a single worker: there is no communication."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Solo:
-    """An `Exchange` with nobody else."""
+    """An `Exchange` with no other worker."""
 
     rank = 0
     workers = 1

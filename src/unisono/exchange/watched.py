@@ -1,6 +1,6 @@
-"""An exchange whose every call can be seen from outside: who has entered which, and who has not come back.
+"""An exchange whose every call is visible from outside: which worker has entered a call, and which has not returned.
 
-Owns the marks on the board. The exchange itself is another one.
+Owns the marks in the progress table. The exchange itself is another one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unisono.processes.progress_table import Progress
 
 
 class Watched:
-    """Another `Exchange`, with a mark on the board before and after each call."""
+    """Another `Exchange`, with a mark in the progress table before and after each call."""
 
     def __init__(self, exchange: Exchange, progress: Progress) -> None:
         self.rank = exchange.rank

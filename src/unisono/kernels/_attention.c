@@ -1,7 +1,7 @@
 /* Attention with dropout for packed samples, one head of one sample at a time, all of it in the cache: scaled dot
-   products (Vaswani et al., arXiv 1706.03762), softmax, mask, weighted sum, and the way back. Two numbers of a row of
-   scores are kept; the backward pass computes the rest again (Dao et al., arXiv 2205.14135). fused.py says when it is
-   used.
+   products (Vaswani et al., arXiv 1706.03762), softmax, mask, weighted sum, and the backward pass. Two numbers of a row
+   of scores are kept; the backward pass computes the rest again (Dao et al., arXiv 2205.14135). packed_attention.py says
+   when it is used.
 
    Rows of scores are padded to whole vectors; columns beyond the last token have weight 0. */
 
@@ -121,7 +121,7 @@ FOR_EACH_PROCESSOR static float soften(long t, long columns, float scale, float 
     return 1.0f / sum_lanes(sums);
 }
 
-/* Scores become what `soften` made of them, times `inverse`. */
+/* Multiply the scores from `soften` by `inverse`. */
 FOR_EACH_PROCESSOR static void soften_again(long t, long columns, float scale, float largest, float inverse, float *row)
 {
     for (long j = 0; j < columns; j++)
@@ -188,7 +188,7 @@ static void next_row(Task *task, long columns, uint64_t *numbers)
     task->drawn += columns / NUMBERS;
 }
 
-/* A head's numbers, token after token: side by side in memory they share no place in the cache. */
+/* A head's numbers, token after token: side by side in memory they do not compete for cache lines. */
 static void collect(long t, long d, const float *from, long row, float *target)
 {
     for (long j = 0; j < t; j++)
@@ -208,7 +208,7 @@ static void transpose(long t, long columns, long d, const float *rows, float *ta
 static int forward(Task task, const float *packed, float *mixed, float *kept)
 {
     long d = task.d, w = task.heads * d, most = longest_of(&task);
-    float *query = malloc(sizeof(float) * most * (4 * d + ROWS + 1)); /* a row more for the mask's 16 bits a number */
+    float *query = malloc(sizeof(float) * most * (4 * d + ROWS + 1)); /* one more row: the mask's 16 bits each */
     if (!query)
         return -1;
     float *key = query + most * d, *value = key + most * d, *keys = value + most * d, *scores = keys + most * d;

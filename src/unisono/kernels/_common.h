@@ -1,4 +1,4 @@
-/* What the files of C share: the random numbers of dropout, the exponential, and addresses from Python. */
+/* Shared by the C files: the random numbers of dropout, the exponential, and addresses from Python. */
 
 #ifndef UNISONO_COMMON_H
 #define UNISONO_COMMON_H

@@ -1,5 +1,5 @@
-/* Dropout and GELU in walks that read and write memory once. models/text/masks.py and gelu.py say when they are used,
-   and have the same in NumPy and torch, which gives the same bits.
+/* Dropout and GELU in loops that read and write memory once. masks.py and gelu.py say when they are used, and have
+   references in NumPy and torch, which give the same bits.
 
    Compiled with -ffp-contract=off: no product and sum are fused. */
 

@@ -1,8 +1,8 @@
-/* What an update does to every element, in walks that read and write memory once. engine/kernels.py says when they
-   are used, and what they compute; torch's operations give the same bits, in more walks.
+/* The arithmetic of an update on every element, in loops that read and write memory once. update.py says when they are
+   used, and what they compute; torch's operations give the same bits, in more passes.
 
-   A walk goes from run to run: nodes are added as the tree says, divided, squared, and with Adam old values become new
-   ones, all while they are in the nearest cache. Compiled with -ffp-contract=off: no product and sum are fused but
+   A pass goes from run to run: nodes are added as the tree says, divided, squared, and with Adam old values become new
+   ones, all while they are in the nearest cache. Compiled with -ffp-contract=off: no product and sum are fused, except
    those that say fmaf. */
 
 #define PY_SSIZE_T_CLEAN
@@ -22,7 +22,7 @@
 #endif
 
 enum { GRID = 64, BLOCK = 1024 }; /* elements: of the engine's layout */
-enum { RUN = 256 };               /* elements that are taken through all of a walk at once: so they stay in the cache */
+enum { RUN = 256 };               /* elements that go through all of a pass at once: so they stay in the cache */
 enum { DEPTH = 64 };              /* of a tree of any size */
 
 /* ---- the sum of nodes, divided ---- */
@@ -33,7 +33,7 @@ typedef struct {
     int *additions; /* after each node: how often the last two become one */
     float (*sums)[RUN]; /* as many as there are nodes that wait for a sibling, at most */
     float weight, factor;
-    double *squares; /* of each block; NULL: nobody asks */
+    double *squares; /* of each block; NULL: not requested */
 } Sum;
 
 FOR_EACH_PROCESSOR static void add(Py_ssize_t n, const float *left, const float *right, float *sum)
@@ -99,7 +99,7 @@ static void find_mean(const Sum *sum, Py_ssize_t start, Py_ssize_t n, float *mea
    fused multiply-adds of its build. */
 typedef struct {
     float decay, penalty, lerp, beta2, square, correction, epsilon, step;
-    int from_average; /* whether the mean is reckoned from the old one, or from the gradient: by the smaller factor */
+    int from_average; /* whether the mean is computed from the old one, or from the gradient: by the smaller factor */
 } Factors;
 
 FOR_EACH_PROCESSOR static void adam_run(const Factors *factors, Py_ssize_t n, const float *restrict gradients,
@@ -128,7 +128,7 @@ __attribute__((target("avx"))) static void stream(float *target, const float *va
 
 static void finish_streams(void)
 {
-    _mm_sfence(); /* before anything that tells others of what was written */
+    _mm_sfence(); /* before any message that these values were written */
 }
 #else
 static void stream(float *target, const float *values, Py_ssize_t n) { memcpy(target, values, n * sizeof(float)); }
@@ -136,7 +136,7 @@ static void finish_streams(void) {}
 #endif
 
 typedef struct {
-    int64_t stop, setting; /* up to where in the walk, and by which factors; −1: it stays as it is */
+    int64_t stop, setting; /* end of the piece in the pass, and its factors; −1: it stays unchanged */
 } Piece;
 
 typedef struct {
@@ -190,7 +190,7 @@ static void forget(Sum *sum)
     PyMem_Free(sum->sums);
 }
 
-/* Take over (address, additions) of each node. */
+/* Read (address, additions) of each node. */
 static int take_nodes(PyObject *nodes, Sum *sum)
 {
     int depth = 0, deepest = 0;

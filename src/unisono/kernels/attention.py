@@ -1,4 +1,4 @@
-"""How text encoders look from token to token.
+"""Attention in text encoders: operations across the tokens of a sample.
 
 Owns the choice of an attention kernel per type of device, which decides bits; the mean over a sample's tokens; and how
 blocks run one after another. Holds no weights.
@@ -28,15 +28,15 @@ from unisono.kernels.packing import Packing, Rectangle
 
 Rectangles = tuple[Rectangle, ...]
 
-# Left to itself, torch picks a kernel by shapes and by what it was compiled with. Neither of these two keeps
+# Left to itself, torch picks a kernel by shapes and by its build. Neither of these two keeps
 # t × t scores.
 _KERNELS = {"cpu": SDPBackend.FLASH_ATTENTION, "cuda": SDPBackend.EFFICIENT_ATTENTION}
 
 
 def attend(projected: Tensor, packing: Packing, heads: int, *, dropout: float = 0.0) -> Tensor:
-    """Let every token attend to its sample's tokens, by scaled dot products (Vaswani et al., arXiv 1706.03762).
+    """Attention of every token to its sample's tokens, by scaled dot products (Vaswani et al., arXiv 1706.03762).
 
-    Takes packed floats [m, 3 · w]: queries, keys and values side by side. `dropout` falls on the attention weights.
+    Takes packed floats [m, 3 · w]: queries, keys and values side by side. `dropout` applies to the attention weights.
     Returns a float [m, w]; on CPUs in float32 at least.
     """
     if fused.takes(projected, heads):
@@ -76,7 +76,7 @@ def attend_once(
     [m, w]; returns a float [n, w], float32 at least.
 
     No token's key or value is computed: q · (K x) = (Kᵀ q) · x, and the mean of V x is V times the mean of x. So the
-    layers' weights meet one vector a head and sample, instead of every token.
+    layers' weights are multiplied by one vector a head and sample, instead of every token.
     """
     grid = packing.grid(1)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -131,7 +131,7 @@ def _by_torch(cells: Tensor, rectangles: Rectangles, heads: int, dropout: float)
 
 
 class _DroppedScores(torch.autograd.Function):
-    """Attention with dropout on a CPU by torch's operations, which have no fused kernel for it: the plain one takes 2.7
+    """Attention with dropout on a CPU by torch's operations. Torch has no fused kernel for it: its plain one takes 2.7
     times as long.
 
     Between two products, scores are worked on in place, and a rectangle's stay in the cache. Of their size, only the

@@ -13,7 +13,8 @@ from unisono.kernels.masks import Mask
 
 
 class Dropout(nn.Dropout):
-    """As nn.Dropout; on CPUs `p` is rounded to a multiple of 2^-16, and what stays is scaled by just that."""
+    """As nn.Dropout; on CPUs `p` is rounded to a multiple of 2^-16, and the remaining numbers are scaled by exactly
+    that."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop numbers of `input`, while training."""
@@ -56,5 +57,5 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """As values.to(dtype), which takes ten times as long to find that there is nothing to do."""
+    """As values.to(dtype), which takes ten times as long when there is nothing to do."""
     return values if values.dtype == dtype else values.to(dtype)

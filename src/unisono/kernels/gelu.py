@@ -1,8 +1,8 @@
 """GELU (Hendrycks and Gimpel, arXiv 1606.08415) that costs little on a CPU.
 
-The derivative is computed beside the value, from the same exponential, and is what is kept for the backward pass, which
-then is one multiplication; torch computes the error function twice, and an exponential. Both walks are compiled in one
-(`_elementwise.c`), which has a twin here of NumPy's operations that gives the same bits: where there was no C compiler.
+The derivative is computed beside the value, from the same exponential, and is kept for the backward pass, which then is
+one multiplication; torch computes the error function twice, and an exponential. Both loops are compiled into one
+(`_elementwise.c`). Its reference here, in NumPy's operations, gives the same bits: it is used without a C compiler.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _gelu_by_operations(values: Tensor, found: Tensor, slopes: Tensor) -> None:
 
 
 def _compute_part(x: Floats, found: Floats, slopes: Floats) -> None:
-    """The compiled one, operation by operation."""
+    """The reference of the compiled one, operation by operation."""
     with np.errstate(all="ignore"):
         power = np.maximum(x * x * -0.5, -87.0)
         twos = np.rint(power * 1.44269504)

@@ -1,8 +1,8 @@
-"""What a kernel is: a compiled routine beside its reference, declared once.
+"""The definition of a kernel: a compiled routine beside its reference, declared once.
 
 Owns the declarations, and how they are found: those of this package's modules, and those that other installed packages
-name under the entry point group `unisono.kernels`. The numerics fingerprint and its battery walk over them, so a kernel
-with bits of its own is in both because it is declared.
+name under the entry point group `unisono.kernels`. The numerics fingerprint and its battery iterate over them, so a
+kernel with bits of its own is in both because it is declared.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ GROUP = "unisono.kernels"
 
 
 class Numbers(Protocol):
-    """Makes float32 inputs from integer arithmetic, on the device that is tried: the same bits everywhere."""
+    """Makes float32 inputs from integer arithmetic, on the tested device: the same bits everywhere."""
 
     def __call__(self, *shape: int, seed: int = 1) -> Tensor: ...
 
 
 def compute_nothing(numbers: Numbers, device: torch.device) -> list[Tensor]:
-    """The battery of a kernel whose bits others in the battery show already."""
+    """The battery of a kernel whose bits other kernels in the battery already show."""
     return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A compiled routine and the same in operations of torch or NumPy.
+    """A compiled routine and its reference in operations of torch or NumPy.
 
     name: a name in the fingerprint, if it has bits of its own. compiled: None where there was no compiler. same_bits:
     whether both give the same bits; then which one runs is in neither fingerprint nor battery. state: what decides its
@@ -52,7 +52,7 @@ class Kernel:
     battery: Callable[[Numbers, torch.device], list[Tensor]] = compute_nothing
 
     def describe(self) -> str:
-        """What the fingerprint says of a kernel with bits of its own."""
+        """The fingerprint's entry for a kernel with bits of its own."""
         if self.state is not None:
             return self.state()
         return "operations" if self.compiled is None else "compiled"
@@ -81,7 +81,7 @@ def declared_kernels() -> tuple[Kernel, ...]:
 
 @cache
 def _import_all() -> None:
-    """Import whatever declares kernels: so the fingerprint does not depend on what else was imported."""
+    """Import all modules that declare kernels: so the fingerprint does not depend on other imports."""
     package = import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):

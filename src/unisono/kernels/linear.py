@@ -1,11 +1,11 @@
-"""Linear layers: several as one product, and in bfloat16 fast where the processor is not.
+"""Linear layers: several as one product, and fast in bfloat16 on processors without bfloat16 instructions.
 
 Owns how products of bfloat16 numbers are computed on a CPU without instructions for them: torch takes ten to forty
 times as long for them as in float32, so numbers are rounded and multiplied in float32. A product of two bfloat16
 numbers is exact in float32, and sums are float32 as in the native kernels; results and gradients stay float32, so
 they are not less precise than those.
 
-And owns which weight gradients may be computed elsewhere: no other gradient needs them, so a pass can go on without.
+Also owns which weight gradients may be offloaded: no other gradient needs them, so a pass can go on without them.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def multiplies_bf16() -> bool:
 
 
 Ask = Callable[[Sequence[Tensor], Tensor, Tensor], bool]
-"""Asks somebody else for a gradient: (weights, gradient [m, outputs], input [m, inputs]) → whether it will be had."""
+"""Offers a gradient to other workers: (weights, gradient [m, outputs], input [m, inputs]) → whether one computes it."""
 LARGE = 2**26
-"""Multiplications from which on a layer's weight gradient may be somebody else's work."""
+"""Number of multiplications from which a layer's weight gradient may be offloaded."""
 _ask: Ask | None = None
 
 
 @contextmanager
 def assisted(ask: Ask) -> Iterator[None]:
-    """Within, large layers ask for their weights' gradients first, and compute themselves what nobody will: a gradient
-    that is promised is not among those that autograd finds. A layer is used once in a pass, or twice: more gradients
-    than two would not add up in autograd's order."""
+    """Within, large layers offer their weights' gradients first, and compute themselves those that no worker takes: an
+    offloaded gradient is not among those that autograd finds. A layer is used once in a pass, or twice: more than two
+    gradients would not add up in autograd's order."""
     global _ask
     _ask = ask
     try:
@@ -56,23 +56,23 @@ class Linear(nn.Linear):
     """As nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return float [m, outputs] of float [m, inputs]; under autocast to bfloat16 that, or float32 where numbers are
+        """Return float [m, outputs] of float [m, inputs]; under autocast bfloat16, or float32 where numbers are
         rounded."""
         return _multiply(input, self.weight, self.bias, (self.weight,))
 
 
 def project(input: Tensor, *layers: nn.Module) -> Tensor:
-    """What several linear layers make of `input`, side by side, as one product."""
+    """The outputs of several linear layers for `input`, side by side, as one product."""
     weights = tuple(layer.get_parameter("weight") for layer in layers)
     biases = torch.cat([layer.get_parameter("bias") for layer in layers])
     return _multiply(input, torch.cat(weights), biases, weights)
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """weights: of which `weight` is made, one below the other."""
+    """weights: the parts of `weight`, one below the other."""
     on_cpu, autocast = input.device.type == "cpu", torch.is_autocast_enabled("cpu")
     rounds = on_cpu and autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16 and not multiplies_bf16()
-    # for one worker, too: so it is the same operation whose bits are compared
+    # for one worker, too: so all workers use the same operation
     large = on_cpu and not autocast and input.dtype == torch.float32 and input.numel() * len(weight) >= LARGE
     if not rounds and not large:
         return F.linear(input, weight, bias)
@@ -81,7 +81,8 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor, weights: tuple[Tensor
 
 
 class _Product(torch.autograd.Function):
-    """The product of float32 numbers, or of numbers rounded to bfloat16, which then are what is kept for backward."""
+    """The product of float32 numbers, or of numbers rounded to bfloat16; the rounded ones are then kept for
+    backward."""
 
     @staticmethod
     def forward(

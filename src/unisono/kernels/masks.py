@@ -1,11 +1,11 @@
 """Which numbers dropout keeps on a CPU: a function of a key and a number's place.
 
-A mask is never kept: whoever needs it again, in the backward pass, draws it again. Sixteen random bits decide on a
+A mask is never kept: the backward pass draws it again. Sixteen random bits decide on a
 number, so the rate is rounded to a multiple of 2⁻¹⁶; the bits are SplitMix64's (Steele, Lea, Flood: Fast Splittable
-Pseudorandom Number Generators, OOPSLA 2014), whose n-th word needs none of those before it.
+Pseudorandom Number Generators, OOPSLA 2014), whose n-th word needs none of the words before it.
 
-Drawing, dropping and adding are one compiled loop (`_elementwise.c`). Its reference here gives the same bits; used
-where there was no C compiler, and for dtypes other than float32.
+Drawing, dropping and adding are one compiled loop (`_elementwise.c`). The reference here gives the same bits; it is
+used where there was no C compiler, and for dtypes other than float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NUMBERS = 4  # in a word
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Factors of numbers: 0 for about `rate` (0 < rate < 1) of them, for others what keeps the mean.
+    """Factors of numbers: 0 for about `rate` (0 < rate < 1) of them; for the others, the factor that keeps the mean.
 
     key: int64, begins the sequence. first: the word that decides on a tensor's first numbers.
     """
@@ -44,7 +44,7 @@ class Mask:
         return cls(rate, int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)))
 
     def after(self, elements: int) -> Mask:
-        """The mask of what follows so many elements: no bit of it decides on them."""
+        """The mask for the elements after these: it uses none of their bits."""
         return Mask(self.rate, self.key, self.first - (-elements // _NUMBERS))
 
     def drop(self, values: Tensor, *, added: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -79,12 +79,12 @@ class Mask:
 
     @property
     def dropped(self) -> int:
-        """So many of 2^16 levels become 0, the lowest."""
+        """How many of 2^16 levels become 0: the lowest ones."""
         return min(round(self.rate * _LEVELS), _LEVELS - 1)
 
     @property
     def factor(self) -> float:
-        """What the others are multiplied by."""
+        """The factor of the other elements."""
         return _LEVELS / (_LEVELS - self.dropped)
 
 

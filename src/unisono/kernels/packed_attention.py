@@ -1,9 +1,9 @@
 """Attention of packed samples on a CPU, compiled: one head of one sample at a time, all of it in the cache.
 
-Queries, keys and values are read where they lie, so nothing is padded or copied to rectangles; of the scores two
-numbers a row are kept, and the backward pass computes the rest again. In `_attention.c`, whose products and sums are
-fused as the processor can: `attention.py` has the same in torch's operations, which differ from it in rounding. Which
-of the two is used is in the fingerprint.
+Queries, keys and values are read in place, so nothing is padded or copied to rectangles; of the scores two numbers a
+row are kept, and the backward pass computes the rest again. The products and sums of `_attention.c` are fused as the
+processor allows: `attention.py` has the same in torch's operations, which differ from it in rounding. The fingerprint
+says which of the two is used.
 
 Shapes: n samples, m tokens of all samples, h heads, w = h · d numbers per token.
 """
@@ -28,12 +28,12 @@ except ImportError:  # no C compiler where unisono was installed
 
 
 def is_compiled() -> bool:
-    """Whether there is a compiled attention here."""
+    """Whether there is a compiled attention."""
     return _attention is not None
 
 
 def takes(projected: Tensor, heads: int) -> bool:
-    """Whether it computes attention for such a tensor [m, 3 · w]: what it does is one thread's work, in float32."""
+    """Whether it computes attention for such a tensor [m, 3 · w]: it runs in one thread, in float32."""
     return (
         is_compiled()
         and projected.device.type == "cpu"
@@ -51,7 +51,7 @@ def attend(projected: Tensor, lengths: Tensor, heads: int, dropout: float) -> Te
 
 
 def try_out(numbers: Numbers, device: torch.device) -> list[Tensor]:
-    """Its part of the battery; nothing where it would not be used."""
+    """Its part of the battery; empty where it would not be used."""
     packed = numbers(21, 48)
     return [attend(packed, torch.tensor([9, 12]), heads=2, dropout=0.0)] if takes(packed, heads=2) else []
 
@@ -73,7 +73,7 @@ class _Fused(torch.autograd.Function):
         return back, None, None, None, None
 
 
-# As operations of torch, they are seen by whoever counts and times those.
+# As operations of torch, they are visible to torch's counters and profilers.
 _OPERATIONS = torch.library.Library("unisono", "DEF")
 _OPERATIONS.define(
     "attend(Tensor projected, Tensor lengths, int heads, float dropout, int key) -> (Tensor mixed, Tensor kept)"

@@ -1,9 +1,9 @@
-"""Where the tokens of a microbatch lie: packed one after another, and spread out in rectangles.
+"""The tokens of a microbatch: packed one after another, and spread out in rectangles.
 
-Owns the way between the two. Whatever looks at single tokens (linear layers, norms, dropout) works on packed ones and
-spends nothing on padding; what looks from token to token spreads them out for itself. On CPUs samples of similar
-length share a rectangle, so that little of it is empty and all that is computed for it stays in the cache; a GPU likes
-one large rectangle better.
+Owns the conversion between the two. Operations on single tokens (linear layers, norms, dropout) work on packed ones and
+spend nothing on padding; operations across tokens spread them out for themselves. On CPUs samples of similar length
+share a rectangle, so that little of it is empty and all that is computed for it stays in the cache; on a GPU one large
+rectangle is faster.
 
 Shapes: n samples, m tokens of all samples, h heads, w numbers per token, R cells of all rectangles.
 """
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 CELLS = 2**18  # most scores of a rectangle: 1 MB of float32
-LANES = 8  # numbers in a vector of most processors: rows of scores that fill theirs are multiplied 1.4 times as fast
+LANES = 8  # numbers in a vector of most processors: scores in whole vectors are multiplied 1.4 times as fast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rectangle:
     """Some samples, one of their heads to a row. rows: heads × samples. columns: the longest sample's tokens, up to a
-    multiple of LANES. absent: bool [rows, 1, columns], true where there is no token; None: there is one everywhere."""
+    multiple of LANES. absent: bool [rows, 1, columns], true where there is no token; None: there are tokens
+    everywhere."""
 
     rows: int
     columns: int
@@ -36,7 +37,7 @@ class Rectangle:
 class Grid:
     """The rectangles of a microbatch, cell after cell.
 
-    place: which (token, head) is in each of the R cells, that of the sample's first token where there is none.
+    place: which (token, head) is in each of the R cells; the sample's first token where there is none.
     hole: bool [R], the cells without a token.
     samples, ranks: int64 [n], the samples in order of rectangles, and where each stands in that order.
     """
@@ -67,7 +68,7 @@ class Grid:
         return _Moved.apply(rows, (self.samples, None), (self.ranks, None))
 
     def unsort(self, rows: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse."""
         return _Moved.apply(rows, (self.ranks, None), (self.samples, None))
 
     def _way(self, parts: int) -> tuple[Way, Way]:
@@ -87,7 +88,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """Of one microbatch; made by `pack`.
+    """The packing of one microbatch; made by `pack`.
 
     starts: int64 [n], the first packed token of each sample. lengths: int64 [n], each at least 1. positions: int64 [m],
     number of each token in its sample.
@@ -141,7 +142,7 @@ def _lay_out(starts: Tensor, lengths: Tensor, heads: int) -> Grid:
 
 
 def _alike(lengths: np.ndarray, heads: int) -> Sequence[np.ndarray]:
-    """Share samples out to rectangles: lengths differ by a quarter at most, or by less than 8 tokens."""
+    """Group samples into rectangles: lengths differ by a quarter at most, or by less than 8 tokens."""
     if lengths.min() == lengths.max():
         return _limited(np.arange(len(lengths)), int(lengths[0]), heads)
     _, exponents = np.frexp(lengths)  # lengths < 2^exponent
@@ -157,7 +158,7 @@ def _limited(samples: np.ndarray, longest: int, heads: int) -> list[np.ndarray]:
 
 
 Way = tuple[Tensor, Tensor | None]
-"""Which row comes to each place, and places that get zeros all the same."""
+"""Which row goes to each place, and the places that get zeros instead."""
 
 
 class _Moved(torch.autograd.Function):

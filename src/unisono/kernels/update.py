@@ -1,11 +1,11 @@
-"""What an update does to every element, in as few walks through memory as it takes.
+"""The arithmetic of an update on every element, in as few passes over memory as possible.
 
 Two loops are compiled (`_update.c`): the mean of a step's nodes with its squares, and Adam from one copy of the
-trained arrays into another. Each has a twin here, made of torch's operations, which gives the same bits in more walks:
-where there was no C compiler, on other devices, for other dtypes. Whether Adam's bits are those of torch's own kernel
-on this processor is seen by trying both, once in a process.
+trained arrays into another. Each has a reference here, made of torch's operations, which gives the same bits in more
+passes: it is used without a C compiler, on other devices, and for other dtypes. Each process tries both once, to see
+whether Adam's bits are those of torch's own kernel on this processor.
 
-Owns the choice between the twins, and what the squares of a block are.
+Owns the choice between loop and reference, and the definition of a block's squares.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ except ImportError:  # no C compiler where unisono was installed
     _compiled = None  # type: ignore[assignment]
 
 LARGE = 2**20
-"""Elements of a shard from which on new values are written past the caches, which could not hold them."""
+"""Size of a shard, in elements, from which new values are written past the caches, which could not hold them."""
 
 
 def mean(
@@ -40,7 +40,7 @@ def mean(
 
     Args:
         values: one array each. additions: see `tree.additions`.
-        squares: float64 [blocks], to hold the sum of squares of each block of 1,024.
+        squares: float64 [blocks], gets the sum of squares of each block of 1,024.
     """
     if _runs_compiled(target) and len(target) % BLOCK == 0:
         return _mean(values, additions, terms, target, squares)
@@ -66,7 +66,7 @@ def _mean_by_operations(
 
 def block_squares(values: Tensor) -> Tensor:
     """Sum of squares of each block of 1,024, float64: products and sums of single elements, added by halving, so that
-    no kernel can share a block out as the number of blocks suggests."""
+    no kernel can split a block depending on the number of blocks."""
     rows = values.view(-1, BLOCK)
     squares = rows * rows
     width = BLOCK // 2
@@ -78,7 +78,7 @@ def block_squares(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """What a walk makes the gradient of: the sum of nodes, divided by `terms`, multiplied by `factor`.
+    """The inputs of a gradient: the sum of nodes, divided by `terms`, multiplied by `factor`.
 
     values, additions: as for `mean`. squares: as for `mean`, before the factor.
     """
@@ -90,7 +90,8 @@ class Gradient:
     squares: Tensor | None = None
 
     def resolve(self, scratch: Tensor) -> Tensor:
-        """The gradient, in the beginning of `scratch`, or in the memory of a single node that is it already."""
+        """The gradient, in the beginning of `scratch`, or in the memory of a single node that already is the
+        gradient."""
         (first, *more), found = self.values, self.values[0]
         if more or self.terms != 1 or self.squares is not None:
             found = mean(self.values, self.additions, self.terms, scratch[: len(first)], self.squares)
@@ -98,7 +99,7 @@ class Gradient:
 
 
 class AdamWalk:
-    """The rule of `rules.update_adam`, the same bits, from old arrays into new ones. Made by `find_adam`."""
+    """The rule of `update_rules.update_adam`, the same bits, from old arrays into new ones. Made by `find_adam`."""
 
     def __init__(self, train: Train) -> None:
         self._train = train
@@ -115,8 +116,8 @@ class AdamWalk:
         """Update a part of the weights and of the two averages.
 
         Args:
-            pieces: up to which element, on the grid of 64, and how: count of updates, this one included, learning
-                rate, decay; None: it stays as it is.
+            pieces: end of the piece, on the grid of 64, and its settings: count of updates, this one included, learning
+                rate, decay; None: it stays unchanged.
             old, new: [elements] weights, and both averages; other memory.
         """
         train = self._train
@@ -144,7 +145,7 @@ class AdamWalk:
 
 
 def find_adam(train: Train, like: Tensor) -> AdamWalk | None:
-    """Return the rule for arrays like this one; None where it is not that of the recipe, or its bits would not be those
+    """Return the rule for arrays like this one; None where the recipe has another rule, or its bits would not be those
     of torch."""
     if SLOTS[train.optimizer] != SLOTS["adam"] or not _runs_compiled(like) or not _is_torchs_adam():
         return None
@@ -190,6 +191,6 @@ def _update_with_torch(train: Train, gradient: Tensor, old: Sequence[Tensor]) ->
 declare(
     Kernel(name="mean", compiled=None if _compiled is None else _mean, reference=_mean_by_operations, same_bits=True)
 )
-declare(  # `find_adam` sees to it that the bits are the same
+declare(  # `find_adam` ensures that the bits are the same
     Kernel(name="adam", compiled=None if _compiled is None else AdamWalk.update, reference=update_adam, same_bits=True)
 )

@@ -20,7 +20,7 @@ SLOTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "lion": ("exp_avg",),
 }
-"""What each rule remembers of every parameter element."""
+"""The state of each rule for every parameter element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +51,7 @@ def update_sgd(train: Train, pieces: UpdateSlice, rate: float, decay: float) -> 
 
 
 def update_adam(train: Train, pieces: UpdateSlice, rate: float, decay: float) -> None:
-    """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as torch.optim has
-    them."""
+    """Adam (Kingma and Ba, arXiv 1412.6980) or AdamW (Loshchilov and Hutter, arXiv 1711.05101), as in torch.optim."""
     kernel = torch._fused_adamw_ if train.optimizer == "adamw" else torch._fused_adam_
     kernel(
         pieces.weights,

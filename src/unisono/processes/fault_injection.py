@@ -1,10 +1,10 @@
-"""Faults as data: what goes wrong, in which worker, at which step and phase; so that a failing case can be replayed.
+"""Faults as data: what fails, in which worker, at which step and phase; so that a failing case can be repeated.
 
     kill(worker=1, step=7, phase=update)      at step 7 (from 1), worker 1 is killed when it is about to update
     hang(worker=0, step=3, phase=contribute, microbatch=2)
     kill(worker=2, step=5, phase=reduce, times=3)
 
-Owns the notation and the harm done. Phases are those of `progress_table.PHASES`; nothing is active unless asked for.
+Owns the notation and the effects. Phases are those of `progress_table.PHASES`; nothing is active unless requested.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _block() -> None:
 
 
 def _fail() -> None:
-    raise OSError("a fault that was asked for")
+    raise OSError("a fault that was requested")
 
 
 def _pause() -> None:
@@ -56,18 +56,18 @@ def _pause() -> None:
 KINDS: dict[str, Callable[[], None]] = {
     "kill": _kill,  # SIGKILL, as the kernel's out-of-memory killer sends
     "crash": _crash,  # a segmentation fault
-    "quit": _quit,  # the process ends without a word
+    "quit": _quit,  # the process ends without a report
     "stop": _stop,  # SIGSTOP
     "hang": _hang,  # a live-lock
     "block": _block,  # a read that never returns
     "fail": _fail,  # an exception
-    "pause": _pause,  # one second that must do no harm
+    "pause": _pause,  # one second; the run must go on
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One fault. `step` counts from 1, as everything that a user sees; `microbatch` −1: any; it strikes `times`
+    """One fault. `step` counts from 1, as everything that a user sees; `microbatch` −1: any; it is injected `times`
     times."""
 
     kind: str
@@ -89,7 +89,7 @@ def parse(text: str, phases: Sequence[str]) -> Fault:
     """Read a fault from its notation.
 
     Raises:
-        RecipeError: it cannot be read; says what is allowed.
+        RecipeError: it cannot be parsed; the message says what is allowed.
     """
     names = [field.name for field in fields(Fault) if field.name != "kind"]
     found = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
@@ -111,8 +111,8 @@ def parse(text: str, phases: Sequence[str]) -> Fault:
 def strike(
     faults: Sequence[Fault], count: Callable[[int], int], worker: int, phase: str, step: int, microbatch: int
 ) -> None:
-    """Do the harm that was asked for here, if any. `step` counts from 0; `count(number)` tells how often a fault has
-    struck already."""
+    """Inject the fault that was requested here, if any. `step` counts from 0; `count(number)` returns how often a
+    fault has been injected already."""
     for number, fault in enumerate(faults):
         here = (fault.worker, fault.step - 1, fault.phase) == (worker, step, phase)
         if here and fault.microbatch in (-1, microbatch) and count(number) < fault.times:

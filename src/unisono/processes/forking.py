@@ -1,7 +1,7 @@
-"""Forked processes, and what they and their parent need to know of each other.
+"""Forked processes, and what they and their parent share.
 
-Owns what every kind of worker has in common, whether it trains or maps: it begins as a copy of its parent, ends with
-it at the latest, and how it ended can be told in words. Decides nothing about who is started or replaced.
+Owns what all kinds of workers have in common, in training and in maps: a worker begins as a copy of its parent, ends
+with it at the latest, and its end can be described in words. Does not decide which process is started or replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ChildProcess(Protocol):
         ...
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end, for so many seconds at most."""
+        """Wait for the end, for at most this many seconds."""
         ...
 
 
@@ -49,15 +49,15 @@ OMP_PAUSE_HARD = 2
 def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Collection[int] = ()) -> BaseProcess:
     """Start a copy of this process that runs `target`.
 
-    Signals in `hold` wait in the child until it unblocks them: what was meant for the parent must not reach it before
-    it listens.
+    Signals in `hold` wait in the child until it unblocks them: a signal for the parent must not reach the child
+    before it handles signals.
     """
     caller = multiprocessing.current_process()
     is_daemonic = caller.daemon
-    if is_daemonic:  # multiprocessing forbids it children, which might outlive it; these end with it
+    if is_daemonic:  # multiprocessing forbids children of a daemon, which might outlive it; these end with it
         caller.daemon = False
     before = signal.pthread_sigmask(signal.SIG_BLOCK, hold)
-    gc.freeze()  # a collection in the child must not touch, and so copy, what it has inherited
+    gc.freeze()  # a collection in the child must not touch, and so copy, inherited objects
     try:
         process = multiprocessing.get_context("fork").Process(target=target, args=args, name=name)
         process.start()
@@ -70,20 +70,20 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Co
 
 
 def flush_output() -> None:
-    """Write out what standard output and standard error hold back. Either may be an object that cannot be flushed."""
+    """Flush standard output and standard error. Either may be an object that cannot be flushed."""
     for stream in (sys.stdout, sys.stderr):
         if flush := getattr(stream, "flush", None):
             flush()
 
 
 def is_terminal(stream: object) -> bool:
-    """Whether a stream is a terminal. What stands in for standard output may only have `write`."""
+    """Whether a stream is a terminal. A replacement of standard output may only have `write`."""
     ask = getattr(stream, "isatty", None)
     return ask is not None and bool(ask())
 
 
 def end_with_parent(parent: int) -> None:
-    """To be called first in a child: have the system kill it when process `parent` ends."""
+    """Make the system kill this process when process `parent` ends; call it first in a child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -93,7 +93,8 @@ def end_with_parent(parent: int) -> None:
 def count_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """How many cores this process may use: those of its affinity, at most its containers' CPU quota, rounded up.
 
-    cgroups: where the control groups are mounted, in version 1 or 2. membership: the file that names this process's.
+    cgroups: where the control groups are mounted, in version 1 or 2. membership: the file that names this process's
+    groups.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [math.ceil(quota) for quota in _read_quotas(cgroups, membership)]
@@ -113,7 +114,7 @@ def _read_quotas(cgroups: Path, membership: Path) -> Iterator[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root))):
-            with suppress(OSError, ValueError):  # it is not there, or is "max"
+            with suppress(OSError, ValueError):  # the file is absent, or holds "max"
                 if controllers:
                     quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))  # −1: none
                     period = int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
@@ -133,9 +134,9 @@ def describe_end(code: int) -> str:
 
 
 def forget_kernel_buffers() -> None:
-    """To be called before forking: make MKL free its buffers, which it lists by thread.
+    """Make MKL free its buffers, which it lists by thread; call it before forking.
 
-    A forked process that inherits the list of several threads may search it for ever in its first matrix product.
+    A forked process that inherits the list of several threads may search it forever in its first matrix product.
     """
     import torch
 
@@ -149,10 +150,10 @@ def forget_kernel_buffers() -> None:
 
 
 def rest_threads() -> None:
-    """To be called before forking a process that will use several threads: end those of OpenMP here.
+    """End the threads of OpenMP here; call it before forking a process that will use several threads.
 
-    GNU's does not know that a fork copies no threads, and the child would wait for them for ever. They begin again with
-    the next kernel.
+    GNU's OpenMP does not notice that a fork copies no threads, and the child would wait for them forever. The threads
+    start again with the next kernel.
     """
     from threadpoolctl import threadpool_info
 

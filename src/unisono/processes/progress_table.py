@@ -1,10 +1,10 @@
-"""Where each worker of this host says what it does, in memory that its supervisor reads: the board.
+"""The progress table: each worker of this host writes what it does, in memory that its supervisor reads.
 
-One row of numbers per worker, written without a lock or a system call, so that what a worker last did can be read even
-where it was killed, stopped or hangs. The board also carries the few words that the supervisor tells all workers:
-the number of the generation that is to go on, and a request to stop or to regroup after the step.
+One row of numbers per worker, written without a lock or a system call, so that the last entry of a worker can be read
+even after it was killed or stopped, or while it hangs. The table also carries what the supervisor sends to all workers:
+the number of the generation that goes on, and a request to stop or to regroup after the step.
 
-Owns the memory and its layout. What follows from a row is the matter of `launch/`.
+Owns the memory and its layout. `runtime/` decides what follows from a row.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from unisono.errors import LostPeerError
 from unisono.processes.fault_injection import Fault, strike
 
 PHASES = (
-    "start",  # of the process; importing, warming
-    "wait",  # for a seat, from the supervisor
+    "start",  # of the process; imports, warm-up
+    "wait",  # for a rank assignment, from the supervisor
     "prepare",  # the data
     "join",  # meeting the others, building, probing, restoring
     "begin",
@@ -37,37 +37,37 @@ PHASES = (
     "save",
     "finish",
 )
-"""What a worker can be at: from "begin" to "commit" the verbs of the loop, then what may follow a step."""
+"""The phases of a worker: from "begin" to "commit" the verbs of the loop, then what may follow a step."""
 
 RUNNING, STOP, REGROUP, FINISH = 0, 1, 2, 3
-"""What the supervisor asks of all workers, at the end of a step. FINISH: end normally, as after the last step."""
+"""Requests of the supervisor to all workers, at the end of a step. FINISH: end normally, as after the last step."""
 
 _GENERATION, _REQUEST, _PREPARED, _ASKED_FIRST, _STRUCK, _HEADER = 0, 1, 2, 3, 8, 64
 MOST_FAULTS = _HEADER - _STRUCK
 _PHASE, _STEP, _MICROBATCH, _SINCE, _ENTERED, _LEFT, _CALL, _HEARD, _ROW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-HEARING_SECONDS = 0.0005  # between two looks at how many events have been heard
+HEARING_SECONDS = 0.0005  # between two reads of the number of events that observers have seen
 CALLS = ("", "add_integers", "to_owners", "gather_shards", "gather_bytes", "wait_for_all", "join")
 """Ways to wait for other workers."""
 
 
 class Progress(Protocol):
-    """What a worker's parts know of the board: they say what they are about to do."""
+    """The progress table as a worker's modules see it: they write what they are about to do."""
 
     def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
-        """Say what comes next. Raises LostPeerError where the group has been dissolved."""
+        """Write what comes next. Raises LostPeerError where the group has been dissolved."""
         ...
 
     def enter(self, call: str) -> None:
-        """An exchange begins: from here on I may wait for others."""
+        """An exchange begins: from here on this worker may wait for others."""
         ...
 
     def leave(self) -> None:
-        """It is over."""
+        """The exchange is over."""
         ...
 
 
 class Unwatched:
-    """A `Progress` that nobody reads: under torchrun, and in tests."""
+    """A `Progress` that no process reads: under torchrun, and in tests."""
 
     def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
         return
@@ -84,7 +84,7 @@ UNWATCHED = Unwatched()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What a worker last said.
+    """The last entry of a worker.
 
     since: seconds of the monotonic clock. entered, left: exchanges of this generation. waiting: the exchange that it is
     in; "" for none.
@@ -105,9 +105,9 @@ class Row:
 
 
 class ProgressTable:
-    """The whole board. Made by the supervisor, in memory without a name, so it ends with the last process.
+    """The whole table. The supervisor makes it, in unnamed memory, so it ends with the last process.
 
-    file: the descriptor of one that has been made; a new process opens it by that.
+    file: the descriptor of an existing one; a new process opens the table with it.
     """
 
     def __init__(self, rows: int, file: int = -1) -> None:
@@ -129,7 +129,7 @@ class ProgressTable:
 
     @property
     def generation(self) -> int:
-        """The group of workers that is to go on. A worker of an older one leaves what it does."""
+        """The group of workers that goes on. A worker of an older group drops its work."""
         return int(self._words[_GENERATION])
 
     @generation.setter
@@ -147,7 +147,7 @@ class ProgressTable:
 
     @property
     def prepared(self) -> bool:
-        """Whether the data has been prepared on this host, so that a worker may open it by itself."""
+        """Whether the data has been prepared on this host, so that a worker may open it without waiting."""
         return bool(self._words[_PREPARED])
 
     @prepared.setter
@@ -156,8 +156,8 @@ class ProgressTable:
 
     @property
     def observers_first(self) -> bool:
-        """Whether a step ends only after observers have seen the events before it: they may ask for the end, and the
-        step at which it comes must not depend on how fast they are."""
+        """Whether a step ends only after observers have seen the events before it: they may request the end, and the
+        step at which the run ends must not depend on how fast they are."""
         return bool(self._words[_ASKED_FIRST])
 
     @observers_first.setter
@@ -169,13 +169,13 @@ class ProgressTable:
         self._words[_HEADER + slot * _ROW + _HEARD] += 1
 
     def count_strike(self, fault: int) -> int:
-        """How often fault number `fault` has struck before; counts one more."""
+        """How often fault number `fault` has been injected before; counts one more."""
         before = int(self._words[_STRUCK + fault])
         self._words[_STRUCK + fault] = before + 1
         return before
 
     def row(self, slot: int) -> Row:
-        """What the worker in `slot` last said."""
+        """The last entry of the worker in `slot`."""
         words = self._words[_HEADER + slot * _ROW :][:_ROW].tolist()
         waiting = CALLS[words[_CALL]] if words[_ENTERED] > words[_LEFT] else ""
         return Row(
@@ -194,12 +194,12 @@ class ProgressTable:
         self._words[_HEADER + slot * _ROW + _SINCE] = time.monotonic_ns()
 
     def progress_writer(self, slot: int, faults: tuple[Fault, ...] = ()) -> ProgressWriter:
-        """With which the worker in `slot` writes."""
+        """The progress writer of the worker in `slot`."""
         return ProgressWriter(self, self._words[_HEADER + slot * _ROW :][:_ROW], faults)
 
 
 class ProgressWriter:
-    """One worker's hand on the board. Faults that are to be injected strike where it writes."""
+    """The progress writer of one worker. Faults are injected where it writes."""
 
     def __init__(self, progress_table: ProgressTable, words: np.ndarray, faults: tuple[Fault, ...]) -> None:
         self.progress_table = progress_table
@@ -209,7 +209,7 @@ class ProgressWriter:
         self._faults = faults
 
     def assignment(self, rank: int, generation: int) -> None:
-        """A new generation begins, in which this worker has this rank; rank −1: it waits for one."""
+        """Begin a new generation, in which this worker has this rank; rank −1: it waits for one."""
         self.rank, self.generation = rank, generation
         self._words[_ENTERED] = self._words[_LEFT] = 0
 
@@ -232,7 +232,7 @@ class ProgressWriter:
         self._words[_SINCE] = time.monotonic_ns()
 
     def wait_until_heard(self, events: int) -> None:
-        """Wait until observers have seen so many events of this worker. Waiting for them is no hang."""
+        """Wait until observers have seen this number of events of this worker. This wait does not count as a hang."""
         while self._words[_HEARD] < events:
             self._words[_SINCE] = time.monotonic_ns()
             self._check()
@@ -250,7 +250,7 @@ def _new_file(size: int) -> int:
     file = os.memfd_create("unisono")
     try:
         os.ftruncate(file, size)
-    except OSError:  # RLIMIT_FSIZE holds for it
+    except OSError:  # RLIMIT_FSIZE applies to it
         os.close(file)
         return -1
     return file

@@ -1,7 +1,7 @@
-"""Processes that begin as fresh interpreters: nothing of their parent's memory, threads or devices is in them.
+"""Processes that begin as fresh interpreters: they have nothing of their parent's memory, threads or devices.
 
-Owns how one is started and watched. It inherits the descriptors that are named, under their numbers, and is given one
-value that JSON can write.
+Owns how one is started and watched. It inherits the named descriptors, under their numbers, and gets one value that
+JSON can express.
 """
 
 from __future__ import annotations
@@ -60,6 +60,6 @@ class SpawnedProcess:
         self._process.kill()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end, for so many seconds at most."""
+        """Wait for the end, for at most this many seconds."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)

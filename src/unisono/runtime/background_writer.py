@@ -1,6 +1,6 @@
 """Writing a checkpoint while training goes on, in a thread of the worker: for workers that have no supervisor.
 
-Owns the thread and the copies that it writes from. A worker with a supervisor leaves this to it: the state lies in the
+Owns the thread and the copies that it writes from. A worker with a supervisor does not need it: its state lies in the
 snapshot, where another process can read it.
 """
 
@@ -20,7 +20,8 @@ from unisono.tracking import events
 
 
 class BackgroundWriter:
-    """Writes one checkpoint at a time. `tell` hears of each, and of failures, when the next is begun or at the end."""
+    """Writes one checkpoint at a time. `tell` gets an event for each, also for failures, when the next one begins or at
+    the end."""
 
     def __init__(self, tell: Callable[[events.Event], None]) -> None:
         self._tell = tell
@@ -57,19 +58,19 @@ class BackgroundWriter:
         return True
 
     def close(self) -> None:
-        """End the thread, when it has written."""
+        """End the thread, after it has written."""
         self.settle()
         self._thread.shutdown()
 
 
 def tell_written(path: Path, seconds: float, waited_seconds: float) -> events.CheckpointWritten:
-    """That a checkpoint is on disk."""
+    """The event that a checkpoint is on disk."""
     step = int(path.name.removeprefix("step-"))
     return events.CheckpointWritten(step=step, path=str(path), seconds=seconds, waited_seconds=waited_seconds)
 
 
 def warn_unwritten(why: str) -> events.Notice:
-    """That a checkpoint could not be written."""
+    """The event that a checkpoint could not be written."""
     return events.Notice(message=f"no checkpoint, and training goes on: {why}", warning=True)
 
 

@@ -1,4 +1,4 @@
-"""What a supervisor and a worker say to each other: lines of JSON over a pair of sockets without a name.
+"""Messages between a supervisor and a worker: lines of JSON over a pair of unnamed sockets.
 
 Owns the framing. A line that a killed worker has left unfinished is never delivered.
 """
@@ -31,7 +31,7 @@ class Channel:
 
     def send(self, message: Message, descriptor: int = -1) -> None:
         """Send a message, and a file descriptor with it. Where the other end is gone, or this one closed, nothing
-        happens: whoever watches over it knows."""
+        happens: the supervisor notices the end of a process itself."""
         if self._socket.fileno() < 0:
             return
         line = json.dumps(message | {_WITH: True} if descriptor >= 0 else message).encode() + b"\n"
@@ -45,7 +45,7 @@ class Channel:
             return
 
     def receive(self) -> tuple[Message, int]:
-        """Wait for a message; return it, and the file descriptor that came along, or −1.
+        """Wait for a message; return it, and the file descriptor that came with it, or −1.
 
         Raises:
             LostPeerError: the other end is gone.
@@ -79,6 +79,6 @@ class Channel:
 
 
 def pair() -> tuple[Channel, Channel]:
-    """Two connected ends."""
+    """Return two connected ends."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     return Channel(one), Channel(other)

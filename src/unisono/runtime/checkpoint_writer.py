@@ -1,7 +1,7 @@
 """Checkpoints written by the supervisor: in a process of their own, from the snapshot, while training goes on.
 
-Owns that process, and who waits for it. What is in a checkpoint is the matter of `checkpoint/`, where the values come
-from that of the snapshot.
+Owns that process, and the list of requests that wait for it. `storage/checkpoints.py` defines what is in a checkpoint;
+the values come from the snapshot.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from unisono.runtime.signals import ASKING
 from unisono.storage import checkpoints
 from unisono.tracking.events import CheckpointWritten, Notice
 
-NICENESS = 5  # training comes first
+NICENESS = 5  # training has priority
 
 Reply = Callable[[dict[str, Any]], None]
 
 
 class CheckpointWriter:
-    """Writes the run's checkpoints, one at a time. `tell` hears what came of each."""
+    """Writes the run's checkpoints, one at a time. `tell` is called with the result of each."""
 
     def __init__(
         self, folder: Path, keep: int, memory: int, tell: Callable[[CheckpointWritten | Notice], None]
     ) -> None:
-        self.step = -1  # that is being written, or was last
+        self.step = -1  # the step that is being written, or was written last
         self.was_written = True
         self._folder = folder
         self._keep = keep
@@ -53,16 +53,16 @@ class CheckpointWriter:
         return [self._process.sentinel] if self._process is not None else []
 
     def ask(self, reply: Reply) -> None:
-        """The present commit is to be written; `reply` hears when that has begun."""
+        """The present commit is to be written; `reply` is called when that has begun."""
         self._asking = reply, time.monotonic()
 
     def settle(self, reply: Reply) -> None:
-        """`reply` hears when everything is written."""
+        """`reply` is called when everything is written."""
         self._settling.append(reply)
 
     def look(self, limit_seconds: float) -> None:
-        """See what has become of what is being written, and begin what is asked for. With a limit above 0, a writer
-        that takes longer while another is asked for is given up: a disk may hang, training goes on."""
+        """Check the progress of the present write, and begin the next one that was requested. With a limit above 0, a
+        writer that takes longer while another write is requested is abandoned: a disk may hang, training goes on."""
         self._conclude()
         if self._asking and self._process is not None and 0 < limit_seconds < time.monotonic() - self._began:
             self.kill()
@@ -90,13 +90,13 @@ class CheckpointWriter:
         return self.was_written
 
     def finish(self, limit_seconds: float) -> None:
-        """Wait for the end of what is being written; give it up after so long."""
+        """Wait for the end of the present write; abandon it after the time limit."""
         if self._process is not None:
             self._process.join(limit_seconds)
             self.kill()
 
     def kill(self) -> None:
-        """End what is being written: what it had begun is not seen, and is cleared away by the next one."""
+        """End the present write: its unfinished files are ignored, and the next write removes them."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -133,7 +133,7 @@ class CheckpointWriter:
             checkpoints.write(content, self._folder, keep=self._keep)
         except RunFolderError as error:
             why = str(error)
-        except BaseException as error:  # noqa: BLE001 - a process of its own: whatever ends it is told
+        except BaseException as error:  # noqa: BLE001 - a process of its own: every failure is reported
             why = f"{type(error).__name__}: {error}"
         os.pwrite(self._error.fileno(), why.encode(), 0)
         os._exit(int(bool(why)))

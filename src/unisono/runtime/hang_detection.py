@@ -1,7 +1,7 @@
-"""Who hangs: a pure function of what the workers last said on the board, and what is done about it.
+"""Which workers hang: a pure function of the rows of the progress table, and the supervisor's use of it.
 
-A worker that waits in an exchange is excused while another has not come to it; so whoever is waited for is found, and
-not those who wait. Owns the rule, the deadline, and the folder with everybody's stacks.
+A worker that waits in an exchange is excused while another has not come to it. So the function finds the worker that
+the others wait for, not the waiting ones. Owns the rule, the deadline, and the folder with all workers' stacks.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PATIENCE = {
     "prepare": math.inf,
 }
 """Factors on the deadline, for phases that are not a step's. A microbatch of an evaluation may hold many times the
-samples of a step, the longest first. Preparing data has none: it may take hours."""
+samples of a step, the longest first. Preparing data has no deadline: it may take hours."""
 FIRST_STEP_PATIENCE = 30.0
 """Factor before any step has been measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stuck:
-    """A worker without progress: who it is, for how long, and at what it was."""
+    """A worker without progress: its number, for how long, and what it was doing."""
 
     worker: int
     seconds: float
@@ -52,10 +52,10 @@ def find_stuck(
     now: float,
     limit_seconds: float,
 ) -> list[Stuck]:
-    """The workers that have made no progress for longer than their deadline, and wait for nobody.
+    """The workers that have made no progress for longer than their deadline, and wait for no other worker.
 
-    rows: of one group of workers. stopped: who is stopped by a signal, in which no phase is an excuse. answered: who
-    waits for the supervisor. now: seconds of the monotonic clock.
+    rows: of one group of workers. stopped: workers stopped by a signal, for which no phase is an excuse. answered:
+    workers that wait for the supervisor. now: seconds of the monotonic clock.
     """
     fewest = min((row.entered for row in rows.values()), default=0)
     late = []
@@ -64,11 +64,11 @@ def find_stuck(
         patience = 1.0 if worker in stopped else math.inf if excused else PATIENCE.get(row.phase, 1.0)
         if now - row.since > limit_seconds * patience:
             late.append(Stuck(worker=worker, seconds=now - row.since, row=row, stopped=worker in stopped))
-    return [stuck for stuck in late if stuck.stopped] or late  # where all are in one exchange, it may be clear who is
+    return [stuck for stuck in late if stuck.stopped] or late  # a stopped worker explains the others
 
 
 class HangDetector:
-    """Watches the crew of one run. `factor` is recovery.hang_factor."""
+    """Watches the worker pool of one run. `factor` is recovery.hang_factor."""
 
     def __init__(self, pool: WorkerPool, progress_table: ProgressTable, folder: Path, factor: float) -> None:
         self._pool = pool
@@ -81,20 +81,20 @@ class HangDetector:
         self._not_before = 0.0
 
     def learn(self, step_seconds: float) -> None:
-        """A step has taken so long."""
+        """Note how long a step has taken."""
         self._longest_step = max(self._longest_step, step_seconds)
 
     def spare(self) -> None:
-        """A group has been dissolved: whoever waited for the lost needs time to come back."""
+        """A group has been dissolved: workers that waited for a lost one need time to come back."""
         self._not_before = time.monotonic() + self.limit_seconds
 
     @property
     def limit_seconds(self) -> float:
-        """How long a worker may be without progress; 0: for ever."""
+        """How long a worker may be without progress; 0: forever."""
         return self._factor * (max(1.0, self._longest_step) if self._longest_step else FIRST_STEP_PATIENCE)
 
     def find(self) -> list[tuple[WorkerHandle, Stuck]]:
-        """Who hangs now."""
+        """The workers that hang now."""
         now = time.monotonic()
         if now - self._looked > self.limit_seconds / 2:  # the whole run was stopped (Ctrl-Z), and goes on
             self._not_before = now + self.limit_seconds
@@ -117,7 +117,7 @@ class HangDetector:
         return found
 
     def describe(self, found: list[tuple[WorkerHandle, Stuck]], step: int) -> str:
-        """Who hangs, in words, after everybody's stacks have been written to a folder of the run."""
+        """Describe the workers that hang, after all workers' stacks have been written to a folder of the run."""
         self._found += 1
         told = "; ".join(str(stuck) for _, stuck in found)
         folder = self._folder / "hangs" / f"{self._found:03d}-step-{step + 1:08d}"

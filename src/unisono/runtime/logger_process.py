@@ -1,10 +1,10 @@
 """The process in which the loggers of a supervised run live.
 
-The supervisor starts no thread and waits for nobody, since it forks and watches; tools that record runs do both. So it
-sends events through a socket without a name, and never waits for room in it. The process ends when the socket does,
-after everything has been written: also where the supervisor was killed.
+The supervisor starts no thread and never blocks, because it forks and watches; logging tools do both. So it sends
+events through an unnamed socket, and never waits for room in it. The process ends when the socket is closed, after
+everything has been written: also where the supervisor was killed.
 
-Owns the process and both ends of the socket. What is recorded is the matter of `tracking/delivery.py`.
+Owns the process and both ends of the socket. `tracking/delivery.py` decides what is recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unisono.tracking import events
 from unisono.tracking.delivery import FLUSH_SECONDS, Deliveries
 
 CLOSE_SECONDS = 120.0
-"""For the tools to write or send what is left, when the run has ended."""
+"""Time for the tools to write or send what is left, when the run has ended."""
 MOST_WAITING_BYTES = 64 << 20
 
 
@@ -57,7 +57,7 @@ class LoggerProcess:
         self._waiting += json.dumps(line).encode() + b"\n"
         self._send()
         if not self._is_off and len(self._waiting) > MOST_WAITING_BYTES:
-            self._switch_off("the loggers take in nothing any more")
+            self._switch_off("the loggers accept no more events")
         self._hear()
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class LoggerProcess:
             self._switch_off(f"the process of the loggers {describe_end(code) if code is not None else 'has gone'}")
 
     def _hear(self) -> None:
-        """Pass on what the loggers warn of."""
+        """Pass on the warnings of the loggers."""
         for message in self._channel.drain():
             self._warn(message["warning"])
 
@@ -104,12 +104,12 @@ class LoggerProcess:
         self._waiting.clear()
         self._warn(
             f"{reason}: training goes on without loggers. metrics.jsonl has everything; resume the run, and the "
-            "loggers get what they lack."
+            "loggers get the events that they miss."
         )
 
 
 def _serve(end: socket.socket, other_end: socket.socket, recipe: Recipe) -> None:
-    """Be that process, until the other end is closed."""
+    """Run the loggers in this process, until the other end is closed."""
     code = os.EX_SOFTWARE
     try:
         other_end.close()
@@ -133,7 +133,7 @@ def _serve(end: socket.socket, other_end: socket.socket, recipe: Recipe) -> None
                 deliveries.observe(getattr(events, told["event"])(**told["fields"]))
         deliveries.close()
         code = os.EX_OK
-    except Exception:  # noqa: BLE001 - the supervisor is told by the exit code, whoever looks into it by this
+    except Exception:  # noqa: BLE001 - the exit code informs the supervisor, this text the reader
         traceback.print_exc()
     finally:
         sys.stdout.flush()

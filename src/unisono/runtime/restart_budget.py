@@ -1,7 +1,7 @@
-"""Losses of workers: what they are called, how often a run may be brought back from them, and what came of it.
+"""Losses of workers: how they are described, how often a run may recover from them, and what each one cost.
 
-Owns the rules of `[recovery]` (the budget, the attempts at one step, the back-off, when a fault repeats itself) and the
-words. Pure bookkeeping: it knows no process.
+Owns the rules of `[recovery]` (the budget, the attempts at one step, the back-off, when a fault counts as repeated) and
+the wording. Pure bookkeeping: it handles no process.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
 
 
 def find_verdict(ends: Sequence[End]) -> Exception | None:
-    """The error that a worker raised on purpose, if one did: the earliest. It ends the run, whoever else was lost."""
+    """The error that a worker raised on purpose, if one did: the earliest. It ends the run, whichever other worker was
+    lost."""
     spared = (CorruptionError.__name__, LostPeerError.__name__)  # they cost a worker, not the run
     reports = [end.report for end in ends if end.report and end.report["known"] and end.report["kind"] not in spared]
     for report in sorted(reports, key=lambda report: float(report["when"])):
@@ -115,11 +116,11 @@ class RestartBudget:
 
 @dataclass(slots=True, kw_only=True)
 class Change:
-    """A loss or a resize that is being overcome.
+    """A loss or a resize from which the run has not recovered yet.
 
-    since: seconds of the monotonic clock, from when on nobody has trained. wasted: work on a step that was dropped.
-    lost: what was, in words; "" for nothing. before: the number of workers, where another was asked for. seated: all
-    have been given seats since. stands_still: `since` is exact.
+    since: seconds of the monotonic clock, from when no worker has trained. wasted: work on a step that was dropped.
+    lost: the losses, in words; "" for none. before: the number of workers, where another was requested. assigned: all
+    have got rank assignments since. stands_still: `since` is exact.
     """
 
     since: float
@@ -130,12 +131,12 @@ class Change:
     stands_still: bool = False
 
     def stand_still(self, now: float) -> None:
-        """The first worker has left the group that is to be resized: until then, training went on."""
+        """The first worker has left the group that is being resized: until then, training went on."""
         if not self.stands_still and not self.lost:
             self.since, self.stands_still = now, True
 
     def conclude(self, started: events.RunStarted, now: float) -> list[events.Event]:
-        """What is told of it when a new group of workers has begun."""
+        """The events that report it when a new group of workers has begun."""
         told: list[events.Event] = []
         seconds, step, workers = now - self.since, started.start_step, started.workers
         if self.lost:
@@ -145,6 +146,6 @@ class Change:
                 )
             )
         if self.before is not None:
-            seconds = 0.0 if self.lost else seconds  # told once
+            seconds = 0.0 if self.lost else seconds  # reported once
             told.append(events.Resized(step=step, before=self.before, workers=workers, seconds=seconds))
         return told

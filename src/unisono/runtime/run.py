@@ -1,7 +1,7 @@
 """One training run as each worker lives it, from the first step to the finished model.
 
-Owns the order of things around the loop: when to report, evaluate and save, and what is left in the run folder. What
-comes before is `joining.py`, the loop itself `loop.py`.
+Owns the order of things around the loop: when to report, evaluate and save, and what is left in the run folder.
+`setup.py` does what comes before, `engine/loop.py` is the loop itself.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from unisono.tracking import profile_report as profiles
 def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> bool:
     """Train, test and export; leave everything in `job.folder`. Every worker of a group calls this.
 
-    Returns whether the run is complete; false: the supervisor wants another group of workers to go on.
+    Returns whether the run is complete; false: another group of workers goes on.
 
     Raises:
-        Interrupted: a stop was asked for somewhere; a checkpoint was written.
-        LostPeerError: another worker has gone.
+        Interrupted: a stop was requested on some worker; a checkpoint was written.
+        LostPeerError: another worker has ended.
         UnisonoError: as its subclasses say.
     """
     if ready.profile:
         exchange = ready.profile.join(exchange, client.progress, ready.device)
     run = join(job, ready, exchange, client)
-    client.request()  # from here on an interrupt waits for the end of its step, on every worker
+    client.request()  # from here on a stop waits for the end of its step, on every worker
     exchange.wait_for_all()
     if exchange.rank == 0 and not run.recovered:
         _open_folder(run)
@@ -69,7 +69,7 @@ def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient
         return False
     if run.saved_step != run.state.step:
         _save(run)
-    if request == STOP:  # worker 0 may be lost before the rest have left: nobody does before all know
+    if request == STOP:  # worker 0 may be lost before the others leave: no worker leaves before all have the request
         if ready.profile:
             _write_profile(run, ready.profile, None)
         unwritten = exchange.add_integers(torch.tensor([int(not client.settle())]))
@@ -85,8 +85,8 @@ def _tell_stop(run: Run, saved: bool) -> str:
             f"command and `--run-folder {run.job.folder} --resume`, on any number of workers."
         )
     return (
-        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: what was said "
-        "above tells why. Go on from the last checkpoint, if there is one, with --resume."
+        f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: the "
+        "messages above say why. Go on from the last checkpoint, if there is one, with --resume."
     )
 
 
@@ -126,10 +126,11 @@ def _announce(run: Run) -> None:
 
 
 def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | None) -> int:
-    """Train, and attend to each committed step. Return what ended it: a request, or board.RUNNING at the end."""
+    """Train, and attend to each committed step. Return what ended it: a request, or progress_table.RUNNING at the
+    end."""
     state = run.state
     if state.step and state.last is not None:
-        _attend(run, 0.0, 0.0)  # who attended to this step may have been lost before it was done
+        _attend(run, 0.0, 0.0)  # the worker that attended to this step may have been lost before the end
     if state.finished or _has_settled(run):
         return RUNNING
     audit = Audit(
@@ -156,7 +157,7 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
             )
             return RUNNING
         if state.finished:
-            run.tell(events.Notice(message=f"ending after step {state.step}: an observer asked for it"))
+            run.tell(events.Notice(message=f"ending after step {state.step}: an observer requested it"))
         if done.totals.request != RUNNING:
             return done.totals.request
         last, waited = time.perf_counter(), feed.waited_seconds
@@ -202,7 +203,7 @@ def _has_settled(run: Run) -> bool:
 
 
 def _find_stopper(run: Run) -> str | None:
-    """What ended training before its last step."""
+    """The reason why training ended before its last step."""
     stopped = "observer" if run.state.finished else "evaluate.patience"
     return stopped if run.state.step < run.order.total_steps else None
 
@@ -219,8 +220,8 @@ def _is_due(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """Score the validation samples (or, to look at, the test samples); keep the best weights where the recipe says
-    so."""
+    """Score the validation samples (or the test samples, for information only); keep the best weights where the recipe
+    says so."""
     split, source = ("validation", run.inputs.validation) if run.inputs.validation else ("test", run.inputs.test)
     if source is None:
         return
@@ -265,8 +266,8 @@ def _save(run: Run) -> None:
 
 
 def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
-    """Put the workers' profiles together; tell where the time went, and leave it in the run folder. Without a feed,
-    nothing is measured beside."""
+    """Put the workers' profiles together; report where time was spent, and write it to the run folder. Without a feed,
+    no microbatch is computed again for measurements."""
 
     def again(step: int, number: int) -> None:
         assert feed is not None
@@ -287,22 +288,22 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
     try:
         told = profiles.write(run.job.folder, [json.loads(content) for content in contents], facts)
         run.tell(events.Notice(message=told))
-    except Exception as error:  # noqa: BLE001 - what is told of a run must not end it
+    except Exception as error:  # noqa: BLE001 - a failed report must not end the run
         run.tell(events.Notice(message=f"the profile was not written: {error}", warning=True))
 
 
 def _refuse_changed_data(run: Run) -> None:
-    """Data that lies in memory which others share may have been written into: what was hashed is not what was seen."""
+    """Refuse data in shared memory that was changed during training: then the hash is not that of the data seen."""
     changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]))
     if changed.item():
         raise DataError(
-            "the data was written into while it was trained on, so the weights are those of no data that there is. "
+            "the data was written into while it was trained on, so the weights belong to no data that still exists. "
             "Give a copy of it (frame.copy(), array.copy()), or leave it alone until training has ended."
         )
 
 
 def _finish(run: Run, feed: Feed) -> None:
-    """Evaluate and test, write model/, tell the summary."""
+    """Evaluate and test, write model/, report the summary."""
     state, folder = run.state, run.job.folder
     run.progress.at("finish", state.step - 1)
     if run.inputs.validation is not None and not state.evaluated:
@@ -318,7 +319,7 @@ def _finish(run: Run, feed: Feed) -> None:
     _refuse_changed_data(run)
     with state.averaged_weights():
         if run.exchange.rank == 0:
-            run.client.settle()  # a checkpoint that fills the disk gives the room back before the model needs it
+            run.client.settle()  # a checkpoint that fills the disk frees the space before the model needs it
             tensors = state.replica.tensors()
             with whole_folder(folder / "model") as part:
                 save_tensors(part / "model.safetensors", tensors)

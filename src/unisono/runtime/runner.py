@@ -1,7 +1,7 @@
 """A worker's part in a run, through all the groups of workers that it belongs to.
 
-Owns what a worker keeps from one group to the next: its inputs, and the model that it has built. What it does in a
-group is the matter of `run.py`.
+Owns what a worker keeps from one group to the next: its inputs, and the model that it has built. `run.py` does the work
+of one group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking import events
 
 OpenInputs = Callable[[int, Callable[[str], None]], RunInputs]
-"""How a worker comes to what it trains on: (workers of this host, what prints a notice) → inputs."""
+"""How a worker gets its inputs: (workers of this host, what prints a notice) → inputs."""
 
 
 class Runner:
@@ -35,7 +35,7 @@ class Runner:
         self._ready: Ready | None = None
 
     def warm(self, device: torch.device, workers: int, client: SupervisorClient) -> None:
-        """Before it belongs to any: make ready what needs no other worker."""
+        """Before it belongs to a group: prepare what needs no other worker."""
         if client.prepared:
             self._make_ready(device, workers)
 

@@ -1,6 +1,6 @@
-"""How a worker takes its place in a run: build, compare numerics, probe, and load what a checkpoint holds.
+"""How a worker begins its part in a run: build, compare numerics, probe, and load a checkpoint.
 
-Owns the job, the run in progress, and everything that is refused before the first step. What happens after is `run.py`.
+Owns the job, the run in progress, and every check that refuses a run before the first step. `run.py` does the rest.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ PROBED = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to run, the same on every worker.
+    """The job, the same on every worker.
 
-    resume: "no", "yes" (from the newest checkpoint, which must be there) or "auto" (if there is one). trace: a folder
-    for `verify`. profile: whether to write where the time went.
+    resume: "no", "yes" (from the newest checkpoint, which must exist) or "auto" (if there is one). trace: a folder
+    for `verify`. profile: whether to record where time is spent.
     """
 
     recipe: Recipe
@@ -67,8 +67,8 @@ class Job:
 class Ready:
     """What a worker makes once and keeps while groups of workers come and go.
 
-    fingerprint: of the model as it was built, so it is the same whenever it is taken. profile: what this worker was
-    at, where it is asked for.
+    fingerprint: of the model as it was built, so it does not depend on when it is taken. profile: what this worker
+    was doing and for how long, where requested.
     """
 
     inputs: RunInputs
@@ -80,8 +80,8 @@ class Ready:
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """A run in progress on one worker. `begun`: the step that this group of workers went on from. `saved_step`: whose
-    checkpoint is on disk, or being written; −1: unknown."""
+    """A run in progress on one worker. `begun`: the step from which this group of workers went on. `saved_step`: the
+    step whose checkpoint is on disk, or being written; −1: unknown."""
 
     job: Job
     ready: Ready
@@ -107,12 +107,12 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        """Who hears what this worker is about to do."""
+        """The observers of what this worker is about to do."""
         return self.ready.profile or self.client.progress
 
     @property
     def judge(self) -> Contributor:
-        """The contributor, without anybody's help."""
+        """The contributor, without offloaded weight gradients."""
         return replace(self.contributor, offload=None)
 
     @property
@@ -120,7 +120,7 @@ class Run:
         return self.ready.fingerprint
 
     def tell(self, event: events.Event) -> None:
-        """Pass an event on; one voice is enough."""
+        """Pass an event on, from worker 0 only."""
         if self.exchange.rank == 0:
             self.client.tell(event)
 
@@ -209,8 +209,8 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
 
 
 def _make_order(recipe: Recipe, ready: Ready) -> Order:
-    """Which samples each step's microbatches hold: from the recipe, the data and the module, so the same on every
-    worker."""
+    """Which samples each step's microbatches hold: a function of the recipe, the data and the module, so the same on
+    every worker."""
     train, inputs = recipe.train, ready.inputs
     min_samples = ready.backend.min_samples
     shuffled = not isinstance(inputs.train, SampleStream)
@@ -236,7 +236,7 @@ def _make_order(recipe: Recipe, ready: Ready) -> Order:
 
 
 def _go_on_in_stream(run: Run) -> None:
-    """Have a stream go on where the run does."""
+    """Restore a stream to the position of the run."""
     stream, step = run.inputs.train, run.state.step
     if isinstance(stream, SampleStream) and not stream.go_to(step, run.state.stream) and stream.has_state:
         told = f"the stream does not go on from its state after step {step}: it is read again from the beginning"
@@ -276,9 +276,10 @@ def _compare_workers(found: Mapping[str, Any], exchange: Exchange) -> list[str]:
 
 
 def _probe(run: Run) -> None:
-    """Probe with some samples of the first step, and with some of another shape, even where all of its are alike.
+    """Probe with some samples of the first step, and with some of another shape, even where all shapes of the step are
+    equal.
 
-    A few show as much as a whole microbatch, and nobody waits long for the first step.
+    A few show as much as a whole microbatch, and the first step is not delayed for long.
     """
     first = run.order.step(0).microbatches
     smaller, larger = first[-1][:PROBED], np.concatenate([first[0][:PROBED], first[-1][:1]])
@@ -291,7 +292,7 @@ def _probe(run: Run) -> None:
 
 
 def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
-    """Refuse a dataset that loads the same samples to other tensors the second time."""
+    """Refuse a dataset that gives other tensors when the same samples are loaded a second time."""
     for name, column in first.items():
         if not same_bits(column, again.get(name)):
             raise ImpureError(
@@ -303,7 +304,8 @@ def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> 
 
 
 def _look(job: Job, arrays: SnapshotArrays | None) -> tuple[Origin, checkpoints.Saved | None]:
-    """What this worker would go on from: a commit, the newest whole checkpoint of its run folder, or the beginning."""
+    """The state that this worker would go on from: a commit, the newest whole checkpoint of its run folder, or the
+    beginning."""
     if arrays is not None and arrays.committed:
         sequence, step = arrays.snapshot.sequence, int(arrays.snapshot.facts()["step"])
         return Origin(step=step, state=f"{COMMIT}{sequence}", place="in the snapshot"), None
@@ -319,10 +321,10 @@ def _look(job: Job, arrays: SnapshotArrays | None) -> tuple[Origin, checkpoints.
 
 
 def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Origin]) -> list[str]:
-    """Take the damaged checkpoints that are newer than what all go on from out of the way; return what is told of it.
+    """Set aside the damaged checkpoints that are newer than the one all workers go on from; return the notices.
 
     Raises:
-        DamagedError, RunFolderError: there is nothing to go on from, though it has to be.
+        DamagedError, RunFolderError: there is nothing to go on from, and the job requires it.
     """
     faults = list(dict.fromkeys(fault for one in everyone for fault in one.faults))
     if saved is None and run.job.resume == "yes":
@@ -332,7 +334,7 @@ def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Ori
             f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume, or with "
             "--resume auto."
         )
-    if run.exchange.rank == 0 and everyone[0].faults:  # it alone writes there
+    if run.exchange.rank == 0 and everyone[0].faults:  # only worker 0 writes there
         checkpoints.set_aside(run.job.folder / "checkpoints", saved)
     went_on = f"going on from {saved.folder.name}" if saved else "beginning anew"
     aside = dict.fromkeys(everyone[0].faults, f"Set aside as *{checkpoints.ASIDE}; ")

@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Ctrl-C; the machine is wanted back (kill, a scheduler, an instance that is taken away); the same from Slurm; the
-terminal is closed."""
+"""Ctrl-C; the machine is being reclaimed (kill, a scheduler, an instance that is taken away); the same from Slurm;
+the terminal is closed."""
 
 
 def in_main_thread() -> bool:
@@ -24,8 +24,8 @@ def in_main_thread() -> bool:
 
 
 class StopSignals:
-    """Within: signals are collected in `asked`, in order; each makes `descriptor` readable. In a thread beside the main
-    one there are no handlers to set, so signals stay the matter of the main thread."""
+    """Within: signals are collected in `asked`, in order; each makes `descriptor` readable. Only the main thread can
+    set handlers, so elsewhere the main thread keeps its own."""
 
     def __init__(self) -> None:
         self.asked: list[signal.Signals] = []
@@ -54,5 +54,5 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.asked.append(signal.Signals(signum))
         if len(self.asked) == 1:
-            with suppress(OSError):  # the terminal may be what has gone
+            with suppress(OSError):  # the terminal itself may be closed
                 print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The process of a worker that a supervisor watches over: it takes a seat, works, and when its group of workers is
-dissolved it drops the unfinished step and takes another seat.
+"""The process of a supervised worker: it takes a rank assignment and works. When its group of workers is dissolved, it
+drops the unfinished step and takes another assignment.
 
-Owns the worker's end of the channel. What a worker does is handed in; who watches is `supervisor.py`.
+Owns the worker's end of the channel. The work itself is passed in; `supervisor.py` watches the process.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from unisono.runtime.worker import guarded, keep_memory
 from unisono.tracking import events
 
 DUMP = signal.SIGUSR2
-"""Makes a worker write all its stacks down, whatever it is at."""
+"""Makes a worker write all its stacks, whatever it is doing."""
 
 
 class Workload(Protocol):
-    """What a supervised worker does; `run.Runner` is one."""
+    """The work of a supervised worker; `runner.Runner` is one."""
 
     def warm(self, device: torch.device, workers: int, client: SupervisorClient) -> None:
-        """Make ready what needs no other worker."""
+        """Prepare what needs no other worker."""
         ...
 
     def train(
@@ -57,8 +57,8 @@ class Workload(Protocol):
         local_workers: int,
         again: bool,
     ) -> bool:
-        """Take part in a group of workers, the first one or `again`; return whether all is done, or another group is
-        to go on."""
+        """Take part in a group of workers, the first one or `again`; return whether all is done; false: another group
+        goes on."""
         ...
 
 
@@ -67,8 +67,8 @@ _PLAIN = ("slot", "memory", "threads", "device", "workers", "parent")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """What a worker's process is given when it is started. memory: file of the run's snapshot. workers: how many there
-    are to be. report, stacks: files without a name, for what it raises, and for what it is at."""
+    """What a worker's process gets at its start. memory: file of the run's snapshot. workers: their number. report,
+    stacks: unnamed files, for the error that it raises, and for its stacks."""
 
     slot: int
     channel: Channel
@@ -110,7 +110,7 @@ class WorkerSpec:
 
 
 class SupervisedClient:
-    """The link of a worker to its supervisor."""
+    """The supervisor client of a supervised worker."""
 
     def __init__(self, spec: WorkerSpec, progress_writer: ProgressWriter) -> None:
         self.progress: ProgressWriter = progress_writer
@@ -133,7 +133,7 @@ class SupervisedClient:
         if self.progress.rank == 0 and self._progress_table.observers_first:
             self.progress.wait_until_heard(self._told)
         request = self._progress_table.request
-        return RUNNING if request == FINISH and self.progress.rank else request  # others may look before or after
+        return RUNNING if request == FINISH and self.progress.rank else request  # only worker 0 looks in time
 
     def tell(self, event: events.Event) -> None:
         self._told += 1
@@ -163,9 +163,9 @@ class SupervisedClient:
 
 
 def serve(spec: WorkerSpec, open_workload: Callable[[], Workload]) -> None:
-    """Live a worker's life, until all is done or the supervisor lets it go."""
+    """Serve as a worker, until all is done or the supervisor releases it."""
     end_with_parent(spec.parent)
-    gc.freeze()  # what was inherited is nobody's garbage: collecting, after a loss, need not look at it
+    gc.freeze()  # inherited objects are never garbage: a collection after a loss need not visit them
     faulthandler.enable(spec.stacks)
     faulthandler.register(DUMP, spec.stacks, all_threads=True)
     for signum in ASKING:  # a terminal or Slurm sends them to all; the supervisor answers
@@ -208,7 +208,7 @@ def _serve(spec: WorkerSpec, workload: Workload) -> None:
 
 
 def _leave_group(progress_writer: ProgressWriter) -> None:
-    """Belong to no group. Nobody suspects who waits for a seat."""
+    """Wait for a rank assignment, in no group. A waiting worker never counts as hung."""
     progress_writer.assignment(-1, -1)
     progress_writer.at("wait")
 
@@ -220,13 +220,13 @@ def _take_part(
     device: torch.device,
     client: SupervisorClient,
 ) -> bool:
-    """Belong to one group of workers. Return whether all is done; false: another group is to go on."""
+    """Work in one group of workers. Return whether all is done; false: another group goes on."""
     progress_writer.assignment(assignment.rank, assignment.generation)
     progress_writer.at("join")
     progress_writer.enter("join")
     try:
         exchange: Exchange = Watched(assignment.join(device), progress_writer)
-    except RuntimeError as error:  # whatever a store or a backend says of others that do not come
+    except RuntimeError as error:  # the error of a store or a backend when others do not come
         raise LostPeerError(f"the workers could not meet: {error}") from error
     progress_writer.leave()
     try:
@@ -239,5 +239,5 @@ def _take_part(
             again=assignment.generation > 1,
         )
     finally:
-        with suppress(RuntimeError):  # what a backend says of a broken connection; the group is over all the same
+        with suppress(RuntimeError):  # a backend's error for a broken connection; the group has ended anyway
             exchange.close()

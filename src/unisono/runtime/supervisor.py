@@ -1,11 +1,12 @@
 """The supervisor of a run on this host: it owns workers, snapshot and ledger, and brings the run through losses.
 
-    a worker ends, hangs, or another number of them is wanted → the group is dissolved: everybody drops the unfinished
-    step → who is missing is replaced → all who wait get seats in a new group → it goes on from the last commit
+    a worker ends, hangs, or another number of them is requested → the group is dissolved: every worker drops the
+    unfinished step → missing workers are replaced → all waiting workers get rank assignments in a new group → it
+    goes on from the last commit
 
-Owns what is decided, and when. The processes are `pool.py`'s, checkpoints `writing.py`'s, hangs `watch.py`'s, the
-budget `losses.py`'s. It computes nothing, holds no lock that a worker needs, and starts no thread, so it can fork at
-any time.
+Owns what is decided, and when. The processes belong to `worker_pool.py`, checkpoints to `checkpoint_writer.py`,
+hangs to `hang_detection.py`, the budget to `restart_budget.py`. It computes nothing, holds no lock that a worker
+needs, and starts no thread, so it can fork at any time.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ from unisono.tracking import events
 MOST_WORKERS = 4096
 LOOK_SECONDS = 0.2
 MEETING_SECONDS = 2.0  # for workers that wait for one that was lost on the way to their meeting
-ORPHAN_SECONDS = 1.0  # for a worker to end whom others have missed already
+ORPHAN_SECONDS = 1.0  # for a worker to end after others have lost its connection
 WRITING_SHARE = 0.5  # of the grace period, kept for writing the checkpoint
 LAST_WRITING_SECONDS = 600.0
 LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --resume."
 
 
 class Supervisor:
-    """Runs `workload` in `workers` processes, whatever happens to them.
+    """Runs `workload` in `workers` processes, through every loss of a worker.
 
-    observer: sees every event. may_stop: it may return events.STOP; each step then waits until it has seen what
-    happened before, so that the run ends at the same step however fast anybody is.
-    start: how each of them is started.
+    observer: sees every event. may_stop: it may return events.STOP; each step then waits until the observer has seen
+    all events before it, so that the run ends at the same step at any speed of the workers.
+    start: how each worker is started.
     """
 
     def __init__(
@@ -76,17 +77,17 @@ class Supervisor:
         self._gpus = count_gpus(recipe.train.device)
         self._progress_table = ProgressTable(min(recipe.train.microbatches, MOST_WORKERS))
         self._progress_table.observers_first = may_stop
-        self._is_finishing = False  # the observer has asked for the end
+        self._is_finishing = False  # the observer has requested the end
         self._memory = new_file()
         self._budget = RestartBudget(recipe.recovery)
         self._run_lock: RunLock | None = None
         self._error: Exception | None = None  # what ends the run
-        self._has_ended = False  # the result has been told
+        self._has_ended = False  # the result has been reported
         self._training = False  # the first group of workers has begun
-        self._change: Change | None = None  # that has not been overcome yet
+        self._change: Change | None = None  # from which the run has not recovered yet
         self._start_at = 0.0
         self._dissolved_at: float | None = None
-        self._orphan: tuple[WorkerHandle, str, float] | None = None  # who lost others that have not ended, why and when
+        self._orphan: tuple[WorkerHandle, str, float] | None = None  # it lost a worker that has not ended; why; when
         self._stop_at: float | None = None
         self._last_event = time.monotonic()
         self._look_at = 0.0
@@ -134,7 +135,7 @@ class Supervisor:
             raise self._error
 
     def _leave(self) -> None:
-        """Leave nothing behind."""
+        """Release everything."""
         self._pool.end()
         self._checkpoint_writer.finish(self._hang_detector.limit_seconds or LAST_WRITING_SECONDS)
         if self._run_lock is not None:
@@ -143,7 +144,7 @@ class Supervisor:
         if self._memory >= 0:
             os.close(self._memory)
 
-    # What members say, and how they end
+    # Messages of workers, and their ends
 
     def _handle_messages(self, said: Sequence[tuple[WorkerHandle, Message]]) -> None:
         for handle, message in said:
@@ -159,13 +160,13 @@ class Supervisor:
                 )
 
     def _terminate(self, handles: Iterable[WorkerHandle]) -> None:
-        """End members at once; what they had said before is heard."""
+        """Kill workers at once; their earlier messages are handled."""
         words, _ = self._pool.terminate(handles)
         self._handle_messages(words)
 
     def _on_ready(self, handle: WorkerHandle, why: str) -> None:
-        """A member waits for a seat. If its group was not dissolved, another worker is about to end, or something has
-        come between them."""
+        """A worker waits for a rank assignment. If its group was not dissolved, another worker is about to end, or a
+        connection between them has failed."""
         handle.waiting = True
         if self._progress_table.request == REGROUP and self._change is not None and handle.generation >= 0:
             self._change.stand_still(time.monotonic())
@@ -173,7 +174,7 @@ class Supervisor:
             self._orphan = handle, why, time.monotonic()
 
     def _reap(self) -> None:
-        """See to the members that have ended."""
+        """Handle the workers that have ended."""
         words, ends = self._pool.reap()
         self._handle_messages(words)
         missed = [(handle, end) for handle, end in ends if not (handle.leaving or (self._has_ended and not end.code))]
@@ -186,10 +187,10 @@ class Supervisor:
         self._lose(name_loss([end for _, end in missed], self._step), fresh=fresh)
 
     def _lose(self, loss: Loss, *, fresh: bool = False) -> None:
-        """Workers have been lost: end the run, or dissolve the group and go on. `fresh`: some had no seat yet."""
+        """Workers have been lost: end the run, or dissolve the group and go on. `fresh`: some had no rank yet."""
         change, now = self._change, time.monotonic()
         if change is not None and change.lost and not change.assigned and not fresh:
-            change.lost += f"; {loss.what}"  # the same loss, noticed bit by bit
+            change.lost += f"; {loss.what}"  # the same loss, noticed in several parts
             return
         if end := self._budget.spend(loss):
             self._terminate(self._pool.staying())
@@ -203,15 +204,15 @@ class Supervisor:
         change.assigned = False
         self._last_event = now
         self._start_at = now + self._budget.backoff_seconds
-        self._progress_table.generation += 1  # everybody leaves the present group, at the next mark on the board
+        self._progress_table.generation += 1  # every worker leaves the present group, at its next mark
         self._dissolved_at, self._orphan = now, None
         self._hang_detector.spare()
-        if self._gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have made ready
+        if self._gpus:  # a broken nccl group cannot be left; on CPUs survivors keep what they have prepared
             self._terminate(handle for handle in self._pool.staying() if handle.generation >= 0)
         if self._recipe.recovery.on_loss == "shrink" and self._training:
             self._wanted = max(1, min(self._wanted, len(self._pool.staying())))
 
-    # What is to be done by now
+    # What is due
 
     def _check(self) -> None:
         self._checkpoint_writer.look(self._hang_detector.limit_seconds)
@@ -238,7 +239,7 @@ class Supervisor:
             self._lose(Loss(step=self._step, what=told))
 
     def _handle_signals(self) -> None:
-        """A signal has asked for the end."""
+        """A signal has requested the end."""
         if signal.SIGINT in self._interrupts.asked[1:]:
             self._checkpoint_writer.kill()
             self._fail(self._named(f"stopped at once. {LAST_CHECKPOINT}"))
@@ -268,12 +269,12 @@ class Supervisor:
         )
 
     def _named(self, message: str) -> Interrupted:
-        """The end that the first signal asked for."""
+        """The error for the end that the first signal requested."""
         wanted_back = bool(self._interrupts.asked) and self._interrupts.asked[0] != signal.SIGINT
         return Preempted(message) if wanted_back else Interrupted(message)
 
     def _resize(self, run_lock: RunLock, wanted: int) -> None:
-        """Somebody wants another number of workers."""
+        """Handle a request for another number of workers."""
         most = self._progress_table.rows
         if wanted > most:
             run_lock.answer(f"at most {most} workers can share a step", done=False)
@@ -292,7 +293,7 @@ class Supervisor:
     # Groups of workers
 
     def _form_group(self) -> None:
-        """Hire who is missing; when everybody waits, give out seats."""
+        """Start missing workers; when every worker waits, give out rank assignments."""
         if self._error is not None or self._has_ended or self._orphan is not None:
             return
         if time.monotonic() >= self._start_at:
@@ -303,7 +304,7 @@ class Supervisor:
             change is not None and not change.lost and not change.assigned and self._progress_table.request == RUNNING
         )
         if change is not None and resizing and all(one.waiting for one in staying if one.generation < 0):
-            self._progress_table.request = REGROUP  # newcomers are warm
+            self._progress_table.request = REGROUP  # the new workers are ready
         if len(staying) < self._wanted or not all(handle.waiting for handle in staying):
             return
         self._pool.release(staying[self._wanted :])
@@ -316,11 +317,11 @@ class Supervisor:
             change.assigned = True
 
     def _tell(self, event: events.Event) -> None:
-        """Tell the observer; a group that has begun anew ends what had changed."""
+        """Pass an event to the observer; when a new group has begun, the change is complete."""
         if isinstance(event, events.RunStarted):
             change, goes_on = self._change, self._training and self._memory >= 0
             self._begin_training()
-            if not goes_on:  # or is resumed from disk, like another run
+            if not goes_on:  # or resumed from disk, like a new run
                 self._observe(event)
             for told in change.conclude(event, time.monotonic()) if change else []:
                 self._observe(told)
@@ -337,7 +338,7 @@ class Supervisor:
         self._run_lock.tell(workers=self._wanted, most_workers=self._progress_table.rows)
 
     def _observe(self, event: events.Event) -> None:
-        if not isinstance(event, events.CheckpointWritten | events.Notice):  # they come from beside
+        if not isinstance(event, events.CheckpointWritten | events.Notice):  # they come from outside the workers
             self._last_event = time.monotonic()
         try:
             if self._observer.observe(event) == events.STOP:
@@ -352,7 +353,7 @@ class Supervisor:
             self._run_lock.answer(f"{sizes} after step {event.step}, in {event.seconds:.2f} s", done=True)
 
     def _finish(self) -> None:
-        """The observer has asked for the end: the next step is the last one."""
+        """The observer has requested the end: the next step is the last one."""
         self._is_finishing = True
         if self._stop_at is None:
             self._progress_table.request = FINISH

@@ -1,7 +1,8 @@
-"""What ties a worker to whoever watches over it: where events go, who writes checkpoints, what is asked of it.
+"""A worker's connection to its supervisor: where events go, who writes checkpoints, what is requested of the worker.
 
-Owns the interface, and `UnsupervisedClient`, for a worker without a supervisor (under torchrun): it tells its own
-observers, writes checkpoints in a thread of its own, and is asked by signals. The other one is in `launch/handle.py`.
+Owns the interface, and `UnsupervisedClient`, for a worker without a supervisor (under torchrun): it passes events to
+its own observers, writes checkpoints in a thread of its own, and takes requests from signals. The other implementation
+is in `supervised_worker.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from unisono.tracking import events
 
 
 class SupervisorClient(Protocol):
-    """A worker's tie to its supervisor, or to nobody.
+    """A worker's connection to its supervisor, if it has one.
 
-    progress: where it says what it is about to do. memory: file descriptor of the run's snapshot; −1: there is none.
+    progress: where the worker writes what it is about to do. memory: file descriptor of the run's snapshot; −1: there
+    is none.
     prepared: whether the data of this host has been prepared, so that it may be opened without waiting for others.
     """
 
@@ -35,8 +37,8 @@ class SupervisorClient(Protocol):
     def prepared(self, done: bool) -> None: ...
 
     def request(self) -> int:
-        """What is asked of this worker at the end of a step: progress_table.RUNNING, STOP, REGROUP or FINISH.
-        Of FINISH only worker 0 knows, and it asks once observers have seen all that it told."""
+        """What is requested of this worker at the end of a step: progress_table.RUNNING, STOP, REGROUP or FINISH.
+        Only worker 0 sees FINISH, and it calls this after observers have seen all its events."""
         ...
 
     def tell(self, event: events.Event) -> None:
@@ -45,7 +47,7 @@ class SupervisorClient(Protocol):
 
     def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
         """Begin to write the committed state to disk; every worker calls this. Waits while the one before is being
-        written. A failure is told as a warning, and training goes on."""
+        written. A failure is reported as a warning, and training goes on."""
         ...
 
     def settle(self) -> bool:
@@ -54,7 +56,7 @@ class SupervisorClient(Protocol):
 
 
 class UnsupervisedClient:
-    """The link of a worker without a supervisor. `observers` listen on worker 0 only."""
+    """The supervisor client of a worker without a supervisor. `observers` get events on worker 0 only."""
 
     progress: Progress = UNWATCHED
     memory = -1
@@ -82,7 +84,7 @@ class UnsupervisedClient:
         return self._writer.settle()
 
     def close(self) -> None:
-        """Tell observers that this is the end."""
+        """Close the observers: this is the end."""
         self._writer.close()
         for observer in self._observers:
             observer.close()

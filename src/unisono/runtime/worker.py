@@ -1,7 +1,6 @@
-"""The main of every worker process: settle numerics, join, act, leave; and be stopped without harm.
+"""The main function of a worker process: settle numerics, join, act, leave; a stop request does no harm.
 
-Owns signals and what becomes of an exception inside a worker. Who starts workers is the matter of `local.py` and of
-torchrun.
+Owns signals, and how an exception inside a worker is reported. `launchers/` start the workers.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.signals import in_main_thread
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""What asks a run to stop."""
+"""The signals that ask a run to stop."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # glibc's malloc.h
 MMAP_MAX, TOP_PAD_BYTES = 65_536, 128 * 2**10  # glibc's defaults
-MMAP_THRESHOLD_BYTES = 32 * 2**20  # to which glibc raises its threshold as blocks are freed, trimming at twice that
+MMAP_THRESHOLD_BYTES = 32 * 2**20  # glibc raises its threshold up to this as blocks are freed, and trims at twice that
 
 
 class Stop:
@@ -42,8 +41,8 @@ class Stop:
         self._asked = False
 
     def __call__(self) -> int:
-        """board.STOP where a stop was asked for, else board.RUNNING. The first call says that from now on the loop will
-        heed it."""
+        """progress_table.STOP where a stop was requested, else progress_table.RUNNING. After the first call, a request
+        waits for the end of the step."""
         self.graceful = True
         return STOP if self._asked else RUNNING
 
@@ -55,7 +54,7 @@ class Stop:
 
 
 class Act(Protocol):
-    """What a worker does once it has joined the others."""
+    """The work of a worker after it has joined the others."""
 
     def __call__(self, assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop) -> None: ...
 
@@ -66,7 +65,7 @@ def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: s
     if in_main_thread():
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, stop.ask)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher, which asks the workers
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets a terminal's Ctrl-C, too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
     try:
@@ -81,8 +80,8 @@ def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: s
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed blocks of any size: it would return those above 32 MB at once, and a step would fault
-    all its pages anew."""
+    """Make glibc keep freed blocks of any size: it would return those above 32 MB at once, and every step would
+    fault all their pages again."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -92,8 +91,9 @@ def keep_memory() -> None:
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Within, freed blocks are kept, as by `keep_memory`; afterwards they are returned, and glibc does as it does in a
-    process that has used large blocks: what was set before cannot be asked. Where the environment sets it, it stays."""
+    """Within, freed blocks are kept, as by `keep_memory`; afterwards they are returned, and glibc behaves as in a
+    process that has used large blocks: the settings from before cannot be read. A value set in the environment
+    stays."""
     libc = ctypes.CDLL(None)
     is_set = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if is_set or not hasattr(libc, "mallopt"):

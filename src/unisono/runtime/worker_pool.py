@@ -1,4 +1,4 @@
-"""The processes that a supervisor watches over: started, listened to, ended.
+"""The processes that a supervisor watches: it starts them, reads their messages, and ends them.
 
 Owns the children and their channels. Decides nothing; `supervisor.py` does.
 """
@@ -26,10 +26,10 @@ from unisono.runtime.restart_budget import End
 from unisono.runtime.signals import ASKING
 from unisono.runtime.supervised_worker import DUMP, WorkerSpec, Workload, serve
 
-DUMP_SECONDS = 1.0  # to write stacks down
+DUMP_SECONDS = 1.0  # to write stacks
 
 StartWorker = Callable[[WorkerSpec, Workload], ChildProcess]
-"""How a worker's process is started on this host, in which `supervised_worker.serve` is to run."""
+"""How to start a worker's process on this host; it runs `supervised_worker.serve`."""
 
 
 def start_forked(spec: WorkerSpec, workload: Workload) -> ChildProcess:
@@ -39,8 +39,8 @@ def start_forked(spec: WorkerSpec, workload: Workload) -> ChildProcess:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class WorkerHandle:
-    """A worker's process. rank, generation: of the seat that it has, or had last; −1: none yet. waiting: for a seat.
-    asking: it waits for an answer."""
+    """A worker's process. rank, generation: of its present or last rank assignment; −1: none yet. waiting: for a rank
+    assignment. asking: it waits for an answer."""
 
     slot: int
     process: ChildProcess
@@ -54,13 +54,13 @@ class WorkerHandle:
     asking: bool = False
 
     def answer(self, message: Message) -> None:
-        """Answer what it has asked."""
+        """Answer the worker's request."""
         self.asking = False
         self.channel.send(message)
 
     @property
     def number(self) -> int:
-        """What it is called: its rank, or before it has one the rank that it will probably have."""
+        """The number used in messages: its rank, or before it has one the rank that it will probably have."""
         return self.rank if self.rank >= 0 else self.slot
 
     @property
@@ -70,7 +70,7 @@ class WorkerHandle:
 
 
 class WorkerPool:
-    """All members of a run on this host. `wake` is a descriptor that ends a wait."""
+    """All workers of a run on this host. `wake` is a descriptor that ends a wait."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ class WorkerPool:
         self._wake = wake
 
     def staying(self) -> list[WorkerHandle]:
-        """Members that have not been told to leave, by slot."""
+        """Workers that have not been released, by slot."""
         return [handle for slot, handle in sorted(self.handles.items()) if not handle.leaving]
 
     def start_workers(self, count: int) -> None:
-        """Start workers until `count` are staying, in the lowest slots that are free; one that a leaving handle still
-        has, with its GPU, is waited for."""
+        """Start workers until `count` are staying, in the lowest free slots. A slot that a leaving worker still has,
+        with its GPU, is free only after that worker has ended."""
         free = [slot for slot in range(count) if slot not in self.handles]
         for slot in free[: max(0, count - len(self.staying()))]:
             self._progress_table.clear(slot)
@@ -126,7 +126,7 @@ class WorkerPool:
             self.handles[slot] = WorkerHandle(slot=slot, process=process, channel=mine, report=report, stacks=stacks)
 
     def assignment(self, generation: int, chosen: Sequence[WorkerHandle]) -> None:
-        """Give the chosen members seats in a new group."""
+        """Give the chosen workers rank assignments in a new group."""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(len(chosen))
@@ -144,14 +144,14 @@ class WorkerPool:
                 handle.channel.send(assignment, listener.fileno() if port and rank == 0 else -1)
 
     def release(self, handles: Iterable[WorkerHandle]) -> None:
-        """Tell waiting members that they are not needed any more."""
+        """Release waiting workers: they are not needed any more."""
         for handle in handles:
             if handle.waiting:
                 handle.waiting, handle.leaving = False, True
                 handle.channel.send({"leave": True})
 
     def wait(self, seconds: float, others: Iterable[int]) -> None:
-        """Return when something may have happened to a member, or to `others` (descriptors), at the latest after
+        """Return when something may have happened to a worker, or to `others` (descriptors), at the latest after
         `seconds`."""
         watched: list[Any] = [self._wake, *others]
         for handle in self.handles.values():
@@ -161,11 +161,11 @@ class WorkerPool:
                 os.read(self._wake, 4096)
 
     def listen(self) -> list[tuple[WorkerHandle, Message]]:
-        """What members have said since."""
+        """The messages of workers since the last call."""
         return [(handle, message) for handle in list(self.handles.values()) for message in handle.channel.drain()]
 
     def reap(self) -> tuple[list[tuple[WorkerHandle, Message]], list[tuple[WorkerHandle, End]]]:
-        """Take out the members that have ended; return their last words, and how they ended."""
+        """Remove the workers that have ended; return their last messages, and how they ended."""
         words: list[tuple[WorkerHandle, Message]] = []
         ends: list[tuple[WorkerHandle, End]] = []
         for handle in list(self.handles.values()):
@@ -186,7 +186,7 @@ class WorkerPool:
     def terminate(
         self, handles: Iterable[WorkerHandle]
     ) -> tuple[list[tuple[WorkerHandle, Message]], list[tuple[WorkerHandle, End]]]:
-        """End members at once; return the last words of who has ended, and how."""
+        """Kill workers at once; return the last messages of those that have ended, and how they ended."""
         chosen = list(handles)
         for handle in chosen:
             handle.leaving = True
@@ -201,7 +201,7 @@ class WorkerPool:
 
     @staticmethod
     def is_stopped(handle: WorkerHandle) -> bool:
-        """Whether a member's process is stopped by a signal."""
+        """Whether a worker's process is stopped by a signal."""
         try:
             stat = Path(f"/proc/{handle.pid}/stat").read_text(encoding="ascii")
         except OSError:
@@ -209,9 +209,9 @@ class WorkerPool:
         return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
     def dump_stacks(self, folder: Path, told: str) -> None:
-        """Have every member write its stacks down, into `folder`/worker-N.txt under what it last said.
+        """Have every worker write its stacks, into `folder`/worker-N.txt under its last row of the progress table.
 
-        A stopped one has to be continued for that; who is lost anyhow may be.
+        A stopped one has to be continued for that; a worker that counts as lost may be continued.
         """
         sizes = {slot: len(_read(handle.stacks)) for slot, handle in self.handles.items()}
         rows = {slot: str(self._progress_table.row(slot)) for slot in self.handles}
@@ -225,10 +225,10 @@ class WorkerPool:
             len(_read(handle.stacks)) <= sizes[slot] for slot, handle in self.handles.items()
         ):
             time.sleep(0.01)
-        time.sleep(0.05)  # the rest of what has begun
+        time.sleep(0.05)  # the rest of a text that has begun
         folder.mkdir(parents=True, exist_ok=True)
         for slot, handle in self.handles.items():
-            stacks = _read(handle.stacks)[sizes[slot] :] or "it wrote no stacks down\n"
+            stacks = _read(handle.stacks)[sizes[slot] :] or "it wrote no stacks\n"
             text = f"{told}\nworker {handle.number}, process {handle.pid}, was at {rows[slot]}\n\n{stacks}"
             (folder / f"worker-{handle.number}.txt").write_text(text, encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """A run's state on disk: `step-00000120/`, whole or absent, the same bytes for any number of workers.
 
     parameters.safetensors   weights and buffers under the module's own names
-    buffers.safetensors      buffers that the module's state_dict leaves out, where there are such
+    buffers.safetensors      buffers that the module's state_dict leaves out, if there are any
     optimizer.safetensors    optimiser state (and averaged weights) under "slot.parameter"
     state.json               step, early stopping, numerics fingerprint, recipe, SHA-256 of each file
 
@@ -40,7 +40,7 @@ class Content:
     """A whole state in the form of a checkpoint: whatever the number of workers, the same names and bytes.
 
     parameters: the tensors of the module's state_dict. buffers: those that it leaves out. optimizer: "slot.parameter".
-    facts: plain values: step, early stopping, and what is told of the run.
+    facts: plain values: step, early stopping, and other facts of the run.
     """
 
     parameters: dict[str, Tensor]
@@ -58,10 +58,11 @@ class Saved:
 
 
 def write(content: Content, folder: Path, *, keep: int, at: Callable[[str], None] = lambda phase: None) -> Path:
-    """Write a state as `folder/step-…`; then remove all but the newest `keep`. `at` hears what is about to be done.
+    """Write a state as `folder/step-…`; then remove all but the newest `keep`. `at` is called with what is about to be
+    done.
 
     Raises:
-        RunFolderError: it cannot be written. What was there before is as it was.
+        RunFolderError: it cannot be written. Older files are unchanged.
     """
     path = name_checkpoint(folder, int(content.facts["step"]))
     remove_leftovers(folder)
@@ -81,7 +82,7 @@ def write(content: Content, folder: Path, *, keep: int, at: Callable[[str], None
 
 
 def name_checkpoint(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 

@@ -1,8 +1,8 @@
 """A lock on a file, by filelock: the kernel's, so it ends with the processes that hold it, however they end.
 
-Owns that the processes which are forked meanwhile hold it as well, and that no file is left behind. filelock takes the
-lock away from forked processes; here they keep it through a copy of the descriptor, so that nobody enters while workers
-of a killed process are still ending. A program that is executed does not inherit it.
+Ensures that processes which are forked meanwhile hold it as well, and that no file is left behind. filelock releases
+the lock in forked processes; here they keep it through a copy of the descriptor, so that no other process gets the lock
+while workers of a killed process are still ending. A program that is executed does not inherit it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _FOREVER = -1.0
 
 
 class HeldFile:
-    """The hold on a file, which is made, with mode 0600, if it is not there.
+    """A lock on a file, which is created, with mode 0600, if it does not exist.
 
     Args:
         path: its folder must exist.
-        seconds: how long to wait for another holder; −1: until it lets go.
+        seconds: how long to wait for another holder; −1: until it releases the lock.
 
     Raises:
         Timeout: another process has it, or another object of this one.
@@ -40,7 +40,7 @@ class HeldFile:
             timeout=seconds,
             poll_interval=poll_seconds,
             thread_local=False,
-            fallback_to_soft=False,  # a file that only says that somebody is there would outlive him
+            fallback_to_soft=False,  # a soft lock, which is only a file, would outlive its process
             on_acquired=self._copy,
         )
         self._lock.acquire()
@@ -49,7 +49,7 @@ class HeldFile:
         self.descriptor = os.dup(descriptor)
 
     def release(self) -> None:
-        """Remove the file and let go of it, in all processes."""
+        """Remove the file and release the lock, in all processes."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
         self._lock.release()
@@ -59,7 +59,7 @@ class HeldFile:
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold a file while a block runs; wait for it before."""
+    """Hold the lock while a block runs; wait for it before."""
     held = HeldFile(path)
     try:
         yield
@@ -68,7 +68,7 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds a file. False where it is not there, or its file system has no locks."""
+    """Whether a process holds the lock. False where the file does not exist, or its file system has no locks."""
     if not path.exists():
         return False
     probe = FileLock(path, thread_local=False, fallback_to_soft=False)

@@ -1,6 +1,6 @@
-"""Folders that are whole or absent, and files that are what their SHA-256 says.
+"""Folders that are whole or absent, and files that match their SHA-256.
 
-Owns temporary names, fsync, rename, checksums. Does not know what the files hold.
+Owns temporary names, fsync, rename, checksums. Does not depend on what the files hold.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART, OLD = ".part", ".old"
-"""Endings of what is being written, and of what is being replaced. Both names begin with a dot."""
+"""Endings of names: of a folder that is being written, and of one that is being replaced. Both names begin with a
+dot."""
 
 
 @contextmanager
 def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on success fsync it and rename it there, replacing an older one; else
-    remove it. `at` hears "sync" and "rename" before they happen.
+    remove it. `at` is called with "sync" and "rename" before these happen.
 
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
@@ -68,7 +69,7 @@ def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, at once and wholly as far as others can see; what is left of it is a leftover."""
+    """Remove a folder; for others it disappears at once and wholly. An unfinished removal leaves a leftover."""
     hidden = folder.with_name(f".{folder.name}{PART}")
     with suppress(OSError):  # it stays, whole
         folder.rename(hidden)
@@ -88,7 +89,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def boot_id() -> str:
-    """Which start of this machine this is; a new one each time where the system does not tell."""
+    """An identifier of this start of the machine; a new one each time where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -99,8 +100,8 @@ def boot_id() -> str:
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary file's path beside `path`; on success fsync it and rename it there; else remove it.
 
-    durable: false leaves out the fsync. The file is then whole or absent for whoever looks while the machine is up, and
-    may be anything after it was cut off; see `boot_id`.
+    durable: false leaves out the fsync. The file is then whole or absent for all readers while the machine is up, and
+    may have any content after a power loss; see `boot_id`.
 
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
@@ -155,7 +156,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
     """Write `facts` as JSON file `name`; under "files" size and SHA-256 of every other file, under "sha256" that of all
-    this."""
+    these facts."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
     }
@@ -211,7 +212,7 @@ def check_file(path: Path, size_bytes: int, sha256: str, remedy: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk, not only the system, know a file or a folder."""
+    """Write a file or a folder to the disk, not only to the system's cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

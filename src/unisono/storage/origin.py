@@ -1,7 +1,7 @@
-"""What a group of workers goes on from: told by each to all, and refused unless it is one and the same.
+"""The state that a group of workers goes on from: each worker sends its own to all, and different ones are refused.
 
-Every worker looks into its own run folder, and those of several hosts need not hold the same. Owns the comparison; what
-each has found is the matter of who asks.
+Every worker reads its own run folder, and the folders of several hosts may differ. Owns the comparison; the caller
+finds the state.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ COMMIT = "commit "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What one worker would go on from.
+    """The state that one worker would go on from.
 
-    step: steps done. state: what tells states of the same step apart: "" of the beginning, the digest of a checkpoint,
-    `COMMIT` and its number of a snapshot. The beginning needs none: fingerprints, which workers compare before, have
-    the first weights in them. place: where it was found, in words. faults: what was wrong with newer checkpoints.
+    step: steps done. state: distinguishes states of the same step: "" for the beginning, the digest of a checkpoint,
+    `COMMIT` and its number of a snapshot. The beginning needs none: the fingerprints, which workers compare before,
+    contain the first weights. place: where it was found, in words. faults: what was wrong with newer checkpoints.
     """
 
     step: int
@@ -35,8 +35,8 @@ class Origin:
 
 
 def agree(mine: Origin, exchange: Exchange) -> list[Origin]:
-    """Tell all workers; return what everybody has found, by rank. Every worker of a group calls this, and has looked
-    at its folder when anybody returns.
+    """Send this worker's state to all workers; return those of all, by rank. Every worker of a group calls this; when
+    it returns on any worker, all have read their folders.
 
     Raises:
         RunFolderError, LostPeerError: as `compare` says, on every worker.
@@ -48,11 +48,11 @@ def agree(mine: Origin, exchange: Exchange) -> list[Origin]:
 
 
 def compare(everyone: Sequence[Origin]) -> None:
-    """Refuse to let workers begin from different states: what they contribute would be added all the same.
+    """Refuse workers that would begin from different states: their contributions would be added without an error.
 
     Raises:
-        RunFolderError: names who would begin where.
-        LostPeerError: it is a snapshot that they see differently, so one of them belongs to another group.
+        RunFolderError: names the workers and their states.
+        LostPeerError: they see different commits of a snapshot, so one of them belongs to another group.
     """
     groups: dict[tuple[int, str], list[int]] = {}
     for rank, one in enumerate(everyone):
@@ -71,7 +71,7 @@ def compare(everyone: Sequence[Origin]) -> None:
 
 
 def _describe(group: Sequence[tuple[int, Origin]]) -> str:
-    """One line for workers that have found the same."""
+    """One line for workers with the same state."""
     ranks = ", ".join(str(rank) for rank, _ in group)
     hosts = ", ".join(dict.fromkeys(one.host for _, one in group))
     first = group[0][1]

@@ -1,8 +1,8 @@
-"""The run folder: what lies where, and when a folder may be used.
+"""The run folder: the names of its files, and when a folder may be used.
 
     recipe.toml  fingerprint.json  metrics.jsonl  curves.svg  summary.json  checkpoints/  model/  hangs/
 
-Owns names and the choice of a folder. What the files hold is the matter of who writes them.
+Owns names and the choice of a folder. The modules that write the files define what they hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unisono.errors import RunFolderError
 
 RUNS = Path("runs")
 FACTS = "unisono.json"
-"""In a model folder: the recipe, and what else prediction needs to know."""
+"""In a model folder: the recipe, and other facts that prediction needs."""
 
 
 def new_folder(name: str, given: str | Path | None) -> Path:
@@ -34,7 +34,7 @@ def new_folder(name: str, given: str | Path | None) -> Path:
 
 
 def choose_folder(name: str, given: str | Path | None, *, resume: bool | str) -> Path:
-    """The folder of a run: a new one, an old one to resume, or with "auto" whichever of both there is.
+    """The folder of a run: a new one, an old one to resume, or with "auto" whichever exists.
 
     "auto" takes the given folder, whatever is in it, or the newest `runs/NAME-…` if that run has not ended.
     """

@@ -1,8 +1,8 @@
-"""A running run's claim on its folder, and what others may ask of it through that folder.
+"""The lock of a running run on its folder, and requests that others make through that folder.
 
     .running      locked for as long as the run lives; holds {"host", "pid", "workers", "most_workers"}
-    .wanted       {"workers": N}, put there by `unisono resize`
-    .answer       what came of it
+        .wanted       {"workers": N}, written by `unisono resize`
+        .answer       the result of the request
 
 The lock (`file_lock.py`) ends with the process and its workers, however they end. Owns these files. Files are used
 rather than a socket, because a folder has no port, needs no permission of its own, and is seen from other containers
@@ -25,13 +25,13 @@ from unisono.storage.files import write_text
 
 RUNNING, WANTED, ANSWER = ".running", ".wanted", ".answer"
 POLL_SECONDS = 0.05
-DYING_SECONDS = 3.0  # for the workers of a killed supervisor, which have the lock too, to be gone
+DYING_SECONDS = 3.0  # for the workers of a killed supervisor to end: they have the lock, too
 ANSWER_SECONDS = 600.0
 
 
 class RunLock:
-    """The hold of this process on a run folder, which must exist. Where it cannot be written, there is none, and nobody
-    can ask for anything.
+    """This process's lock on a run folder, which must exist. Where the folder cannot be written, there is no lock, and
+    no requests are possible.
 
     Raises:
         RunFolderError: another process has it.
@@ -49,13 +49,13 @@ class RunLock:
                 f"{holder.get('host', '?')}. Wait for it, stop it (kill -TERM), or use another --run-folder."
             ) from None
         except OSError:
-            self._held = None  # a folder that cannot be written, a file system without locks: nobody is kept out
+            self._held = None  # a folder that cannot be written, a file system without locks: no process is kept out
         for name in (WANTED, ANSWER):
             with suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
 
     def tell(self, **facts: Any) -> None:
-        """Say who holds the folder, and what can be asked."""
+        """Write which process holds the folder, and what can be requested."""
         text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **facts}).encode()
         if self._held is not None:
             with suppress(OSError):  # a full disk: it is for information
@@ -63,7 +63,7 @@ class RunLock:
                 os.pwrite(self._held.descriptor, text, 0)
 
     def wanted_workers(self) -> int | None:
-        """The number of workers that somebody has asked for since; None: nobody has."""
+        """The number of workers that was requested since the last call; None: no request."""
         path = self._folder / WANTED
         if not path.exists():
             return None
@@ -73,12 +73,12 @@ class RunLock:
         return found if isinstance(found, int) and found > 0 else None
 
     def answer(self, text: str, *, done: bool) -> None:
-        """Tell who asked."""
+        """Answer the request."""
         with suppress(RunFolderError):
             write_text(self._folder / ANSWER, json.dumps({"done": done, "text": text}))
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         if self._held is None:
             return
         with suppress(OSError):
@@ -88,10 +88,10 @@ class RunLock:
 
 
 def ask_for_workers(folder: Path, workers: int) -> str:
-    """Ask the run in `folder` to go on with so many workers; wait, and return what it says.
+    """Request that the run in `folder` goes on with so many workers; wait, and return its answer.
 
     Raises:
-        RunFolderError: no run is there, or it does not do so.
+        RunFolderError: no run is there, or it refuses.
         RecipeError: more workers than its recipe has microbatches.
     """
     holder = _holder(folder)
@@ -117,8 +117,8 @@ def ask_for_workers(folder: Path, workers: int) -> str:
 def _holder(folder: Path) -> dict[str, Any]:
     if not is_held(folder / RUNNING):
         raise RunFolderError(
-            f"{str(folder)!r} is not being trained now. Name the folder of a run at work; a stopped one goes on with "
-            "any number of workers: unisono train RECIPE --resume --workers N."
+            f"{str(folder)!r} is not being trained now. Name the folder of a run that is being trained; a stopped "
+            "one goes on with any number of workers: unisono train RECIPE --resume --workers N."
         )
     return _read(folder / RUNNING)
 

@@ -1,7 +1,7 @@
-"""Which device a worker computes on; and that all workers compute on one kind of device, each on one of its own.
+"""The device on which a worker computes; the check that all workers use one kind of device, each one of its own.
 
 Owns the choice, and the comparison before anything else is exchanged: workers that disagree would wait for each other
-in different places, or compute other bits. Both are made of plain values, so they hold without any GPU.
+in different places, or compute other bits. Both use plain values, so they need no GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTING_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What a worker tells of its device. kind: "cpu" or "cuda". gpu: which one in the world; "": unknown, or none.
+    """What a worker reports of its device. kind: "cpu" or "cuda". gpu: which one in the world; "": unknown, or none.
     fault: why it can have none."""
 
     kind: str = ""
@@ -40,7 +40,7 @@ def count_gpus(wanted: str) -> int:
 
 
 def choose(wanted: str, *, gpus: int, local_rank: int, local_workers: int) -> str:
-    """The device of a worker that sees so many GPUs. A host's workers have one each, or it has none at all.
+    """The device of a worker that sees `gpus` GPUs. A host's workers have one each, or it has none at all.
 
     Raises:
         RecipeError: there is none for this worker.
@@ -73,14 +73,14 @@ def check_gpus(workers: int, wanted: str) -> None:
 
 
 def describe(device: torch.device) -> Told:
-    """What is told of a device."""
+    """What a worker reports of a device."""
     if device.type != "cuda":
         return Told(kind=device.type)
     return Told(kind="cuda", gpu=str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
 
 
 def agree(store: dist.Store, rank: int, workers: int, mine: Told) -> None:
-    """Tell all workers, and hear of all. Every worker calls this.
+    """Send this worker's report to all workers, and read all of theirs. Every worker calls this.
 
     Raises:
         RecipeError: as `compare` says, on every worker.
@@ -91,7 +91,7 @@ def agree(store: dist.Store, rank: int, workers: int, mine: Told) -> None:
         compare([Told(**json.loads(one)) for one in told])
     except RecipeError:
         store.set(f"heard-{rank}", "")
-        with suppress(RuntimeError):  # who has the store may end when all have read there
+        with suppress(RuntimeError):  # the worker that has the store may end when all have read
             store.wait([f"heard-{other}" for other in range(workers)], timedelta(seconds=PARTING_SECONDS))
         raise
 
@@ -108,7 +108,7 @@ def compare(everyone: Sequence[Told]) -> None:
     if len(kinds) > 1:
         told = ", ".join(f"{_name(ranks, everyone)} on {kind!r}" for kind, ranks in kinds.items())
         raise RecipeError(
-            f"the workers would compute on different kinds of device, to different bits: {told}. Use at most as many "
+            f"the workers would compute on different kinds of device, with different bits: {told}. Use at most as many "
             f"workers on each machine as it has GPUs, {CPU_INSTEAD}."
         )
     shared = {
@@ -128,7 +128,7 @@ def compare(everyone: Sequence[Told]) -> None:
 def _sort(
     everyone: Sequence[Told], key: Callable[[Told], str], among: Callable[[Told], bool] = lambda one: True
 ) -> Mapping[str, list[int]]:
-    """Ranks by what they have told."""
+    """Ranks, grouped by what they report."""
     found: dict[str, list[int]] = {}
     for rank, one in enumerate(everyone):
         if among(one):

@@ -1,6 +1,6 @@
 """Workers as processes of this host, forked: they share this process's imports and objects, and nothing is sent.
 
-Owns the children of `run`: how they start, who hears of their failures, and that none outlives its parent; those of a
+Owns the children of `run`: their start, the report of their failures, and that none outlives its parent; those of a
 training are the supervisor's. docs/design/0006-launch.md says why not torch.distributed.elastic's starter.
 """
 
@@ -57,7 +57,7 @@ class Fork:
         supervise(training, start_forked)
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
-        """Run `act` in each; this process speaks for them."""
+        """Run `act` in each; this process reports for them."""
         launch(workers, act, threads=threads, device=device)
         return True
 
@@ -82,7 +82,7 @@ def supervise(training: Training, start: StartWorker) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActSpec:
-    """What a process that runs an `Act` is given when it is started. scratch: the folder for what it raises."""
+    """What a process that runs an `Act` gets at its start. scratch: the folder for the error that it raises."""
 
     assignment: RankAssignment
     threads: int
@@ -102,7 +102,7 @@ class ActSpec:
 
 
 StartAct = Callable[[ActSpec, Act], ChildProcess]
-"""How a process is started in which `serve_act` is to run."""
+"""How to start a process that runs `serve_act`."""
 
 
 def fork_act(spec: ActSpec, act: Act) -> ChildProcess:
@@ -114,7 +114,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
     """Run `act` in `workers` processes; return when all have ended well.
 
     Raises:
-        RecipeError: this host has GPUs, but not so many.
+        RecipeError: this host has GPUs, and fewer than that.
         UserError, Interrupted, …: the error of the worker that failed first, as it raised it.
         WorkerError: a worker failed unexpectedly, or was killed; with its rank and traceback.
     """
@@ -127,7 +127,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
         forget_kernel_buffers()
         children: list[ChildProcess] = []
         with _StopSignals(children) as interrupts:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until all are there, and listen
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until all are started and handle signals
             try:
                 for rank in range(workers):
                     assignment = RankAssignment(
@@ -151,7 +151,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
 
 
 def serve_act(spec: ActSpec, open_act: Callable[[], Act]) -> None:
-    """Be one of the processes that run an `Act`."""
+    """Run an `Act` in this process, as one of several."""
     end_with_parent(spec.parent)
     rank = spec.assignment.rank
     code = guarded(
@@ -184,7 +184,7 @@ def _end(children: Sequence[ChildProcess]) -> None:
 
 
 class _StopSignals:
-    """Within: the first Ctrl-C or SIGTERM asks the workers to stop after their step, the second one kills them."""
+    """Within: the first Ctrl-C or SIGTERM requests a stop after the step, the second one kills them."""
 
     def __init__(self, children: Sequence[ChildProcess]) -> None:
         self.asked = 0
@@ -210,7 +210,7 @@ class _StopSignals:
 
 
 def _raise_first_failure(children: Sequence[ChildProcess], scratch: Path, asked: int) -> None:
-    """Raise the cause: the earliest error that is no symptom of another's end; a killed worker, if nobody wrote one."""
+    """Raise the cause: the earliest error that is no symptom of another's end; without one, name a killed worker."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in scratch.glob("*.json")]
     reports.sort(key=lambda report: (report["symptom"], report["when"]))
     written = {report["rank"] for report in reports}

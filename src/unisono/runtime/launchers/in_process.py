@@ -1,7 +1,7 @@
 """The one worker that is this process itself: nothing is forked, and a debugger sees everything.
 
-Owns what a caller's process is lent for: its signals in the main thread, its state, and the run folder's lock. A crash
-of the task is a crash of this process; only a supervisor survives one (`fork.py`, `spawn.py`).
+Owns what the run borrows from the caller's process: its signals in the main thread, its state, and the run folder's
+lock. A crash of the task is a crash of this process; only a supervisor survives one (`fork.py`, `spawn.py`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class InProcess:
 
 
 class FolderHold:
-    """Keeps the run's folder to this process, from when it exists. An `events.Observer`."""
+    """Locks the run's folder for this process, as soon as the folder exists. An `events.Observer`."""
 
     def __init__(self, folder: Path, most_workers: int) -> None:
         self._folder = folder
@@ -103,7 +103,7 @@ class FolderHold:
             self.take()
 
     def look(self) -> None:
-        """Answer who asks for another number of workers."""
+        """Answer a request for another number of workers."""
         now = time.monotonic()
         if self._lock is not None and now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
@@ -117,9 +117,9 @@ class FolderHold:
 
 
 class StopRequests:
-    """Within, in the main thread: the first signal asks for a stop after the step, Ctrl-C after it for one at once. In
-    other threads signals stay as they are. Called, it says what is asked for; the first call says that from now on the
-    end of a step can be waited for."""
+    """Within, in the main thread: the first signal requests a stop after the step, Ctrl-C after it a stop at once. In
+    other threads signals stay as they are. When called, it returns what is requested; after the first call, a request
+    waits for the end of a step."""
 
     def __init__(self, hold: FolderHold | None = None) -> None:
         self._hold = hold
@@ -146,7 +146,7 @@ class StopRequests:
         return STOP if self._asked else RUNNING
 
     def name(self, error: Interrupted) -> Interrupted:
-        """The end that the first signal asked for."""
+        """The error for the stop that the first signal requested."""
         wanted_back = bool(self._asked) and self._asked[0] != signal.SIGINT
         return Preempted(str(error)) if wanted_back else error
 
@@ -157,5 +157,5 @@ class StopRequests:
         if signal.SIGINT in self._asked[1:]:
             raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
         if len(self._asked) == 1:
-            with suppress(OSError, AttributeError):  # the terminal may be what has gone
+            with suppress(OSError, AttributeError):  # the terminal itself may be closed
                 print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What starts the workers of a job: the interface, the list of those that there are, and the choice of one.
+"""What starts the workers of a job: the interface, the list of launchers, and the choice of one.
 
 Owns no process. A launcher in a package of its own declares an entry point in the group `unisono.launchers`; its name
 is then allowed wherever "fork" is. docs/launchers.md says how one is written.
@@ -38,11 +38,11 @@ ENTRY_POINTS = "unisono.launchers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """One training, for whichever workers.
+    """One training, for any workers.
 
-    open_observer: gives what observes its events; to be called in the process that speaks for the run, and closed
+    open_observer: makes the observer of its events; called in the process that reports for the run, and closed
         there. Its argument: whether this process may fork, so that loggers get a process of their own.
-    may_stop: whether an observer may ask for the end. faults: to inject.
+    may_stop: whether an observer may request the end. faults: to inject.
     """
 
     runner: Runner
@@ -58,21 +58,21 @@ class Launcher(Protocol):
     """Starts workers somewhere, gives each a rank assignment, and sees them to their end."""
 
     def count(self, wanted: str | int, microbatches: int, device: str) -> int:
-        """The number of workers for `wanted`, a number or "auto". device: as train.device. Raises RecipeError where it
-        cannot be had."""
+        """The number of workers for `wanted`, a number or "auto". device: as train.device. Raises RecipeError where
+        that number is not available."""
         ...
 
     def train(self, training: Training) -> None:
-        """Train to the end, or raise what ended it. In each worker `training.runner.train` is to be called."""
+        """Train to the end, or raise what ended it. Each worker must call `training.runner.train`."""
         ...
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
-        """Run `act` once in each worker; return whether this process speaks for all of them."""
+        """Run `act` once in each worker; return whether this process reports for all of them."""
         ...
 
 
 def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
-    """The number of workers on this host that `wanted` asks for; "auto": all GPUs, else all cores, at most one per
+    """The number of workers on this host for `wanted`; "auto": all GPUs, else all cores, at most one per
     microbatch."""
     if wanted != AUTO:
         return int(wanted)
@@ -133,32 +133,32 @@ def _choose(workers: int, device: str, supervised: bool) -> str:
 
 
 def choose_supervised(name: str) -> str:
-    """The launcher for a name given to the command line, which has one worker supervised, too: a terminal or a
-    scheduler wants it to survive, and no caller waits to see into it."""
+    """The launcher for a name given to the command line, where one worker is supervised, too: a terminal or a
+    scheduler expects it to survive, and no caller has to look into it."""
     return "fork" if name == AUTO and not count_peers() else name
 
 
 def needs_supervisor(recipe: Recipe, faults: tuple[Fault, ...]) -> bool:
-    """Whether something is asked for that a supervisor alone can do."""
+    """Whether the job needs something that only a supervisor can do."""
     return bool(faults) or recipe.recovery != Recovery()
 
 
 def run_everywhere(
     act: Act, *, workers: str | int, microbatches: int, threads: int, device: str, launcher: str | Launcher = AUTO
 ) -> bool:
-    """Run `act` in every worker. Return whether this process speaks for all of them."""
+    """Run `act` in every worker. Return whether this process reports for all of them."""
     chosen, count = choose(launcher, workers=workers, microbatches=microbatches, device=device)
     return chosen.run(act, workers=count, threads=threads, device=device)
 
 
 def refuse_within_import() -> None:
-    """Refuse to start anything while a spawned process imports the script that started it: it would start itself, and
-    that one again itself.
+    """Refuse to start anything while a spawned process imports the script that started it: the script would start
+    itself again, without end.
 
     Raises:
-        RecipeError: it does so just now.
+        RecipeError: the script is being imported now.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself looks at it
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing itself uses this flag
         raise RecipeError(
             "a spawned worker imports your script, and the script starts a run again. Put what starts it under "
             '`if __name__ == "__main__":`, or move the task to a module of its own.'

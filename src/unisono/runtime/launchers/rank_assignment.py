@@ -1,7 +1,7 @@
 """A worker's place among the others, and how it joins them.
 
-Owns rank and the way to the meeting point. Under torchrun both come from its environment, where torch.distributed is
-initialised from its process group; a local launcher hands out rank assignments.
+Owns rank and the address of the meeting point. Under torchrun both come from its environment; where torch.distributed
+is initialised, from its process group; a local launcher hands out rank assignments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unisono.exchange.solo import Solo
 from unisono.runtime.launchers import devices
 
 TIMEOUT_SECONDS = 1800.0
-_meetings = itertools.count()  # in one process group, so that none finds what another has left in its store
+_meetings = itertools.count()  # in one process group: each uses its own keys in the store
 
 
 class _Place(TypedDict):
@@ -34,9 +34,10 @@ class _Place(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAssignment:
-    """Who a worker is. `listener` is the file descriptor of the socket on which worker 0 lets the others meet, at
-    `port` (0: under torchrun, which has its own meeting point). `in_group`: they are those of the process group
-    that is initialised here. `generation` counts the groups of workers of a supervisor, or torchrun's restarts."""
+    """A worker's rank in its group, and where the group meets. `listener` is the file descriptor of the socket on which
+    worker 0 lets the others meet, at `port` (0: under torchrun, which has its own meeting point). `in_group`: the
+    workers are those of the process group that is initialised here. `generation` counts the groups of workers of a
+    supervisor, or torchrun's restarts."""
 
     rank: int
     workers: int
@@ -48,7 +49,7 @@ class RankAssignment:
     in_group: bool = False
 
     def device(self, wanted: str) -> torch.device:
-        """The device that the recipe wants: a GPU of this worker's own, or the CPU.
+        """The device that the recipe requires: a GPU of this worker's own, or the CPU.
 
         Raises:
             RecipeError: there is none for it.
@@ -59,7 +60,7 @@ class RankAssignment:
         )
 
     def refuse(self, why: str) -> None:
-        """Tell the other workers, where they meet, that this one cannot come: all end, saying why."""
+        """Write at the meeting point that this worker cannot come: all workers end and report the reason."""
         if self.workers > 1:
             devices.agree(self._store(), self.rank, self.workers, devices.Told(fault=why))
 
@@ -110,12 +111,12 @@ class RankAssignment:
                 f"cannot meet the other workers at {address}: {error}. If the port is in use, give torchrun "
                 "another --master-port."
             ) from error
-        # the agent's store outlives its workers: what those before a restart have left there must not be found again
+        # the agent's store outlives its workers: keys from before a restart must not be read again
         return dist.PrefixStore(f"unisono-{self.generation}", store)
 
 
 def assignment_from_torchrun() -> RankAssignment | None:
-    """The seat that torchrun's environment describes; None where there is none."""
+    """The rank assignment in torchrun's environment; None where there is none."""
     try:
         rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank, local_workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -127,7 +128,7 @@ def assignment_from_torchrun() -> RankAssignment | None:
 
 
 def count_peers() -> int:
-    """How many workers somebody else has started together with this process, itself among them; 0: it is none."""
+    """The number of workers that another program has started, with this process among them; 0: it is no worker."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     assignment = assignment_from_torchrun()
@@ -135,7 +136,7 @@ def count_peers() -> int:
 
 
 def find_assignment() -> RankAssignment | None:
-    """The place of this process among workers that somebody else has started: in the process group that is initialised
+    """The rank of this process among workers that another program has started: in the process group that is initialised
     here, where there is one, else torchrun's. All workers must call this."""
     found = assignment_from_torchrun()
     if not (dist.is_available() and dist.is_initialized()):
@@ -153,7 +154,7 @@ def find_assignment() -> RankAssignment | None:
 
 
 def _store_of_group() -> dist.Store:
-    """A part of the store in which the workers of the initialised process group have met, for one matter."""
+    """A part of the store in which the workers of the initialised process group meet, for one purpose."""
     store = dist.distributed_c10d._get_default_store()
     return dist.PrefixStore(f"unisono-{next(_meetings)}", store)
 

@@ -1,11 +1,11 @@
 """Workers as fresh interpreters of this host: for a process that has used a GPU, or has threads that no fork survives.
 
 What a worker needs of this process (a task and its data; of a recipe, only the recipe) is taken apart by
-`parallel/wire.py` and lies in a memory file without a name: its pickle and, beside it, the buffers of its arrays, which
-all workers map and none copies. The file is inherited by this process's own children and by nobody else; nothing of it
-reaches a disk or a network. Everything else is inherited descriptors and plain values.
+`parallel/wire.py` and lies in an unnamed memory file: its pickle and, beside it, the buffers of its arrays, which all
+workers map and none copies. Only this process's own children inherit the file; nothing of it reaches a disk or a
+network. Everything else is inherited descriptors and plain values.
 
-Owns the file, and what is said where something cannot be sent. The processes' own side is `spawned.py`.
+Owns the file, and the error message for a value that cannot be sent. `spawned.py` is the side of the new processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Spawn:
             supervise(training, start)
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
-        """Run `act` in each; this process speaks for them."""
+        """Run `act` in each; this process reports for them."""
         with Payload(act) as payload:
 
             def start(spec: ActSpec, act: Act) -> SpawnedProcess:
@@ -68,7 +68,7 @@ class Spawn:
 
 
 class Payload:
-    """A value in a memory file, for `spawned.open_payload`. `told`: what that needs to know, in plain values.
+    """A value in a memory file, for `spawned.open_payload`. `told`: the plain values that it needs.
 
     Raises:
         RecipeError: a part of the value cannot be sent; says which.
@@ -110,7 +110,7 @@ class Payload:
         return True
 
     def _write(self, content: memoryview) -> tuple[int, int]:
-        """Append bytes; return where they begin, and their number."""
+        """Append bytes; return their offset and their number."""
         content = content.cast("B")
         begin = -(-self._size // ALIGNED) * ALIGNED
         written = 0
@@ -121,7 +121,7 @@ class Payload:
 
 
 def _describe_main() -> dict[str, Any]:
-    """How a fresh interpreter finds what this one's script defines: it imports it, under another name.
+    """How a fresh interpreter finds what this one's script defines: it imports the script, under another name.
 
     Raises:
         RecipeError: there is no file to import.

@@ -1,4 +1,4 @@
-"""The main of a spawned worker: it opens what its parent has left for it, and is a worker like any other.
+"""The main of a spawned worker: it opens what its parent has prepared for it, and is a worker like any other.
 
 Owns the reading of a `spawn.Payload`. What is read comes from the parent of this process, through a file that only its
 children have inherited.
@@ -22,7 +22,7 @@ from unisono.runtime.supervised_worker import WorkerSpec, serve
 
 
 def main(told: Mapping[str, Any]) -> None:
-    """Be a worker, to its end. told: as `spawn.Spawn` gives it."""
+    """Run a worker, to its end. told: the values that `spawn.Spawn` passes."""
     if told["kind"] == "worker":
         spec = WorkerSpec.from_plain(told["spec"])
         for file in spec.descriptors():
@@ -33,7 +33,7 @@ def main(told: Mapping[str, Any]) -> None:
 
 
 def open_payload(told: Mapping[str, Any]) -> Any:
-    """The value of a payload. Its arrays lie in the payload's memory; what is written into them is this process's own.
+    """The value of a payload. Its arrays lie in the payload's memory; changes to them stay in this process.
 
     Raises:
         RecipeError: it cannot be put together here.
@@ -59,8 +59,8 @@ def open_payload(told: Mapping[str, Any]) -> Any:
 
 
 def _import_main(described: Mapping[str, Any]) -> None:
-    """Import the parent's script under another name, as multiprocessing does; whatever starts processes meanwhile is
-    refused."""
+    """Import the parent's script under another name, as multiprocessing does; refuse to start processes
+    meanwhile."""
     process = multiprocessing.current_process()
     process._inheriting = True  # type: ignore[attr-defined]
     try:

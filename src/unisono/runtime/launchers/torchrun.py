@@ -1,6 +1,7 @@
-"""The worker that somebody else has started: torchrun, or whoever has initialised torch.distributed in this process.
+"""The worker that another program has started: torchrun, or code that has initialised torch.distributed in this
+process.
 
-Owns nothing but this process's part. The others, and what becomes of them, are the matter of who started them.
+Owns only this process's part. The program that started the other workers is responsible for them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Torchrun:
     """Joins the workers among which this process is one."""
 
     def count(self, wanted: str | int, microbatches: int, device: str) -> int:
-        """As many as there are, whatever is wanted."""
+        """As many as there are, whatever number is requested."""
         if not (workers := count_peers()):
             raise _refuse()
         return workers
@@ -38,7 +39,7 @@ class Torchrun:
             try:
                 rank, workers = assignment.local_rank, assignment.local_workers
                 training.runner.train(exchange, device, client, local_rank=rank, local_workers=workers, again=False)
-            except Interrupted as error:  # torchrun passes on only what wants the machine back
+            except Interrupted as error:  # torchrun passes on only the signals that reclaim the machine
                 raise Preempted(str(error)) from None
             finally:
                 client.close()
@@ -47,7 +48,7 @@ class Torchrun:
         self.run(act, workers=training.workers, threads=train.threads, device=train.device)
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
-        """Run `act` in this process, as the worker that it is. True in worker 0."""
+        """Run `act` in this process, which is one worker. True in worker 0."""
         from torch.distributed.elastic.multiprocessing.errors import record
 
         assignment = find_assignment()
@@ -70,7 +71,7 @@ def _refuse() -> RecipeError:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Afterwards the signals mean what they meant before."""
+    """Afterwards the signals are handled as before."""
     numbers = (*STOPPING, signal.SIGUSR1) if in_main_thread() else ()
     before = {signum: signal.getsignal(signum) for signum in numbers}
     try:
