@@ -105,7 +105,7 @@ def _as_tensor(name: str, column: Any) -> Tensor:
     array = as_array(name, column) if isinstance(column, pa.ChunkedArray) else _as_numbers(name, column)
     array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])  # itself, where it is so already
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # unisono never writes into it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # never written
         return torch.from_numpy(array)
 
 

@@ -39,7 +39,7 @@ class Weighted:
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
         """Return the samples of an epoch, int64 [samples_per_epoch].
 
-        Systematic sampling: the weights are laid side by side in a random order, with points at equal distances over them.
+        Systematic sampling: the weights stand side by side in a random order, with points at equal distances over them.
         """
         key = np.uint64(keys.key(seed, "weighted", epoch))
         shuffled = np.argsort(_draw(key, len(self.weights)), kind="stable")

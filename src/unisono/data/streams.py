@@ -38,7 +38,8 @@ MOST_STATE_BYTES = 32 * 1024  # it is a part of every commit
 class SampleStream:
     """The first `samples` items of an iterable, as a `Source` in their own order.
 
-    samples_per_step: the global batch size; its state is remembered after so many. collate: as in `Items`. has_state: whether it has one.
+    samples_per_step: the global batch size; its state is remembered after so many.
+    collate: as in `Items`. has_state: whether it has one.
     """
 
     padded = True

@@ -133,7 +133,7 @@ class WordTable:
 
     def _find(self, packed: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The numbers of words; those that are new are learned."""
-        letters = np.ndarray((len(packed) + 1,), "<u8", packed + bytes(PACKED), strides=(1,))  # eight letters, from each position
+        letters = np.ndarray((len(packed) + 1,), "<u8", packed + bytes(PACKED), strides=(1,))  # eight from each on
         low = letters[starts] & _MASKS[np.minimum(lengths, 8)]
         high = np.zeros_like(low)
         long = np.flatnonzero(lengths > 8)

@@ -69,7 +69,7 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
 def find_near_duplicates(bands: np.ndarray, splits: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Return STAYS, IN_SPLIT or IN_TRAIN for each record: int8 [records].
 
-    The first seen wins: a record leaves if it shares a band with an earlier kept record of its split, whether that record
+    The first seen wins: a record leaves if it shares a band with an earlier kept record of its split, whether that one
     stays or leaves itself; so records added at the end change nothing before them. Outside of train, a record leaves
     first of all if it shares a band with any kept one of train; those that are left are then compared with each other.
 
@@ -179,7 +179,7 @@ def _find_minima(spelled: Sequence[bytes]) -> np.ndarray:
     bins = hashes >> np.uint64(32)
     bins *= np.uint64(BINS)
     bins >>= np.uint64(32)
-    rest = np.minimum(lengths - 1, 2 * SHINGLE - 1)  # windows over a text's end are blanked, not left out: that is faster
+    rest = np.minimum(lengths - 1, 2 * SHINGLE - 1)  # blanking windows over a text's end is faster
     ends = np.cumsum(lengths) - np.cumsum(rest)
     hashes[np.arange(rest.sum()) + np.repeat(ends, rest)] = _NONE
     minima = np.full(len(spelled) * BINS, _NONE)
@@ -201,7 +201,7 @@ def _fill(minima: np.ndarray) -> np.ndarray:
 
 
 def _join_rows(bins: np.ndarray) -> np.ndarray:
-    """Hash the bins of each band together: uint64 [texts, BANDS]. A band's bins lie far apart, since neighbours may have
+    """Hash the bins of each band together: uint64 [texts, BANDS]. A band's bins are far apart, as neighbours may have
     borrowed from the same one."""
     apart = bins.reshape(len(bins), ROWS, BANDS)
     joined = apart[:, 0].copy()

@@ -102,8 +102,8 @@ class Examiner:
         return record, ""
 
     def treat(self, text: str) -> tuple[str, str]:
-        """Return a text repaired and masked as the settings say, and the first reason to refuse it. New texts are treated
-        in the same way: a model should read the same kind of text that it learned from."""
+        """Return a text repaired and masked as the settings say, and the first reason to refuse it. New texts are
+        treated alike: a model should read the same kind of text that it learned from."""
         reason = ""
         for found, treatment in self._treatments:
             other = treatment(text)

@@ -63,10 +63,10 @@ class Records:
 def screen(records: Records, settings: Screen, given: Sequence[str], *, validation: float, test: float) -> None:
     """Decide on all records: note why some are quarantined, and into which split the others go.
 
-    The rules run in this order, each on the records that the rules before it have kept. First texts with two classes are
-    quarantined, all of them, as no class is known to be right; then repeated texts; then records that near-duplicates
-    contradict. Then shares are cut off train. Then a validation or test that was given loses what is also in train. Last
-    come near-duplicates, within a split and of train.
+    The rules run in this order, each on the records that those before it have kept. First go texts with two classes,
+    all of them, as no class is known to be right; then repeated texts; then records that near-duplicates contradict.
+    Then shares are cut off train. Then a validation or test that was given loses what is also in train. Last come
+    near-duplicates, within a split and of train.
 
     Args:
         given: the splits that the user gave.
