@@ -230,7 +230,7 @@ def _as_json(state: Any) -> Any:
     """A state as it is after it was written to a checkpoint and read back.
 
     Raises:
-    DataError: it would be another state.
+        DataError: it would be another state.
     """
     try:
         found = json.loads(json.dumps(state))

@@ -60,7 +60,7 @@ def open_own(
     """Make run inputs from a user's task and data.
 
     collate: makes a microbatch from items; None: the task's method `collate`, if it has one, else they are stacked.
-        sampler: chooses the training samples of each epoch; None: all of them, once.
+    sampler: chooses the training samples of each epoch; None: all of them, once.
 
     Raises:
         DataError: some of it cannot be used.

@@ -39,7 +39,7 @@ class Task(ABC):
     """Prefixes of the names of parameters whose learning rate is multiplied by `train.pretrained_rate`."""
     backend: str = "torch"
     """Name of the backend that computes this task's model: "torch", or another one that is installed or registered.
-        Another backend describes the form of `build`, `loss` and `measure` for it."""
+    Another backend describes the form of `build`, `loss` and `measure` for it."""
 
     columns: tuple[str, ...] = ()
     """Names of the columns that a record must have, before `encode`; (): all its columns of numbers."""

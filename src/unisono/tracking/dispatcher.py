@@ -19,7 +19,7 @@ def check_observers(observers: Sequence[object]) -> None:
     """Refuse an object without both methods of `events.Observer`.
 
     Raises:
-    RecipeError: it names the object, and the missing methods.
+        RecipeError: it names the object, and the missing methods.
     """
     for observer in observers:
         lacks = [name for name in ("observe", "close") if not callable(getattr(observer, name, None))]

@@ -69,7 +69,7 @@ class Classifier:
         """The most likely class of each text, in a list; for a frame, the result of `unisono.predict`, without workers.
 
         Raises:
-        DataError: a value is no text (in a frame such a row gets no prediction), or the frame lacks the texts' column.
+            DataError: a value is no text (in a frame such a row gets no prediction), or the frame lacks their column.
         """
         if is_frame(texts) or isinstance(texts, Mapping):
             frame = settle(texts)
