@@ -162,7 +162,7 @@ def predict(
         launcher: what starts the workers, as for `unisono.train`.
 
     Returns:
-        With a target, the number of rows. Without one, a frame of the same kind, which shares the given frame's columns;
+        With a target, the number of rows. Without one, a frame of the same kind, which shares the frame's columns;
         a LazyFrame is collected first, lists give an Arrow table.
 
     Raises:

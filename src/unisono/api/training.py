@@ -116,8 +116,8 @@ def train(
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
         resume: continue from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
-        accept_new_numerics: resume to other bits. allow_impure: train a model that fails the purity probe. Both
-            without the promise.
+        accept_new_numerics: resume to other bits.
+        allow_impure: train a model that fails the purity probe, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
         profile: write where the time went to the run folder. trace: a file for all digests, for `verify`.
         faults: faults to inject, to test that the run survives them: "kill(worker=1, step=7, phase=update)".

@@ -24,8 +24,8 @@ class Pool(Protocol):
         ...
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        """Return the outcomes that have arrived, as soon as there is one, at the latest after `seconds`. Lost workers are
-        replaced."""
+        """Return the outcomes that have arrived, as soon as there is one, at the latest after `seconds`. Lost workers
+        are replaced."""
         ...
 
     def close(self, at_once: bool) -> None:

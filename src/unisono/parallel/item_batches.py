@@ -69,7 +69,7 @@ class Outcome:
     faults: tasks that raised. Numbers that are in none of these must run again: their worker was lost, or had
     worked long enough.
     broken: the error that `combine` raised; the call cannot go on.
-    loss, at: how the worker was lost, and the number of the task that it was running (−1: none). suspect: it was running
+    loss, at: how the worker was lost, and the number of the task that it ran (−1: none). suspect: it was running
     one of them, and it is unknown which. late: it was ended, since the task took too long.
     seconds: of work. bytes_: sent, both ways.
     """
@@ -114,8 +114,8 @@ def key() -> int:
 
 
 def settle(threads: int) -> None:
-    """A new worker calls it: set the number of kernels' threads, in libraries that are loaded now or later; let torch be
-    seeded when it is imported; forget the task that was running in the process from which it was forked."""
+    """A new worker calls it: set the number of kernels' threads, in libraries that are loaded now or later; let torch
+    be seeded when it is imported; forget the task that was running in the process from which it was forked."""
     _current.clear()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
