@@ -116,15 +116,13 @@ def train(
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
         resume: continue from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
-        accept_new_numerics: resume to other bits.
-        allow_impure: train a model that fails the purity probe, without the promise.
+        accept_new_numerics, allow_impure: resume to other bits; train a model that is not pure, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
         profile: write where the time went to the run folder. trace: a file for all digests, for `verify`.
         faults: faults to inject, to test that the run survives them: "kill(worker=1, step=7, phase=update)".
         observers: objects that receive each event of the run, and may request its end: see `unisono.Observer`.
         launcher: what starts workers; "auto": one worker is this process, more are forked. See docs/launchers.md.
-        settings: keys of [train], such as epochs=3 or samples_per_step (the global batch size); "evaluate",
-            "checkpoint", "recovery" and "tracking" take tables.
+        settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
 
     Raises:
         UserError (an argument cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.

@@ -198,7 +198,7 @@ class LoaderPool:
         asked = loader.asked[0] if loader.asked else None
         at = f"sample {sample}" if sample >= 0 else f"one of the samples {asked.samples.tolist()}" if asked else ""
         where = f" while it loaded {at} of epoch {asked.epoch}" if asked else ""
-        hint = " It may have been out of memory: dmesg tells." if code == -signal.SIGKILL else ""
+        hint = " It may have been out of memory: see dmesg." if code == -signal.SIGKILL else ""
         os.lseek(loader.stacks.fileno(), 0, os.SEEK_SET)
         stacks = loader.stacks.read()
         told = f"loader {loader.number} {describe_end(code if code is not None else 0)}{where}.{hint}"

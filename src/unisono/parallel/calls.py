@@ -92,7 +92,7 @@ def map_reduce(
 
     The tree is that of `unisono.determinism.nodes`, over the items' numbers: `combine` need not be associative
     (floating-point addition is not) to give the same bits on any number of workers. Workers combine what they have, so
-    that only complete nodes of the tree travel. `combine(left, right)` may reuse `left`. An item in quarantine is a
+    that only complete nodes of the tree are sent. `combine(left, right)` may reuse `left`. An item in quarantine is a
     missing leaf: its sibling goes up unchanged. An error of `combine` itself ends the call.
 
     The other arguments, and the errors, are those of `map`.
