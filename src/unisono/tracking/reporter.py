@@ -45,7 +45,7 @@ class Reporter:
             act(self._screen)
         except OSError as error:
             self._screen = None
-            self._ledger.observe(events.Notice(message=f"standard output is closed, the run goes on without it: {error}", warning=True))
+            self._ledger.observe(events.Notice(message=f"standard output is closed: {error}", warning=True))
             silence()
 
 
