@@ -1,7 +1,7 @@
 """The command line: parse, then call one function.
 
-Owns options, exit codes and what is printed on failure. Heavy imports happen inside the commands, so that --help
-answers at once; typer is most of the time that it takes, and takes longer where annotations are strings.
+Owns options, exit codes and the output on failure. Heavy imports happen inside the commands, so that --help answers at
+once. Most of that time is typer's; it takes longer where annotations are strings.
 """
 
 import json
@@ -123,7 +123,7 @@ def train(
     profile: Annotated[
         bool,
         typer.Option(
-            "--profile", help="tell where the time went; write profile.md, profile.json, trace.json to the run folder"
+            "--profile", help="report where the time went; write profile.md, profile.json, trace.json to the run folder"
         ),
     ] = False,
     strict: Strict = False,
@@ -234,9 +234,9 @@ def verify(
 @app.command()
 def resize(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that is being trained on this machine")],
-    workers: Annotated[str, typer.Option("--workers", "-w", metavar="N", help="how many workers are to go on")],
+    workers: Annotated[str, typer.Option("--workers", "-w", metavar="N", help="the new number of workers")],
 ) -> None:
-    """Change the number of workers of a run at work, at its next step. The bits stay the same."""
+    """Change the number of workers of a running run, at its next step. The bits stay the same."""
     count = int(check_count(workers, auto=False))
     from unisono.storage import run_lock as run_lock
 
@@ -297,7 +297,7 @@ def check_count(workers: str, *, auto: bool = True) -> int | str:
 
 
 def _with(overrides: list[str] | None, task: str | None, strict: bool = False) -> tuple[str, ...]:
-    """`--set`, and the options that stand for keys of a recipe."""
+    """`--set`, and the options that set keys of a recipe."""
     named = [f"task.kind={json.dumps(task)}"] if task else []
     return (*(overrides or ()), *named, *(["data.strict=true"] if strict else ()))
 
@@ -316,7 +316,7 @@ def _limit_as(run: Path) -> None:
     from unisono.storage.run_folder import read_recipe
 
     recipe = read_recipe(run)
-    if recipe is not None:  # else the command says what is missing
+    if recipe is not None:  # else the command reports what is missing
         instruction_sets.limit(recipe.train.numerics)
 
 

@@ -7,7 +7,7 @@ UnisonoError
 │   ├── DamagedError           a stored file is not what its checksum says
 │   ├── ModelError             a model folder cannot be used
 │   ├── RunFolderError         a run folder exists, or lacks what is needed
-│   ├── ParallelError          what was given to unisono.parallel cannot be used
+│   ├── ParallelError          an argument of unisono.parallel cannot be used
 │   └── ContractError          the promise of equal bits cannot be kept
 │       ├── ImpureError        a contribution is no pure function of its inputs
 │       └── NumericsError      workers, or a checkpoint, compute with other numerics
@@ -18,7 +18,7 @@ UnisonoError
 ├── CorruptionError               a worker computed wrong bits: the worker is lost, not the run
 ├── LostPeerError                 another worker vanished during an exchange: a symptom, never the cause
 └── Interrupted (exit code 130)   the user stopped the run; a checkpoint was written
-    └── Preempted (exit code 75)  the machine is wanted back (SIGTERM, SIGUSR1); a checkpoint was written
+    └── Preempted (exit code 75)  the run was asked to leave the machine (SIGTERM, SIGUSR1); a checkpoint was written
 
 A message says what was given, what is allowed and what to do.
 """
@@ -33,7 +33,7 @@ class UnisonoError(Exception):
 
 
 class UserError(UnisonoError):
-    """What the user gave cannot be used; the message names the remedy."""
+    """Something that the user gave cannot be used; the message names the remedy."""
 
     exit_code = 2
 
@@ -51,7 +51,7 @@ class DamagedError(UserError):
 
 
 class ModelError(UserError):
-    """A model folder lacks something, or holds what is not safe to read."""
+    """A model folder lacks something, or holds a file that is not safe to read."""
 
 
 class RunFolderError(UserError):
@@ -87,7 +87,7 @@ class WorkerError(UnisonoError):
 class TaskError(UnisonoError):
     """A task failed: its function raised, or ended its worker. `number` is the item's place in the input, from 0.
 
-    What the function raised is the `__cause__`, where it could be sent.
+    The function's own error is the `__cause__`, where it could be sent.
     """
 
     def __init__(self, message: str, number: int = -1) -> None:

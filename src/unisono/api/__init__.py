@@ -1,1 +1,1 @@
-"""What a Python user calls, and the command line after it: train, verify, evaluate, predict, load, prepare."""
+"""The functions that a Python user calls, and the command line too: train, verify, evaluate, predict, load, prepare."""

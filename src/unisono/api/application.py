@@ -1,7 +1,7 @@
-"""A trained model at work on new data: loaded, evaluated, predicting, whatever its task.
+"""A trained model used on new data: load, evaluate and predict, for any task.
 
-Owns reading and writing, and the sharing out among workers. What a task makes of rows and of results is the matter of
-its `TrainedModel`.
+Owns reading and writing, and the division of work among workers. A task's `TrainedModel` turns rows into samples, and
+results into columns and scores.
 """
 
 from __future__ import annotations
@@ -147,23 +147,23 @@ def predict(
     task: TaskName = None,
     launcher: str | Launcher = AUTO,
 ) -> Any:
-    """Return or write the columns of `source`, then what the model predicts, and `unusable` (why a row has nothing).
+    """Return or write the columns of `source`, then the model's predictions, and `unusable` (why a row has none).
 
-    A text classifier gives `predicted` and one probability per class; a task of your own what its `predict` returns.
+    A text classifier gives `predicted` and one probability per class; your own task gives what its `predict` returns.
     Rows stay in order and none is dropped. Columns of these names in `source` are replaced.
 
     Args:
         run: the run folder, or its model folder.
-        source: a file, or whatever else can be read; or a pandas, Polars or Arrow frame.
-        target: the file to write; the format goes by the name: .csv, .tsv, .jsonl or .parquet. In CSV and TSV a text
+        source: a file, or any other location that can be read; or a pandas, Polars or Arrow frame.
+        target: the file to write; its name decides the format: .csv, .tsv, .jsonl or .parquet. In CSV and TSV a text
             that a spreadsheet would run has a single quote before it.
         workers: a number, or "auto": all GPUs, else all cores. The bits do not depend on it.
         task: as for `load`.
         launcher: what starts the workers, as for `unisono.train`.
 
     Returns:
-        With a target the number of rows. Without one, a frame of the kind that was given, which shares its columns; a
-        LazyFrame is collected first, lists give an Arrow table.
+        With a target, the number of rows. Without one, a frame of the same kind, which shares the frame's columns;
+        a LazyFrame is collected first, lists give an Arrow table.
 
     Raises:
         DataError: the source cannot be read, the target's format is unknown, or a file is given without a target.
@@ -199,8 +199,8 @@ def predict(
 def _share_out(
     model: TrainedModel, rows: Any, workers: str | int, launcher: str | Launcher
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """What the model predicts for the usable rows, computed by all workers; and whether this process speaks for
-    them."""
+    """The model's predictions for the usable rows, computed by all workers; and whether this process has to return the
+    result."""
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         path = Path(scratch) / "results.npz"
         speaks = _run(model, partial(_predict_part, model, rows, path, os.getpid()), workers, launcher)
@@ -215,7 +215,7 @@ def _predict_part(
 ) -> None:  # fmt: skip
     """An `Act`: one worker's part of `predict`, which process `caller` has called."""
     found = measure_model(model, model.task.predict, model.samples(rows), exchange, device)
-    if assignment.rank == 0 or os.getpid() == caller:  # one of torchrun's workers has the folder for itself
+    if assignment.rank == 0 or os.getpid() == caller:  # under torchrun only one worker writes to the folder
         path.with_suffix(".json").write_text(json.dumps(list(found)), encoding="utf-8")
         np.savez(path, *found.values())
 
@@ -224,7 +224,7 @@ def _evaluate_part(
     model: TrainedModel, run: Path, data: object, report: Path,
     assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
 ) -> None:  # fmt: skip
-    """An `Act`: one worker's part of `evaluate`. The first one writes the report."""
+    """An `Act`: one worker's part of `evaluate`. Worker 0 writes the report."""
     source, left_out = (model.own_test(run), {}) if data is None else model.labelled(model.read(data))
     results = measure_model(model, model.task.measure, source, exchange, device)
     if assignment.rank == 0:
@@ -232,7 +232,7 @@ def _evaluate_part(
 
 
 def _run(model: TrainedModel, act: Act, workers: str | int, launcher: str | Launcher) -> bool:
-    """Run it in every worker; return whether this process speaks for them. (A partial function can be sent.)"""
+    """Run it in every worker; return whether this process has the result. (A partial function can be sent.)"""
     threads, device = model.recipe.train.threads, model.recipe.train.device
     return run_everywhere(
         act, workers=workers, microbatches=WORKERS_AT_MOST, threads=threads, device=device, launcher=launcher

@@ -1,6 +1,6 @@
-"""`unisono checkpoints`: what a run has on disk to go on from, and whether it is whole.
+"""`unisono checkpoints`: a run's checkpoints on disk, and whether they are whole.
 
-Owns the table. What a checkpoint is, and how it is verified, is the matter of `checkpoint/`.
+Owns the table. `storage/checkpoints.py` owns what a checkpoint is, and how it is verified.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unisono.storage import checkpoints
 
 def list_checkpoints(run: str | Path, *, verify: bool = False, as_json: bool = False) -> bool:
     """Print a run's checkpoints, oldest first; with `verify`, compare every file with its SHA-256. Return whether all
-    are whole, as far as that was looked at.
+    are whole, as far as that was checked.
 
     Raises:
         RunFolderError: the run has none.

@@ -1,4 +1,4 @@
-"""Preparing a recipe's data ahead of training, and saying what became of the records.
+"""Preparing a recipe's data ahead of training, and reporting what happened to the records.
 
 Owns the wording. The work is done by `data/prepare.py`.
 """
@@ -31,7 +31,7 @@ def prepare(
     Args:
         what: a recipe, or the path of one.
         frames: frames (pandas, Polars, Arrow) or lists by split (train, validation, test), instead of the recipe's
-            files. The same content gives the same dataset, whatever it is held in.
+            files. The same content gives the same dataset, whatever holds it.
         workers: processes, or "auto": one per core. The dataset's bytes do not depend on it.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What a Python user calls; the command line calls the same functions.
+"""Training, as a Python user calls it; the command line calls the same functions.
 
-Owns the public signatures and what each hands back. The work is done below.
+Owns the public signatures and the results that they return. The work is done in the packages below.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """A finished run: its folder, and what summary.json holds."""
+    """A finished run: its folder, and the content of summary.json."""
 
     folder: Path
     summary: Mapping[str, Any]
@@ -115,18 +115,18 @@ def train(
         run: the run folder, which must not exist unless `resume`; None: runs/NAME-001 and so on.
         name: of the run; None: the recipe's, or the task's class.
         overrides: "section.key=value", over the recipe.
-        resume: go on from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
-        accept_new_numerics, allow_impure: resume to other bits; train what fails the purity probe: without the promise.
+        resume: continue from the folder's newest checkpoint; "auto": if there is a run that has not ended, else begin.
+        accept_new_numerics, allow_impure: resume to other bits; train a model that is not pure, without the promise.
         quiet, as_json: print warnings only; print one JSON object per event.
-        profile, trace: write where the time went to the run folder; all contributions' digests, for `verify`, to this.
-        faults: faults to inject, to see the run survive them: "kill(worker=1, step=7, phase=update)".
-        observers: objects that see each event of the run, and may ask for its end: see `unisono.Observer`.
+        profile: write where the time went to the run folder. trace: a file for all digests, for `verify`.
+        faults: faults to inject, to test that the run survives them: "kill(worker=1, step=7, phase=update)".
+        observers: objects that receive each event of the run, and may request its end: see `unisono.Observer`.
         launcher: what starts workers; "auto": one worker is this process, more are forked. See docs/launchers.md.
         settings: keys of [train], such as epochs=3; "evaluate", "checkpoint", "recovery" and "tracking" take tables.
 
     Raises:
-        UserError (what was given cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
-        Exception: of a worker that is this process, what the task raises.
+        UserError (an argument cannot be used), DivergedError, WorkerError, ObserverError, Interrupted, Preempted.
+        Exception: if this process is the worker, whatever the task raises.
     """
     refuse_within_import()
     recipe = resolve(what, name, overrides, settings)
@@ -141,14 +141,14 @@ def train(
 
 
 def _read_summary(place: Path) -> dict[str, Any]:
-    """What worker 0 has written; another host sees it on shared storage only."""
+    """The files that worker 0 has written; another host can read them on shared storage only."""
     written = place / "summary.json"
     found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
     return found
 
 
 def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Resume | None]:
-    """The run folder, and whether to resume what is in it; None where it has been trained to its end."""
+    """The run folder, and whether to resume its run; None if that has been trained to its end."""
     resume = resume or ("auto" if restarted_by_torchrun() else False)
     place = choose_folder(recipe.name, run, resume=resume)
     if resume == "auto" and (place / "summary.json").exists():
@@ -164,7 +164,7 @@ def _opener(
     collate: Collate | None,
     sampler: Sampler | None,
 ) -> OpenInputs:
-    """How each worker comes to what it trains on."""
+    """The function by which each worker opens its run inputs."""
     frames = {split: frame for split, frame in given.items() if frame is not None}
     if not isinstance(what, Task):
         for name, value in (("collate", collate), ("sampler", sampler)):
@@ -206,7 +206,7 @@ def run_job(
     instruction_sets.limit(train.numerics)  # workers inherit it
     if workers != AUTO:
         check_workers(job.recipe, int(workers))
-    declared_kernels()  # once, before workers are forked: each would import them for itself
+    declared_kernels()  # once, before workers are forked: otherwise each worker would import them
     injected = tuple(parse(fault, PHASES) for fault in faults)
     chosen, count = choose(
         launcher,
@@ -257,7 +257,7 @@ def resolve(
 
 
 def _explain(what: object) -> str:
-    """Why something cannot be trained, and what to do."""
+    """Why a value cannot be trained, and what to do."""
     allowed = "allowed are a Task, a Recipe, or the path of one"
     if isinstance(what, type):
         return f"unisono.train({what.__name__}, …): a class; {allowed}. Make an instance: {what.__name__}()."

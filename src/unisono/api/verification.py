@@ -1,4 +1,4 @@
-"""The proof: train under several numbers of workers and compare every bit.
+"""Verification: train under several numbers of workers and compare every bit.
 
 Owns the comparison of traces and hashes, and its table. Each training is an ordinary one, with a trace.
 """
@@ -25,8 +25,8 @@ from unisono.tracking.terminal import print_now
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """The first place where two runs part. `microbatch` is None where all contributions agree and the new weights do
-    not."""
+    """The first place where two runs differ. `microbatch` is None where all contributions agree and the new weights
+    do not."""
 
     workers: tuple[int, int]
     step: int
@@ -47,8 +47,8 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What verification found: number of workers → the hashes of weights and optimiser state; the first difference, if
-    any."""
+    """The result: number of workers → the hashes of weights and optimiser state; the first difference, if there is
+    one."""
 
     hashes: dict[int, tuple[str, str]]
     difference: Difference | None
@@ -75,8 +75,8 @@ def verify(
 
     Args:
         what, data, collate, sampler, overrides, launcher, settings: as for `unisono.train`.
-        workers: the numbers to compare, the first being what the others are held against.
-        steps: stop after so many; 0: train to the end.
+        workers: the numbers to compare; the others are compared with the first.
+        steps: stop after this number of steps; 0: train to the end.
 
     Raises:
         UserError: what was given cannot be used.
@@ -111,7 +111,7 @@ def verify(
 
 
 def table(verdict: Verdict) -> list[str]:
-    """The hashes, one line per number of workers, and the verdict."""
+    """The hashes, one line per number of workers, and the result."""
     lines = ["", "workers  weights           optimizer"]
     lines += [f"{count:>7}  {weights[:16]}  {optimizer[:16]}" for count, (weights, optimizer) in verdict.hashes.items()]
     return [

@@ -35,7 +35,7 @@ from unisono.errors import RecipeError
 
 
 class Recipe(Section):
-    """Everything that decides a run's result, but the data's bytes and the numerics."""
+    """Everything that decides a run's result, except the data's bytes and the numerics."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder")
     task: TaskTable = TaskTable()
@@ -81,7 +81,7 @@ OPTIONAL: dict[str, Any] = {
     "train.class_weights": "none",
     "train.gradient_checkpointing": False,
 }
-"""Tables (None) and keys of a recipe that only some tasks use, with the value at which a key does nothing."""
+"""Tables (None) and keys of a recipe that only some tasks use, with the value at which a key has no effect."""
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -123,7 +123,7 @@ def to_toml(recipe: Recipe, without: Collection[str] = ()) -> str:
 
 
 def check_uses(recipe: Recipe, uses: frozenset[str], kind: str) -> None:
-    """Refuse tables and keys that the task does not use: they would do nothing.
+    """Refuse tables and keys that the task does not use: they would have no effect.
 
     Raises:
         RecipeError: names the first one.
@@ -140,7 +140,7 @@ def check_uses(recipe: Recipe, uses: frozenset[str], kind: str) -> None:
 
 
 def unused_tables(uses: frozenset[str]) -> list[str]:
-    """Tables of a recipe that do nothing for a task which uses these."""
+    """Tables of a recipe that have no effect on a task that uses these."""
     return [name for name in OPTIONAL if "." not in name and name not in uses]
 
 
@@ -221,7 +221,7 @@ def _merge(table: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _explain(fault: Any) -> str:
-    """One line on one fault: the key, what was given, what is allowed, what to do."""
+    """One line about one fault: the key, what was given, what is allowed, what to do."""
     location = [str(part) for part in fault["loc"] if not (part in MODELS and fault["loc"][0] == "model")]
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
@@ -240,9 +240,9 @@ def _explain(fault: Any) -> str:
         return f"'model.kind' = {kind!r}: allowed are {allowed}." + (f" Did you mean {near[0]!r}?" if near else "")
     message = fault["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be ", "allowed is ")
-    if not key:  # a fault of the whole recipe names its keys itself
+    if not key:  # a fault of the whole recipe already names its keys
         return f"{message}."
-    told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {given!r}"  # a whole table would drown the fault
+    told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {given!r}"  # a whole table would hide the fault
     return f"{told}: {message}. `unisono recipe --show-defaults` describes every key."
 
 

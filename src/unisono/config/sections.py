@@ -1,6 +1,6 @@
 """The tables of a recipe: every key with its type, limits, default and meaning.
 
-Owns the keys. How a recipe is read, changed and explained is the matter of `recipe.py`.
+Owns the keys. `recipe.py` reads, changes and explains a recipe.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Personal = Literal["keep", "mask", "refuse"]
 
 
 def _find_script(name: str) -> str:
-    """Return the name of a script, if the regex package knows its letters."""
+    """Return the name of a script, if the regex package has its letters."""
     import regex
 
     try:
@@ -32,7 +32,7 @@ Script = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z _-]*$"), AfterValidator(
 
 
 TEXT = "text_classification"
-"""The task that a recipe has if it names none."""
+"""The task of a recipe that names none."""
 
 
 class Section(BaseModel):
@@ -59,7 +59,7 @@ class TaskTable(Section):
 
 
 class Data(Section):
-    """Where the records are, and what is taken from each."""
+    """Where the records are, and what is read from each."""
 
     train: str = Field(
         "",
@@ -101,7 +101,7 @@ class Data(Section):
 
 
 class Screen(Section):
-    """Which records are kept, beyond the rules that always hold, and what is mended in them: see docs/screening.md."""
+    """Which records are kept, beyond the rules that always hold, and what is repaired: see docs/screening.md."""
 
     min_characters: int = Field(0, ge=0, description="shorter texts are refused; space around a text does not count")
     max_characters: int = Field(0, ge=0, description="longer texts are refused; 0: no limit")
@@ -168,7 +168,7 @@ class Encode(Section):
         0, ge=0, le=32, description="ngrams: first letters of a word that are a feature as well; 0: none"
     )
     features: int = Field(
-        131_072, ge=16, description="ngrams: how many are told apart, those in most training texts; others are left out"
+        131_072, ge=16, description="ngrams: how many are kept, those in the most training texts; others are left out"
     )
 
 
@@ -217,23 +217,23 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 
 
 class Train(Section):
-    """How the weights are found. Every key but `device`, `audit_every` and `loader_workers` decides bits."""
+    """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides bits."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
-    samples_per_step: int = Field(64, ge=1, description="samples in one step's global batch")
+    samples_per_step: int = Field(64, ge=1, description="global batch size: samples in one step")
     drop_last: bool = Field(
         False, description="true: the last step of an epoch is left out where it has fewer samples than the others"
     )
-    microbatches: int = Field(8, ge=1, le=65_536, description="pieces that a step is cut into; at most so many workers")
+    microbatches: int = Field(8, ge=1, le=65_536, description="parts of a step; the largest number of workers")
     optimizer: Literal["sgd", "adam", "adamw", "lion"] = Field("adamw", description="update rule")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate")
     pretrained_rate: float = Field(1.0, ge=0, description="factor on the rate of the pretrained part")
     weight_decay: float = Field(0.01, ge=0, description="decay of weights; biases and norms are spared")
-    momentum: Rate = Field(0.9, description="sgd: share of the last direction that is kept")
+    momentum: Rate = Field(0.9, description="sgd: momentum; the share of the last direction that is kept")
     nesterov: bool = Field(False, description="sgd: look ahead along the momentum")
-    beta1: Rate = Field(0.9, description="adam, adamw, lion: memory of the gradient")
-    beta2: Rate = Field(0.999, description="adam, adamw: memory of its square; lion: of the gradient")
+    beta1: Rate = Field(0.9, description="adam, adamw, lion: β₁, decay of the average of gradients")
+    beta2: Rate = Field(0.999, description="adam, adamw: β₂, decay of the average of squares; lion: of gradients")
     epsilon: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="what the rate does after the warm-up"
@@ -294,7 +294,7 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """When to look at the validation samples (or the test samples, where there are none), and what follows."""
+    """When to evaluate on the validation samples (or the test samples, if there are none), and what follows."""
 
     every_epochs: float = Field(1.0, ge=0, description="0: only at the end")
     every_steps: int = Field(0, ge=0, description="instead of every_epochs; 0: off")
@@ -330,7 +330,7 @@ class Tracking(Section):
 
 
 class Recovery(Section):
-    """What happens when workers are lost or hang, or the machine is wanted back. No key decides a bit."""
+    """What happens when workers are lost or hang, or when the run must leave the machine. No key decides a bit."""
 
     on_loss: Literal["replace", "shrink"] = Field(
         "replace", description="replace: start another worker; shrink: the others take its share"

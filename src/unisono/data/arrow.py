@@ -1,7 +1,7 @@
 """Arrow arrays of NumPy arrays and strings, and back, without pandas.
 
-`pyarrow.array` and `Array.to_numpy` import pandas wherever it is installed, to ask whether what they were given is a
-Series. That takes half a second in every process, more than many a stage has to do.
+`pyarrow.array` and `Array.to_numpy` import pandas wherever it is installed, to check whether the value is a Series.
+That takes half a second in every process, more than many stages take themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def as_strings(strings: Sequence[str | None]) -> pa.Array:
 
 
 def as_numbers(array: pa.Array) -> np.ndarray:
-    """Return an array of integers in its own memory; what stands for a null means nothing."""
+    """Return an array of integers in its own memory; the value in the place of a null has no meaning."""
     dtype = _DTYPES[array.type]
     content = array.buffers()[1]
     if content is None:

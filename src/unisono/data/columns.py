@@ -1,9 +1,8 @@
 """Samples that a Python user already has in memory: columns and frames.
 
-Owns their reading as a `Source`. Columns are not copied: they share the user's memory, nobody here writes into it, and
-what a microbatch takes of them is copied into memory of its own. Should somebody else write into it meanwhile, the hash
-tells (`Columns.changed`). Datasets of items are the matter of `items.py`, text in
-files that of `prepare.py`.
+Owns their reading as a `Source`. Columns are not copied: they share the user's memory, unisono never writes into it,
+and a microbatch's rows are copied into memory of their own. If the user's code writes into it during the run, the hash
+shows it (`Columns.changed`). `items.py` owns datasets of items, `prepare.py` text in files.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ class Columns:
         return {name: column[rows] for name, column in self._columns.items()}
 
     def changed(self) -> bool:
-        """Whether somebody has written into the columns since they were opened."""
+        """Whether the columns' values have changed since they were opened."""
         return hash_tensors(self._columns) != self.sha256
 
 
 def hold(given: Mapping[str, Any]) -> dict[str, Any]:
     """Make tensors of the columns of each split's frame or mapping, once for all workers; leave other data as it is.
 
-    To be called before workers are forked: what has to be copied is copied once, and Polars has its threads.
+    Call it before workers are forked: columns that need a copy are copied once, and Polars' threads still exist.
 
     Raises:
         DataError: a column cannot be used, or two splits have different categories in one column.
@@ -90,10 +89,10 @@ def _show(categories: tuple[object, ...]) -> str:
 
 
 def list_columns(data: Any, name: str) -> dict[str, Any]:
-    """The columns of a frame or a mapping; those that Arrow can see are Arrow's."""
+    """The columns of a frame or a mapping; as Arrow columns where Arrow can read them."""
     if is_frame(data):
         return dict(take_columns(data, name))
-    seen = ("__arrow_c_stream__", "__arrow_c_array__", "iloc")  # the last one: a Series of an older pandas
+    seen = ("__arrow_c_stream__", "__arrow_c_array__", "iloc")  # iloc: a Series of an older pandas
     return {
         key: take_column(column) if any(hasattr(column, sign) for sign in seen) else column
         for key, column in data.items()
@@ -106,13 +105,13 @@ def _as_tensor(name: str, column: Any) -> Tensor:
     array = as_array(name, column) if isinstance(column, pa.ChunkedArray) else _as_numbers(name, column)
     array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])  # itself, where it is so already
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes into it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # never written
         return torch.from_numpy(array)
 
 
 def _as_numbers(name: str, column: Any) -> np.ndarray:
-    """An array of what NumPy or plain Python can give; of what is no numbers, Arrow can say more."""
-    if not any(isinstance(value, str) for value in column[:1]):  # of which NumPy would make as many as the longest has
+    """An array of NumPy or plain Python values; for values that are no numbers, Arrow gives the better message."""
+    if not any(isinstance(value, str) for value in column[:1]):  # NumPy would pad all strings to the longest
         with suppress(ValueError):  # ragged
             array = np.asarray(column)
             if array.dtype.kind in "biuf":

@@ -18,10 +18,10 @@ from unisono.data.source import Source
 from unisono.processes.progress_table import UNWATCHED, Progress
 
 TOGETHER, TOGETHER_BYTES = 2, 1 << 20
-"""Microbatches that the thread loads at once: two, or as many as are so large. To hand one over takes fifteen times as
-long as to load a few short texts."""
+"""The thread loads two microbatches at once, or as many as have this size together. The hand-over of one takes fifteen
+times as long as the loading of a few short texts."""
 
-STEPS_AHEAD = 16  # at most, for which loaders are asked: a worker may have one microbatch of each
+STEPS_AHEAD = 16  # at most, for which loaders load: a worker may have only one microbatch in each step
 
 
 class Feed:
@@ -46,7 +46,7 @@ class Feed:
         self._shares: dict[int, range] = {}  # last ones, by the number of a step's microbatches
 
     def load(self, step: Step, mine: range) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (number, microbatch) for each of `mine`; begin to load what this worker will probably want next."""
+        """Yield (number, microbatch) for each of `mine`; begin to load what this worker will probably need next."""
         together = self._together
         wanted = [(step, number) for number in mine]
         if step.number + 1 < self._order.total_steps and self._thread is not None:
@@ -67,7 +67,7 @@ class Feed:
             yield number, self._move(microbatch)
 
     def take(self, step: Step, number: int) -> dict[str, Tensor]:
-        """Return one microbatch of a step, whoever else loads it."""
+        """Return one microbatch of a step, whether or not it is one of this worker's own."""
         return self._move(self._take(step, number))
 
     def close(self) -> None:
@@ -81,15 +81,15 @@ class Feed:
         return {name: column.to(self._device, non_blocking=True) for name, column in microbatch.items()}
 
     def _pin(self, microbatch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy in page-locked memory, which travels to the device while that computes."""
+        """A copy in page-locked memory, which moves to the device while the device computes."""
         with torch.cuda.device(self._device):
             return {name: column.pin_memory() for name, column in microbatch.items()}
 
     def _plan(self, step: Step, left: range, depth: int) -> list[Wanted]:
-        """What is left of a step, and what this worker will probably want of the next ones: at most `depth`.
+        """The rest of a step, and what this worker will probably need of the next ones: at most `depth`.
 
-        A step's shares are known when it begins; most are those of the last step of the same size. What turns out
-        otherwise costs time, and no bit.
+        A step's shares are known when it begins; most equal those of the last step of the same size. A wrong guess
+        costs time, and changes no bit.
         """
         plan = [self._want(step, number) for number in left[:depth]]
         last = min(step.number + STEPS_AHEAD, self._order.total_steps - 1)

@@ -1,7 +1,7 @@
 """Hashing by whole arrays: how bits are spread, and how many texts are hashed at once.
 
-Owns what the hashes of n-grams, of near-duplicates and of the order have in common. Integer arithmetic alone, so the
-same on every machine.
+Owns what the hashes of n-grams, of near-duplicates and of the order have in common. It uses integer arithmetic only,
+so it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 PRIME = np.uint64(0x100000001B3)
-"""FNV's, by which a polynomial of letters or hashes is made."""
+"""The prime of FNV, with which a polynomial of letters or hashes is made."""
 
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""Map-style datasets of a Python user: items by number, loaded one by one and put together to microbatches.
+"""Map-style datasets of a Python user: items by number, loaded one by one and collated to microbatches.
 
-Owns the seeding of each load, what an item may hold, and the collation. Who loads, and when, is the matter of
-`feed.py` and `loaders.py`.
+Owns the seeding of each load, what an item may hold, and the collation. `feed.py` and `loaders.py` own which thread or
+process loads, and when.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Items:
             return stack([name_values(item, self.left_out) for item in items])
 
     def watch(self, hear: Callable[[int], None]) -> None:
-        """Have `hear` called with each sample's number before it is loaded."""
+        """Set `hear` as the function that is called with each sample's number before it is loaded."""
         self._hear = hear
 
     def _load(self, sample: int, epoch: int, repeat: int) -> Any:
@@ -86,7 +86,7 @@ class Items:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch computes with one CPU thread: a sum by several threads may have other bits."""
+    """Within this context, torch computes with one CPU thread: a sum by several threads may have other bits."""
     before = torch.get_num_threads()
     if before == 1:
         yield
@@ -183,7 +183,7 @@ def stack(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def check_collated(found: Any) -> dict[str, Tensor]:
-    """What a user's collation has returned, if it is a mapping of names to tensors.
+    """Return what a user's collation returned, if it is a mapping of names to tensors.
 
     Raises:
         DataError: it is none.

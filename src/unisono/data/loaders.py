@@ -1,15 +1,15 @@
 """Processes that load a source's microbatches ahead of their use, where `take` cannot run in a thread beside the model.
 
-    worker ── what is wanted, in order of need ──▶ loader: source.take(samples, …)
+    worker ── wanted microbatches, most urgent first ──▶ loader: source.take(samples, …)
            ◀── names, shapes, and a memory file ──
 
-A loader executes "load these samples for this microbatch" and decides nothing, so which loader does it, and whether one
-does, changes no bit. What is wanted may change at any time: shares of a step follow the workers' speeds. torch's
-DataLoader could not follow, since it hands out what its sampler said in the order in which it said it.
+A loader executes "load these samples for this microbatch" and decides nothing. So no bit depends on which loader does
+it, or whether a loader does it at all. The wanted microbatches may change at any time: shares of a step follow the
+workers' speeds. torch's DataLoader could not follow, since it returns samples only in its sampler's order.
 
-Owns the processes, their memory, and what is told of one that fails. They are forked by the worker and end with it:
-killed when it closes the pool, and by the system when it ends itself. Signals that ask for an end are the worker's
-matter; a loader ignores them.
+Owns the processes, their memory, and the message about a process that fails. The worker forks them, and they end with
+it: the worker kills them when it closes the pool, and the system does when the worker ends. The worker handles signals
+that request an end; a loader ignores them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ JOIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A microbatch that is to be loaded; the fields are arguments of `Source.take`."""
+    """A microbatch to load; the fields are arguments of `Source.take`."""
 
     key: Key
     samples: np.ndarray
@@ -62,7 +62,7 @@ class Wanted:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Loader:
-    """A process, and what it has been asked for. sample: the number that it loads, or −1, in memory that it writes."""
+    """A process, and its requests. sample: the number of the sample that it loads, or −1, in memory that it writes."""
 
     number: int
     process: BaseProcess
@@ -73,9 +73,9 @@ class _Loader:
 
 
 class LoaderPool:
-    """`count` processes that call `source.take`. To be closed, by the thread that made it.
+    """`count` processes that call `source.take`. The thread that made it must close it.
 
-    prepare: called in a thread on each microbatch that has arrived; None: nothing is.
+    prepare: called in a thread on each microbatch that has arrived; None: no function is called.
     """
 
     def __init__(
@@ -101,18 +101,18 @@ class LoaderPool:
 
     @property
     def depth(self) -> int:
-        """How many microbatches are worth asking for: all loaders busy, and as much ready when it is needed."""
+        """How many microbatches are worth a request: all loaders busy, and the same number ready for use."""
         return 2 * len(self._loaders)
 
     def want(self, plan: Sequence[Wanted]) -> None:
-        """Say what is needed from now on, the most urgent first. What was loaded and is not among it is dropped."""
+        """Set what is needed from now on, the most urgent first. A loaded microbatch that is not needed is dropped."""
         self._plan = {wanted.key: wanted for wanted in plan}
         self._found = {key: found for key, found in self._found.items() if key in self._plan}
         self._receive_all(0)
         self._hand_out()
 
     def result(self, key: Key) -> dict[str, Tensor]:
-        """Return a microbatch that is wanted, as soon as it is loaded. Each can be had once.
+        """Return a wanted microbatch, as soon as it is loaded. Each can be taken once.
 
         Raises:
             UnisonoError: as `take` raised it.
@@ -149,7 +149,7 @@ class LoaderPool:
         self._loaders.append(_Loader(number=number, process=process, connection=mine, stacks=stacks, sample=sample))
 
     def _hand_out(self) -> None:
-        """Give loaders that have little to do what is wanted and nobody has been asked for."""
+        """Give wanted microbatches that no loader has been given yet to the loaders with little to do."""
         taken = {wanted.key for loader in self._loaders for wanted in loader.asked} | self._found.keys()
         waiting = iter([wanted for key, wanted in self._plan.items() if key not in taken])
         for room in range(self._asked_each):
@@ -167,12 +167,12 @@ class LoaderPool:
                 loader.asked.append(wanted)
 
     def _receive_all(self, seconds: float | None) -> None:
-        """Take in what has been loaded; wait for some, at most so long (None: for ever)."""
+        """Receive what has been loaded; wait for some, at most this long (None: without limit)."""
         for connection in wait([loader.connection for loader in self._loaders], seconds):
             self._receive(next(loader for loader in self._loaders if loader.connection is connection))
 
     def _receive(self, loader: _Loader) -> None:
-        """Take in one microbatch of a loader; keep it if it is still wanted."""
+        """Receive one microbatch of a loader; keep it if it is still wanted."""
         try:
             told: dict[str, Any] = json.loads(loader.connection.recv_bytes())
             if "kind" in told:
@@ -191,14 +191,14 @@ class LoaderPool:
             self._found[wanted.key].set_result(microbatch)
 
     def _fail(self, loader: _Loader) -> None:
-        """Raise what can be told of a process that has ended."""
+        """Raise an error with what is known about a process that has ended."""
         loader.process.join(JOIN_SECONDS)
         code = loader.process.exitcode
         sample = int.from_bytes(loader.sample[:8], sys.byteorder, signed=True)
         asked = loader.asked[0] if loader.asked else None
         at = f"sample {sample}" if sample >= 0 else f"one of the samples {asked.samples.tolist()}" if asked else ""
         where = f" while it loaded {at} of epoch {asked.epoch}" if asked else ""
-        hint = " It may have been out of memory: dmesg tells." if code == -signal.SIGKILL else ""
+        hint = " It may have been out of memory: see dmesg." if code == -signal.SIGKILL else ""
         os.lseek(loader.stacks.fileno(), 0, os.SEEK_SET)
         stacks = loader.stacks.read()
         told = f"loader {loader.number} {describe_end(code if code is not None else 0)}{where}.{hint}"
@@ -231,7 +231,7 @@ def _serve(
     parent: int,
     by_file: bool,
 ) -> None:
-    """Load what is asked for, until the worker closes the connection or kills this process."""
+    """Load what the worker requests, until it closes the connection or kills this process."""
     end_with_parent(parent)
     for signum in IGNORED:
         signal.signal(signum, signal.SIG_IGN)
@@ -254,7 +254,7 @@ def _serve(
             request = json.loads(connection.recv_bytes())
             try:
                 _answer(source, connection, request, by_file)
-            except Exception as error:  # noqa: BLE001 - whatever the user's code raises, the worker is to hear of it
+            except Exception as error:  # noqa: BLE001 - the worker reports whatever the user's code raises
                 known = isinstance(error, UnisonoError)
                 report = {"kind": type(error).__name__, "message": str(error), "known": known}
                 connection.send_bytes(json.dumps(report | {"trace": traceback.format_exc()}).encode())
@@ -291,7 +291,7 @@ def _answer(source: Source, connection: Connection, request: dict[str, Any], by_
     file = os.memfd_create("unisono-microbatch")
     try:
         os.ftruncate(file, max(size, 1))
-        for name, tensor in microbatch.items():  # in half the time that it takes to map it and fault its pages
+        for name, tensor in microbatch.items():  # a write takes half the time of mapping it and faulting its pages
             plain, done = _as_bytes(tensor).data, 0
             while done < len(plain):
                 done += os.pwrite(file, plain[done:], columns[name][0] + done)
@@ -332,7 +332,7 @@ def _open(memory: Any, start: int, dtype: str, shape: Sequence[int]) -> Tensor:
 
 
 def _raise(report: dict[str, Any]) -> None:
-    """Raise what a loader has raised: an error of unisono as it was, others with their traceback."""
+    """Raise what a loader has raised: an error of unisono unchanged, others with their traceback."""
     kind = getattr(errors, report["kind"], None)
     if report["known"] and isinstance(kind, type) and issubclass(kind, UnisonoError):
         raise kind(report["message"])

@@ -1,6 +1,6 @@
 """Which samples each step's microbatches hold: a pure function of (seed, samples' lengths, sizes, step).
 
-Owns the shuffle and the cut of a step into microbatches. Knows nothing of workers, so it cannot depend on them.
+Owns the shuffle and the cut of a step into microbatches. It gets no facts about workers, so it cannot depend on them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from unisono.data.hashing import mix
 from unisono.data.samplers import EpochSamples
 
 KEPT_STEPS = 32
-"""Steps that are remembered: the feed has asked for some while those before were computed."""
+"""The number of steps that are remembered: the feed reads some while the steps before are computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One update of the weights: its number from 0, its epoch, and the sample numbers (int64) of each microbatch.
 
-    repeats: how often a sampler gave each of them before in the epoch, int64 of the same shapes; None: never.
+    repeats: how often a sampler gave each sample before in the epoch, int64 of the same shapes; None: never.
     """
 
     number: int
@@ -42,12 +42,12 @@ class Order:
     """The order of all training: every sample exactly once an epoch, in a new permutation each epoch.
 
     lengths (int32 [samples]), padded: those of a `Source`.
-    min_samples: what a microbatch has at least, where a step allows it: 2 for a module whose BatchNorm needs to compare
-        samples. A step is cut into fewer microbatches where one would have less, and a last step of an epoch that has
-        less joins the step before.
+    min_samples: the least number of samples in a microbatch, where a step allows it: 2 for a module whose BatchNorm
+        compares samples. A step is cut into fewer microbatches where one would have less, and an epoch's last step that
+        has less joins the step before.
     drop_last: leave out the last step of an epoch where it is smaller than the others.
     sampled: the samples of each epoch, instead of the permutation.
-    shuffled: false: no permutation; sample i is at place i, as of a stream.
+    shuffled: false: no permutation; sample i is at place i, as in a stream.
     """
 
     lengths: np.ndarray
@@ -121,7 +121,8 @@ class Order:
 
 
 def cut_epoch(samples: int, samples_per_step: int, *, drop_last: bool = False, min_samples: int = 1) -> int:
-    """Number of steps in an epoch; drop_last, min_samples: as in `Order`. 0: all samples would be dropped."""
+    """Number of steps in an epoch. samples_per_step is the global batch size; drop_last and min_samples are as in
+    `Order`. 0: all samples would be dropped."""
     whole, rest = divmod(samples, samples_per_step)
     return whole if not rest or drop_last or (whole and rest < min_samples) else whole + 1
 
@@ -142,9 +143,9 @@ def count_steps(
 
 
 def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[np.ndarray]:
-    """Share lengths (positive, falling) out to non-empty pieces of nearly equal cost; return each one's places, rising.
+    """Divide lengths (positive, falling) into non-empty parts of nearly equal cost; return each part's places, rising.
 
-    A padded piece costs its number of samples times its longest, so it takes neighbours. A ragged one costs the sum of
+    A padded part costs its number of samples times its longest, so it takes neighbours. A ragged part costs the sum of
     its lengths, and more the longer they are, so it takes some of the longest and some of the shortest.
     """
     if not padded:
@@ -157,7 +158,7 @@ def cut(lengths: np.ndarray, pieces: int, *, padded: bool) -> list[np.ndarray]:
 
 
 def outside_in(pieces: int) -> list[int]:
-    """The numbers 0 … pieces − 1 as first, last, second, last but one …
+    """The numbers 0 … pieces − 1 in the order first, last, second, second to last …
 
     Rectangles of equal predicted cost still differ in true cost, and steadily from the longest samples to the shortest.
     In this order neighbours make up for each other, so contiguous shares of a step take equally long.
@@ -165,21 +166,21 @@ def outside_in(pieces: int) -> list[int]:
     return [rank for low in range((pieces + 1) // 2) for rank in dict.fromkeys((low, pieces - 1 - low))]
 
 
-_TRIED = range(-2, 3)  # long samples more than make half a share
+_TRIED = range(-2, 3)  # the numbers of long samples tried, relative to those that make half a share
 
 
 def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
-    """Half of a piece's cost from the longest that are left, the rest from the shortest.
+    """Half of a part's cost comes from the longest samples that are left, the rest from the shortest.
 
-    Whole samples do not add up to an even share, so some numbers of long ones are tried, each with as many short ones
-    as fit it. What is evened out is the cost of the first 1, 2, 3 … pieces: so contiguous shares of a step are, too.
+    Whole samples do not add up to an even share, so several numbers of long ones are tried, each with as many short
+    ones as fit. The cost of the first 1, 2, 3 … parts is made even, so contiguous shares of a step are even, too.
     """
     total = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
     first, last = 0, len(lengths)
     parts = []
     for input_split in range(1, pieces):
-        wanted = total[-1] * input_split / pieces  # of the first `input_split` pieces
-        later = pieces - input_split  # that need a sample each
+        wanted = total[-1] * input_split / pieces  # of the first `input_split` parts
+        later = pieces - input_split  # parts that need at least one sample each
         half = bisect_left(total, wanted / 2)
         tried = []  # how far off, start, end
         for more in _TRIED:
@@ -193,7 +194,7 @@ def _cut_from_both_ends(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:
 
 
 def _place(rising: list[int], value: float) -> float:
-    """Where a value from the first of these numbers on lies among them: np.interp, quicker for a single one."""
+    """The position of a value among these numbers, not below the first: np.interp, faster for a single value."""
     after = bisect_right(rising, value)
     if after == len(rising):
         return after - 1
@@ -202,8 +203,8 @@ def _place(rising: list[int], value: float) -> float:
 
 
 def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:
-    """Real-valued inner bounds at which every piece, padded to its first length, costs the same (bisection on the
-    cost). Where a bound jumps over the next length as the cost rises, the last piece costs less."""
+    """Real-valued inner bounds at which every part, padded to its first length, costs the same (bisection on the
+    cost). Where a bound jumps over the next length as the cost rises, the last part costs less."""
 
     def walk(cost: float) -> list[float]:
         bounds, position = [], 0.0
@@ -225,7 +226,7 @@ def _equal_rectangles(lengths: list[int], pieces: int) -> list[float]:
 def permute(positions: np.ndarray, *, size: int, key: tuple[int, int]) -> np.ndarray:
     """Map positions (uint64, each < size) one to one onto 0 … size − 1, without state and in O(1) each.
 
-    A Feistel network of six rounds over the next even power of two; what falls outside `size` walks on along its cycle
+    A Feistel network of six rounds over the next even power of two; a result outside `size` goes on along its cycle
     (Black and Rogaway, *Ciphers with Arbitrary Finite Domains*, 2002). The round function is splitmix64's finaliser.
     """
     half = np.uint64(max(1, math.ceil(math.log2(max(size, 2)) / 2)))

@@ -1,4 +1,4 @@
-"""What a Python user may give as data of an own task, and which `Source` is made of it.
+"""What a Python user may give as data of an own task, and the `Source` that is made from it.
 
 Owns the choice and its messages. The sources themselves are in `columns.py`, `items.py` and `streams.py`.
 """
@@ -54,7 +54,7 @@ def open_source(data: Any, seed: int = 0, collate: Collate | None = None) -> Sou
         )
     if is_stream(data):
         raise DataError(
-            f"{type(data).__name__} is a stream, of which nobody knows how much there is; it can be trained on, but "
+            f"{type(data).__name__} is a stream, and its length is unknown; it can be trained on, but "
             "evaluation visits every sample once. Give columns, a frame, or a dataset with __getitem__ and __len__."
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):

@@ -1,16 +1,16 @@
 """From what a recipe names to a dataset: read and examine, decide, learn the encoder, encode, store.
 
-Owns the order of the stages, the classes, and when what was made before is used again. Each stage has its own module.
+Owns the order of the stages, the classes, and when an earlier result is used again. Each stage has its own module.
 
-1. *Staging*: every part of the input is read, its records examined (`rules.py`) and left in a file (`stage.py`).
-2. *Decide*: what takes all records is decided from a few numbers of each (`screen.py`); texts are not looked at.
-3. *Learn*: the encoder, where it is learned, from the spooled training texts (`encode.py`).
-4. *Encode*: what is kept is encoded, a record batch of the spool at a time (`parts.py`).
+1. *Staging*: every part of the input is read, its records examined (`rules.py`) and written to a file (`staging.py`).
+2. *Decide*: the rules on all records together need only a few numbers of each (`screen.py`); texts are not read.
+3. *Learn*: the encoder, where it is learned, from the staged training texts (`encode.py`).
+4. *Encode*: the kept records are encoded, one staged record batch at a time (`parts.py`).
 5. *Store*: the parts are put one after the other (`store.py`).
 
-1, 4 and much of 3 are shared out to processes. Parts are cut by the input's bytes, and taken up in its order, so the
-dataset does not depend on their number. What 1, 3 and 4 have finished lies in a hidden folder beside the dataset's, and
-a preparation that was killed goes on with it, as long as the machine was not.
+1, 4 and much of 3 run in several processes. Parts are cut by the input's bytes, and taken in its order, so the dataset
+does not depend on the number of processes. What 1, 3 and 4 have finished lies in a hidden folder beside the dataset's,
+and a preparation that was killed continues from it, unless the machine itself was restarted.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from unisono.storage.file_lock import hold
 from unisono.storage.files import boot_id, facts_sha256, remove_leftovers, whole_folder, write_text
 
 REPORT = "report.html"
-LARGE_BYTES = 2**25  # of samples, from which on it pays to start processes for storing them
+LARGE_BYTES = 2**25  # of samples; above it, processes for storing them are worth their start
 _DEFAULTS = Screen().model_dump()
 
 
 def ignore(message: str) -> None:
-    """Take notice of nothing."""
+    """Ignore all messages."""
 
 
 def prepare(
@@ -64,7 +64,7 @@ def prepare(
         recipe: with absolute paths, or relative to the current folder.
         workers: processes; the dataset's bytes do not depend on it.
         frames: frames or lists by split (train, validation, test), instead of the recipe's files.
-        notify: told in a line what is done.
+        notify: called with one line about each thing that is done.
         progress: None: a bar for each stage, if stderr is a terminal.
 
     Raises:
@@ -104,7 +104,7 @@ def _make(
         shutil.rmtree(work, ignore_errors=True)
         raise DataError(f"{error} Set data.store to a folder with room for about three times the input.") from None
     except UnisonoError:
-        shutil.rmtree(work, ignore_errors=True)  # no second try could go on with it
+        shutil.rmtree(work, ignore_errors=True)  # a second try could not use it
         raise
     shutil.rmtree(work, ignore_errors=True)
     notify(f"dataset {folder}: written")
@@ -112,8 +112,8 @@ def _make(
 
 
 def _enter(work: Path, notify: Callable[[str], None]) -> None:
-    """Make the folder of a preparation at work, or go on with it. Its files are not forced to the disk, so what was
-    there before the machine was started is not trusted."""
+    """Make the work folder of a preparation, or continue with it. Its files are not forced to the disk, so files from
+    before the machine's start are not trusted."""
     mark = work / "boot"
     if mark.is_file() and mark.read_text(encoding="utf-8") == boot_id():
         notify(f"going on with what {work} holds")
@@ -146,7 +146,7 @@ class _Stages:
         self._near = "refuse" in (screening.near_duplicates, screening.contradicted)
 
     def make(self, folder: Path, key: Mapping[str, object]) -> store.Dataset:
-        """Go through all stages; return the dataset."""
+        """Run all stages; return the dataset."""
         data = self._recipe.data
         staged = self._stage()
         given = [split for split, _ in self._parts]
@@ -180,7 +180,7 @@ class _Stages:
         )
 
     def _stage(self) -> list[StagedRecords]:
-        """Read and examine every part of the input; return what was left of each."""
+        """Read and examine every part of the input; return the staged records of each."""
         for one in self._inputs.values():
             self._notify(f"reading {one.name}")
         data = self._recipe.data
@@ -206,7 +206,7 @@ class _Stages:
         return staged
 
     def _learn(self, decided: Decisions) -> Encoder:
-        """Return the encoder; one that was learned is kept for a preparation that goes on."""
+        """Return the encoder; a learned one is kept, so that a preparation that is continued can use it."""
         folder = self._work / "encoder"
         if folder.exists():
             return encode.load_encoder(folder)
@@ -216,7 +216,7 @@ class _Stages:
         return encoder
 
     def _encode(self, decided: Decisions, encoder: Encoder) -> list[Path]:
-        """Encode what is kept; return the files of the parts, in order."""
+        """Encode the kept records; return the files of the parts, in order."""
         limit = self._recipe.encode.max_tokens
         paths = [self._work / f"part-{batch.staged:06}-{batch.number:06}" for batch in decided.batches]
 
@@ -237,7 +237,7 @@ class _Stages:
         facts += [(f"screen.{key}", str(value)) for key, value in changed.items()]
         return render(
             add_reviews(parts),
-            title=f"Data from {self._inputs['train'].name}",  # of nothing that does not decide the dataset
+            title=f"Data from {self._inputs['train'].name}",  # names only what decides the dataset
             max_tokens=0 if counts_words else self._recipe.encode.max_tokens,
             facts=facts,
             mended=describe_treatments(self._recipe.screen),
@@ -253,7 +253,7 @@ def _make_store(folder: Path) -> None:
 
 
 def _refuse_absent_columns(files: Sequence[StagedRecords], wanted: Mapping[str, str]) -> None:
-    """Raise DataError if no sheet of a file's has a column that is needed."""
+    """Raise DataError if no column batch of a file has a column that is needed."""
     names: dict[str, dict[str, list[object]]] = {}
     for file in files:
         names.setdefault(file.facts.name, {}).update({name: [] for name in file.facts.names})

@@ -1,7 +1,7 @@
-"""Which samples an epoch visits, where a user wants another choice than each of them once.
+"""Samplers: which samples an epoch visits, where a user chooses other than each sample once.
 
 Owns the weighted sampler, and the checks on any sampler: a pure function of (seed, epoch) with as many samples in every
-epoch. Where the samples of an epoch go is the matter of `order.py`.
+epoch. `order.py` owns the place of each sample in the epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALLOWED = (
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """A sampler that gives sample i as often as its weight says: see `weighted`.
+    """A sampler that gives sample i in proportion to its weight: see `weighted`.
 
     weights: float64 [samples]. samples_per_epoch: how many an epoch has.
     """
@@ -39,7 +39,7 @@ class Weighted:
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
         """Return the samples of an epoch, int64 [samples_per_epoch].
 
-        Systematic sampling: all weights in a random order side by side, and points at equal distances over them.
+        Systematic sampling: the weights stand side by side in a random order, with points at equal distances over them.
         """
         key = np.uint64(keys.key(seed, "weighted", epoch))
         shuffled = np.argsort(_draw(key, len(self.weights)), kind="stable")
@@ -47,7 +47,7 @@ class Weighted:
         ends *= self.samples_per_epoch / ends[-1]
         first = (float(keys.key(seed, "weighted, first", epoch) >> 31) + 0.5) / 2**32  # in (0, 1)
         places = np.searchsorted(ends, first + np.arange(self.samples_per_epoch), side="right")
-        last = np.flatnonzero(self.weights[shuffled])[-1]  # rounding must not lead past it
+        last = np.flatnonzero(self.weights[shuffled])[-1]  # rounding must not exceed it
         chosen = shuffled[np.minimum(places, last)]
         return chosen[np.argsort(_draw(~key, len(chosen)), kind="stable")].astype(np.int64)
 
@@ -124,7 +124,7 @@ class EpochSamples:
         return self._look_up(epoch)[0]
 
     def repeats(self, epoch: int) -> np.ndarray | None:
-        """How often each of them was given before in the epoch, int64 [per_epoch]; None: each is there once."""
+        """How often each sample was given before in the epoch, int64 [per_epoch]; None: each is given once."""
         return self._look_up(epoch)[1]
 
     def _look_up(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -160,7 +160,7 @@ class EpochSamples:
 
 
 def count_repeats(samples: np.ndarray) -> np.ndarray | None:
-    """How often each of these numbers stands further ahead, int64 of the same shape; None: all of them differ."""
+    """How often each of these numbers occurs before its place, int64 of the same shape; None: all of them differ."""
     order = np.argsort(samples, kind="stable")
     ordered = samples[order]
     begins = np.r_[True, ordered[1:] != ordered[:-1]]

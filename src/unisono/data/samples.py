@@ -1,8 +1,7 @@
 """Encoded texts as a source of microbatches.
 
-Owns the layout of samples in memory, the hash of their content, and how some of them become tensors. Does not
-know whether the numbers lie in memory or in a mapped file. Imports torch where a microbatch is made: to prepare data
-needs none.
+Owns the layout of samples in memory, the hash of their content, and how some of them become tensors. The numbers may
+lie in memory or in a mapped file. torch is imported only where a microbatch is made: preparing data does not need it.
 """
 
 from __future__ import annotations

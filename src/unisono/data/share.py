@@ -1,6 +1,6 @@
-"""The stages' work shared out to processes, with errors as the stages know them.
+"""The stages' work, divided among processes, with the errors that the stages raise.
 
-Owns the translation; the sharing itself is `unisono.parallel`.
+Owns the translation of errors; `unisono.parallel` divides the work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """How work is shared out: to so many processes. progress: None shows a bar if stderr is a terminal, False none."""
+    """Divides work among `workers` processes. progress: None shows a bar if stderr is a terminal, False shows none."""
 
     workers: int
     progress: bool | None = False
@@ -28,7 +28,7 @@ class Share:
         """Return the results in the order of the items.
 
         Raises:
-            UnisonoError: as the function raised it. DataError: the disk is full. TaskError: anything else.
+            UnisonoError: raised by the function. DataError: the disk is full. TaskError: any other error.
         """
         workers = max(1, min(self.workers, len(items)))
         try:
@@ -46,6 +46,6 @@ class Share:
         return list(self.map(lambda function: function(), functions))
 
     def do(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Have the function done with each item."""
+        """Call the function with each item."""
         for _ in self.map(function, items):
             pass

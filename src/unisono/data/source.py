@@ -1,7 +1,7 @@
-"""Where samples come from, as the order and the feed see it.
+"""The interface through which the order and the feed read samples.
 
-Owns the interface `Source`. `store.py` implements it for encoded text, `columns.py` for what is in memory, `items.py`
-for datasets of items, `streams.py` for what can only be read from its beginning.
+Owns `Source`. `store.py` implements it for encoded text, `columns.py` for data in memory, `items.py` for datasets of
+items, `streams.py` for data that can only be read from its beginning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Source(Protocol):
     """Samples by number, 0 … len − 1. The same numbers give the same tensors in every process."""
 
     lengths: np.ndarray
-    """int32 [samples]: what a sample costs, in tokens; all ones where samples are alike."""
+    """int32 [samples]: the cost of a sample, in tokens; all ones where every sample costs the same."""
 
     padded: bool
     """Whether a microbatch is padded to its longest sample: its cost is then samples × longest, else the sum of

@@ -1,7 +1,7 @@
 """Datasets on disk: complete and verified, or absent.
 
-Owns the folder's layout, its manifest, how it comes into being all at once, and how it is read back. Does not
-know where samples come from.
+Owns the folder's layout, its manifest, how it is written all at once, and how it is read back. Does not depend on
+where samples come from.
 
 A dataset is a folder of `manifest.json`, one Arrow IPC file per split (uncompressed, so that it can be
 mapped; columns `ids`: list<int32>, `label`: int32), the encoder's files and `quarantine.jsonl`. The manifest
@@ -33,7 +33,7 @@ from unisono.storage.file_lock import hold
 from unisono.storage.files import check_file, facts_sha256, file_sha256, sync
 
 FORMAT = 1
-"""Raised whenever a reader of the old layout could not read the new one."""
+"""Raise it whenever a reader of the old layout could not read the new one."""
 
 SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32())), pa.field("label", pa.int32())])
 MANIFEST = "manifest.json"
@@ -48,7 +48,7 @@ class Dataset:
     folder: Path
     labels: tuple[str, ...]
     sha256: str
-    """Hash of what a run can see: the classes, the encoder and the content of every split."""
+    """Hash of everything a run reads: the classes, the encoder and the content of every split."""
     counts: Mapping[str, int]
     """Samples by split."""
     quarantined: Mapping[str, Mapping[str, int]]
@@ -57,7 +57,7 @@ class Dataset:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What made token numbers of the texts."""
+        """The encoder that made token numbers from the texts."""
         return load_encoder(self.folder)
 
     def split(self, name: str) -> EncodedSamples | None:
@@ -84,12 +84,12 @@ def write_dataset(
     pages: Mapping[str, str] | None = None,
     do: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] = one_by_one,
 ) -> Dataset:
-    """Write a dataset under a temporary name, then give it its own; one that is there already is opened.
+    """Write a dataset under a temporary name, then rename it; if it already exists, it is opened.
 
     `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of
     the manifest; `quarantined`, the counts by split and reason, is one of them. `pages` are further text files, by
-    name. Chunks are gone through twice. `do` calls functions and returns their results in order, in processes of its
-    own, say.
+    name. Chunks are read twice. `do` calls functions and returns their results in order; it may use processes of its
+    own.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.
@@ -168,7 +168,7 @@ def _fill(
         file.writelines(quarantine)
     writing = [partial(_write_split, folder / f"{name}.arrow", chunks) for name, chunks in splits.items()]
     hashing = [partial(_hash_split, chunks) for chunks in splits.values()]
-    found = do([*writing, *hashing])  # to hash a file takes as long as to write it
+    found = do([*writing, *hashing])  # hashing a file takes as long as writing it
     entries, hashes = {}, {}
     for name, (samples, tokens), (content, sha256) in zip(splits, found, found[len(splits) :], strict=False):
         entries[name] = {"file": f"{name}.arrow", "samples": samples, "tokens": tokens, "sha256": content}
@@ -188,7 +188,7 @@ def _fill(
 
 
 class _Hashing(io.RawIOBase):
-    """A file that keeps the SHA-256 of what was written, and nothing else."""
+    """A file that keeps only the SHA-256 of what was written."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -202,7 +202,7 @@ class _Hashing(io.RawIOBase):
 
 
 def _write_split(path: Path, chunks: Iterable[SampleChunk]) -> tuple[int, int]:
-    """Write one record batch per chunk; return how many samples and tokens these are."""
+    """Write one record batch per chunk; return the numbers of samples and tokens."""
     samples = tokens = 0
     with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for chunk in chunks:
@@ -213,7 +213,7 @@ def _write_split(path: Path, chunks: Iterable[SampleChunk]) -> tuple[int, int]:
 
 
 def _hash_split(chunks: Iterable[SampleChunk]) -> tuple[str, str]:
-    """Return the SHA-256 of the samples, and of the file that `_write_split` makes of them."""
+    """Return the SHA-256 of the samples, and of the file that `_write_split` makes from them."""
     content, file = ContentHash(), _Hashing()
     with pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as writer:
         for chunk in chunks:

@@ -1,13 +1,13 @@
-"""Streams: data that is read from its beginning, in one order, and of which nobody knows how much there is.
+"""Streams: data of unknown length that is read from its beginning, in one order.
 
 Every worker reads the same stream and keeps the samples of the present step and the one before: nothing travels between
 workers, and shares may move. Sample i is the i-th that the stream gives; the generators are seeded before each from
-(seed, i). Where the stream has a state (`state_dict`, `load_state_dict`), that after each step goes into the run's
+(seed, i). If the stream has a state (`state_dict`, `load_state_dict`), its state after each step goes into the run's
 commits and checkpoints, so a resumed run reads nothing again. A state that does not lead to the same samples is not
 used: the stream is read from its beginning.
 
-Owns the reading, the states, and the checks of both, which are made in a process of their own, so that the stream here
-stays as it is. Steps are numbered by `order.py`.
+Owns the reading, the states, and the checks of both. The checks run in a process of their own, so that they do not
+advance the stream here. `order.py` numbers the steps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from unisono.determinism import keys
 from unisono.errors import DataError
 from unisono.processes.forking import describe_end, end_with_parent, fork
 
-PROBED = 16  # samples that are read twice, to see that they are the same
-CHECKED = 4  # samples after a state, by which it is judged: a shuffle buffer's state may not lead to the same ones
+PROBED = 16  # samples that are read twice, to check that they are the same
+CHECKED = 4  # samples after a state that check it: a shuffle buffer's state may not lead to the same ones
 KEPT_STATES = 4
 PATIENCE_SECONDS = 600
 MOST_STATE_BYTES = 32 * 1024  # it is a part of every commit
@@ -40,7 +40,8 @@ MOST_STATE_BYTES = 32 * 1024  # it is a part of every commit
 class SampleStream:
     """The first `samples` items of an iterable, as a `Source` in their own order.
 
-    samples_per_step: after so many, its state is remembered. collate: as in `Items`. has_state: whether it has one.
+    samples_per_step: the global batch size; its state is remembered after so many.
+    collate: as in `Items`. has_state: whether it has one.
     """
 
     padded = True
@@ -88,7 +89,7 @@ class SampleStream:
             return self._put_together([self._window[sample] for sample in wanted])
 
     def go_to(self, step: int, told: Any) -> bool:
-        """Go on after `step` steps from what `state_at` said of them; None: read on from the beginning.
+        """Continue after `step` steps from what `state_at` returned for them; None: read from the beginning.
 
         Returns whether nothing has to be read again.
         """
@@ -101,7 +102,7 @@ class SampleStream:
         return self._position == position
 
     def state_at(self, step: int) -> Any:
-        """The stream's state after `step` steps, and a hash of what follows, as JSON has them; None: it has none."""
+        """The stream's state after `step` steps, and a hash of what follows, as plain JSON; None: it has no state."""
         if not self.has_state:
             return None
         position = step * self._samples_per_step
@@ -115,7 +116,7 @@ class SampleStream:
         return {"state": self._states[position], "next": self._hash([self._window[number] for number in following])}
 
     def _begin(self, position: int) -> None:
-        """Read from `position` on, whose state is remembered; or from 0."""
+        """Read from `position` on, if its state is remembered; or from 0."""
         state = self._states.get(position)
         if state is not None:
             self._data.load_state_dict(_as_json(state))
@@ -250,10 +251,10 @@ class SampleStream:
 
 
 def _as_json(state: Any) -> Any:
-    """A state as a checkpoint gives it back.
+    """A state as it is after it was written to a checkpoint and read back.
 
     Raises:
-        DataError: it would be another.
+        DataError: it would be another state.
     """
     try:
         found = json.loads(json.dumps(state))

@@ -1,8 +1,8 @@
-"""Tables out: CSV, TSV, JSONL, Parquet, by the file's name.
+"""Writing tables: CSV, TSV, JSONL, Parquet, by the file's name.
 
-Owns what stands in a cell. In CSV and TSV, a text that a spreadsheet would run as a formula is written with a single
-quote before it (OWASP, CSV Injection), so that nobody who opens the predictions runs what a record said. JSONL and
-Parquet hold every text as it is.
+Owns the content of a cell. In CSV and TSV, a text that a spreadsheet would run as a formula is written with a single
+quote before it (OWASP, CSV Injection), so that opening the predictions runs nothing that a record contains. JSONL and
+Parquet hold every text unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_target(path: Path) -> None:
 
 def write_table(table: pa.Table, path: Path, suffix: str) -> None:
     """Write a table in the format of `suffix`, one of FORMATS. Numbers are written so that they read back to the same
-    bits; texts, too, but those that a spreadsheet would run."""
+    bits; texts, too, except those that a spreadsheet would run."""
     if suffix == ".parquet":
         from pyarrow import parquet
 
@@ -61,7 +61,7 @@ def write_table(table: pa.Table, path: Path, suffix: str) -> None:
 
 
 def _list_rows(table: pa.Table) -> list[tuple[object, ...]]:
-    """Values of each row; those of bytes as text."""
+    """Values of each row; bytes are given as text."""
     columns = [
         [as_text(value)[0] if isinstance(value, bytes) else value for value in list_values(column)]
         for column in table.columns
@@ -70,7 +70,7 @@ def _list_rows(table: pa.Table) -> list[tuple[object, ...]]:
 
 
 def _spell(cell: object) -> str:
-    """Return what stands in a cell of a CSV or TSV: never a text that begins like a formula, unless it is a number."""
+    """Return the content of a CSV or TSV cell: never a text that begins like a formula, unless it is a number."""
     if cell is None:
         return ""
     if not isinstance(cell, str):

@@ -1,6 +1,6 @@
-"""Any computation cut into tasks, run by many workers, put together again: with the result that one worker gives.
+"""Any computation, cut into tasks and run by many workers, with the result that one worker gives.
 
-`map` and `map_reduce` run a function over items; `add` and `matmul` are made of them. docs/parallel.md is the guide.
+`map` and `map_reduce` run a function over items; `add` and `matmul` use them. docs/parallel.md is the guide.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Addition and multiplication of arrays by many workers, to the same bits on any number of them.
 
 Owns the blocks. Both cut the result into blocks that the shape alone decides; a block is computed by one worker, with
-one thread. Products are made of copies in aligned, contiguous memory, so that neither the number of workers nor where
-or how the operands lie in memory can move a bit.
+one thread. Products are computed from copies in aligned, contiguous memory, so no bit depends on the number of workers,
+or on where and how the operands lie in memory.
 
 - `add`: the parts of a block are added in the fixed binary tree of `determinism.nodes`, over the parts' numbers.
   Pairwise summation: the error grows with log2 of the number of parts (Higham, Accuracy and Stability of Numerical
@@ -11,8 +11,8 @@ or how the operands lie in memory can move a bit.
   result is the sum of products of panels, up to `PANEL` columns of the left operand by as many rows of the right one,
   added in the same tree; a product is one call of the library's own (NumPy's BLAS for arrays, torch's for tensors).
 
-What travels: with local processes the numbers of blocks and nothing else, since workers inherit the operands and write
-into memory that all share. With other engines a block's rows and columns go out and the block comes back.
+What is sent: with local processes only the numbers of blocks, since workers inherit the operands and write into memory
+that all share. With other engines a block's rows and columns are sent, and the block is returned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PANEL = 4096
 """Columns of the left operand that are multiplied at once: 16 MiB of float32 beside a block's rows."""
 
 ELEMENTS = 1 << 17
-"""Of a block of a sum, at most (one row at least)."""
+"""The largest size of a block of a sum (it has at least one row)."""
 
 Array = TypeVar("Array", np.ndarray, Any)  # or torch.Tensor
 
@@ -165,7 +165,7 @@ def _compute(
     engine: str | Engine,
     progress: Progress,
 ) -> Any:
-    """Fill each block of the result with what the function makes of the block's operands."""
+    """Fill each block of the result with what the function returns for the block's operands."""
     chosen = find_engine(engine)
     settings: dict[str, Any] = {"workers": workers, "seed": None, "progress": progress, "engine": chosen}
     shared = chosen.inherits and (out is None or _is_shared(out))
@@ -194,18 +194,18 @@ def _compute(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Term:
-    """A part of a sum. owned: nobody else sees it, so that another one can be added to it."""
+    """A part of a sum. owned: no other code reads it, so another part can be added to it in place."""
 
     value: Any
     owned: bool
 
 
 def _add_owned(left: _Term, right: _Term) -> _Term:
-    """An addition is rounded in one way only, wherever its operands lie: so they need no copies."""
+    """An addition is rounded in one way only, wherever its operands lie, so they need no copies."""
     if left.owned:
         value = _add_to_left(left.value, right.value)
     elif right.owned:
-        value = _add_to_left(right.value, left.value)  # equal bits either way, but for the payloads of two NaNs
+        value = _add_to_left(right.value, left.value)  # equal bits either way, except for the payloads of two NaNs
     else:
         value = left.value + right.value
     return _Term(value=value, owned=True)
@@ -251,7 +251,7 @@ def _new_shared(shape: tuple[int, ...], like: Any) -> Any:
 
 
 def _is_shared(out: Any) -> bool:
-    """Whether children see what this process maps there, and the other way round."""
+    """Whether children share what this process maps there, in both directions."""
     if isinstance(out, np.memmap):
         return out.mode in ("r+", "w+")
     return bool(getattr(out, "is_shared", bool)())

@@ -1,6 +1,6 @@
-"""Memory that a process and its child share, and who uses which part of it.
+"""Memory that a process and its child share, and which part of it is in use.
 
-Owns the ranges. The memory has no name: it is mapped before the fork and gone with the last process that maps it.
+Owns the ranges. The memory has no name: it is mapped before the fork, and freed with the last process that maps it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Arena:
         self._free = [(0, size_bytes)]  # (offset, size), by offset, never touching
 
     def take(self, size_bytes: int) -> int:
-        """Return the offset of a range of that size that is nobody's from now on but the caller's; −1: none is left."""
+        """Reserve a range of this size for the caller; return its offset, −1 if none is left."""
         needed = -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         for number, (offset, size) in enumerate(self._free):
             if size >= needed:
@@ -29,7 +29,7 @@ class Arena:
         return -1
 
     def give_back(self, offset: int, size_bytes: int) -> None:
-        """Let others have a range that `take` returned."""
+        """Release a range that `take` returned."""
         size = -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         insort(self._free, (offset, size))
         place = self._free.index((offset, size))

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 
 class Bar:
-    """Within: called with the number of items that are done, it shows them."""
+    """A context that gives a function: called with the number of finished items, it shows them."""
 
     def __init__(self, total: int | None) -> None:
         self._progress = Progress(

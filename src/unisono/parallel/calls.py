@@ -1,4 +1,4 @@
-"""`map` and `map_reduce`: a function over items, by many workers, with the result that one would give.
+"""`map` and `map_reduce`: a function over items, by many workers, with the result that one worker gives.
 
 Owns the arguments and their checks, quarantine and progress.
 """
@@ -24,7 +24,7 @@ Progress = bool | None | Callable[[int, int | None], None]
 
 
 class Quarantine(Protocol):
-    """Where failures go: a list, say."""
+    """The container for failures, such as a list."""
 
     def append(self, failure: Failure, /) -> None: ...
 
@@ -44,18 +44,18 @@ def map(
 ) -> Iterator[Result]:
     """Apply a function to each item, by many workers; yield the results in the order of the items.
 
-    Items are read as they are needed, results are given out as soon as all before them are there; only so many are held
-    in between (256 MiB of them at most, and at least two per worker). As with the built-in `map`, nothing begins before
-    the first result is asked for; closing the iterator ends the workers.
+    Items are read as they are needed, results are returned as soon as all before them exist; the number held in between
+    is limited (256 MiB of them at most, and at least two per worker). As with the built-in `map`, nothing begins before
+    the first result is requested; closing the iterator ends the workers.
 
     Args:
-        function: takes an item. It is inherited by local processes, so lambdas and closures will do.
+        function: takes an item. It is inherited by local processes, so lambdas and closures are allowed.
         items: any iterable. NumPy arrays, Arrow tables, pandas and Polars frames and torch tensors are sent without
             pickling their buffers; results likewise.
         workers: how many processes; "auto": one per core.
         seed: before each task the global generators of `random`, NumPy and torch are seeded from (seed, number of the
             item); `parallel.key()` returns that key. None: they are left alone, which saves 10 µs a task.
-        threads: that kernels (OpenMP, BLAS) use in each worker. One core is used well by one more worker, and the
+        threads: the number that kernels (OpenMP, BLAS) use in each worker. To use more cores, use more workers: the
             number of threads can decide the last bit.
         retries: how often a task that raised, or took too long, is run again, with the same key.
         quarantine: failures are appended to it and their results left out; None: the first one, in the order of the
@@ -67,7 +67,7 @@ def map(
     Raises:
         ParallelError: an argument cannot be used.
         TaskError: a task failed for good: it raised, its item or result cannot be sent, it took too long, or three
-            workers ended at it. It tells the item; what the task raised is its cause.
+            workers ended at it. It names the item; the error that the task raised is its cause.
     """
     job = MapJob(function=function, seed=seed, threads=threads)
     chosen = _check(job, items, workers, retries, quarantine, timeout_seconds, engine)
@@ -92,8 +92,8 @@ def map_reduce(
 
     The tree is that of `unisono.determinism.nodes`, over the items' numbers: `combine` need not be associative
     (floating-point addition is not) to give the same bits on any number of workers. Workers combine what they have, so
-    that only complete nodes of the tree travel. `combine(left, right)` may reuse `left`. An item in quarantine is a
-    missing leaf: its sibling goes up as it is. An error of `combine` itself ends the call.
+    that only complete nodes of the tree are sent. `combine(left, right)` may reuse `left`. An item in quarantine is a
+    missing leaf: its sibling goes up unchanged. An error of `combine` itself ends the call.
 
     The other arguments, and the errors, are those of `map`.
 
@@ -204,7 +204,7 @@ def _check(
 
 
 def _tell_of(combine: Callable[[Result, Result], Result]) -> Callable[[Result, Result], Result]:
-    """`combine` in the caller's process: what it raises is told as at a worker."""
+    """`combine` in the caller's process: its errors are reported as those of a worker."""
 
     def combine_here(left: Result, right: Result) -> Result:
         try:
@@ -236,7 +236,7 @@ def find_engine(engine: str | Engine) -> Engine:
 
 
 def _show(progress: Progress, items: Iterable[Any]) -> AbstractContextManager[Callable[[int], None]]:
-    """What is told how many items are done."""
+    """The function that receives the number of finished items."""
     total = len(items) if isinstance(items, Sized) else None
     if callable(progress):
         return nullcontext(lambda done: progress(done, total))

@@ -1,7 +1,7 @@
-"""This process's connection to a Ray cluster: made when a call needs it, gone when the last one has ended.
+"""This process's connection to a Ray cluster: made when a call needs it, closed when the last call has ended.
 
-Owns the connection, the authentication token that is presented, and a cluster on this host where there is no other. A
-connection that the user has made is used as it is, and left.
+Owns the connection, the authentication token, and a cluster on this host where there is no other. A connection that
+the user has made is used unchanged, and is not closed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from unisono.errors import ParallelError
 
 OLDEST = (2, 54)
-"""Of Ray: it authenticates by token."""
+"""The oldest version of Ray that is allowed: it authenticates by token."""
 
 HASH_SEED = "PYTHONHASHSEED"
-"""Unless it is set, each Python process has its own order of texts in sets."""
+"""If it is not set, each Python process has its own order of strings in sets."""
 
 
 class Connection:
@@ -38,7 +38,7 @@ class Connection:
         self._before: dict[str, str | None] = {}
 
     def open(self, address: str | None, token: str | None, workers: int) -> None:
-        """Connect if nobody has yet."""
+        """Connect if there is no connection yet."""
         with self._lock:
             ray = import_ray() if "ray" in sys.modules else None
             if ray is None or not ray.is_initialized():
@@ -47,7 +47,7 @@ class Connection:
             self._users += 1
 
     def close(self) -> None:
-        """Disconnect if nobody else needs it."""
+        """Disconnect if no other call needs the connection."""
         with self._lock:
             self._users -= 1
             if self._ours and not self._users:
@@ -87,7 +87,7 @@ class Connection:
         self.seeded = address is None
 
     def _present(self, variables: dict[str, str | None]) -> None:
-        """Set variables, and have Ray read them again if it has already."""
+        """Set variables, and let Ray read them again if it has read them before."""
         for name, value in variables.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -108,7 +108,7 @@ def is_open() -> bool:
 
 
 def import_ray() -> Any:
-    """Ray, if it is there and new enough."""
+    """Ray, if it is installed and new enough."""
     try:
         import ray
     except ImportError as error:

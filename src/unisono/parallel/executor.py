@@ -1,6 +1,6 @@
-"""Where tasks are run, as `sharing.py` sees it.
+"""The interfaces through which `sharing.py` runs tasks.
 
-Owns the interfaces. `local.py` runs tasks in processes of this host, `cluster.py` on a Ray cluster.
+Owns the interfaces. `local_processes.py` runs tasks in processes of this host, `ray_actors.py` on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ class Pool(Protocol):
     """Workers of one call."""
 
     def capacity(self, ahead: bool) -> int:
-        """How many batches can be submitted now: one for each idle worker; with `ahead`, one more for each that is not,
-        so that it never waits."""
+        """How many batches can be submitted now: one for each idle worker; with `ahead`, also one for each busy
+        worker, so that it never waits."""
         ...
 
     def submit(self, batch: ItemBatch) -> list[ItemFault]:
-        """Have some worker run a batch. Returns faults for the items that cannot be sent; the others are sent."""
+        """Let a worker run a batch. Returns faults for the items that cannot be sent; the others are sent."""
         ...
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        """Return what has come back, as soon as there is something, at the latest after `seconds`. Lost workers are
-        replaced."""
+        """Return the outcomes that have arrived, as soon as there is one, at the latest after `seconds`. Lost workers
+        are replaced."""
         ...
 
     def close(self, at_once: bool) -> None:
-        """End all workers; `at_once`, also those at work."""
+        """End all workers; with `at_once`, also the busy ones."""
         ...
 
 
@@ -37,10 +37,10 @@ class Engine(Protocol):
     """A kind of workers."""
 
     inherits: bool
-    """Whether workers see the caller's memory as it was when the call began, and share what it shares."""
+    """Whether workers have the caller's memory as it was when the call began, and share its shared memory."""
 
     def count(self, workers: int | str) -> int:
-        """How many workers "auto" are."""
+        """The number of workers for "auto"."""
         ...
 
     def start(self, job: MapJob, workers: int, timeout_seconds: float | None) -> Pool:

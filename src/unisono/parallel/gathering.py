@@ -1,6 +1,6 @@
-"""Results put together: in the order of their items, or in the fixed tree.
+"""Results gathered: in the order of their items, or in the fixed tree.
 
-Owns what waits for others to come. Neither depends on which worker was quicker.
+Owns the results that wait for others. The result does not depend on which worker was faster.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MISSING = object()
 
 
 class Ordered:
-    """Results by number, given out in rising order."""
+    """Results by number, returned in rising order."""
 
     def __init__(self) -> None:
         self.next = 0
@@ -25,17 +25,17 @@ class Ordered:
         self._ready.update(values)
 
     def drain(self) -> Iterator[Any]:
-        """The results that are next, as long as they are there. None of them is held after it was given out."""
+        """The next results, as far as they exist. None of them is held after it was returned."""
         while self.next in self._ready:
             self.next += 1
             yield self._ready.pop(self.next - 1)
 
 
 class Combined:
-    """Nodes of the fixed tree, combined as soon as both siblings are there.
+    """Nodes of the fixed tree, combined as soon as both siblings exist.
 
-    A leaf that is missing (its task failed, and was put into quarantine) leaves its sibling to go up as it is, as one
-    beyond the last does.
+    Where a leaf is missing (its task failed and was quarantined, or it is beyond the last), its sibling goes up
+    unchanged.
     """
 
     def __init__(self, combine: Callable[[Any, Any], Any]) -> None:
@@ -58,14 +58,14 @@ class Combined:
         self.put(Node(0, number), value)
 
     def miss(self, number: int) -> None:
-        """Leaf `number` will not come."""
+        """Note that leaf `number` is missing."""
         self.put(Node(0, number), _MISSING)
 
     def finish(self) -> tuple[Any, bool]:
-        """The root over all leaves that came, and whether there was one."""
+        """The root over all leaves that exist, and whether there is one."""
         stack = sorted(self._nodes.items(), key=lambda one: one[0].index << one[0].level)
         result: Any = _MISSING
-        for _, value in reversed(stack):  # what lacks its right sibling goes up as it is
+        for _, value in reversed(stack):  # a node without a right sibling goes up unchanged
             result = self._put_together(value, result)
         return result, result is not _MISSING
 

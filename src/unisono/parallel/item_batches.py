@@ -1,6 +1,6 @@
-"""Tasks: what one is, what it leaves behind, and how a batch of them is run, wherever that is.
+"""Tasks of a call: what a task is, what it returns, and how a batch of tasks is run, by any engine.
 
-Owns a task's random key, and that whatever it raises is told with its number. Does not know engines or other workers.
+Owns a task's random key, and that every error is reported with the task's number. Depends on no engine.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from unisono.determinism.nodes import Node
 from unisono.errors import ParallelError
 
 SECONDS_PER_BATCH = 0.05
-"""A batch at work for longer is handed back: others may be free for the rest of its tasks."""
+"""A batch that runs longer is given back: other workers may be free for the rest of its tasks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapJob:
     """What all tasks of a call have in common.
 
-    combine: puts two results together, where only one for all is wanted.
+    combine: combines two results, where the call returns one result for all items.
     seed: with a task's number it gives the task's random key; None: generators are left alone.
     """
 
@@ -52,7 +52,7 @@ class ItemBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemFault:
-    """What a task raised: in words, with its traceback, and itself where it can travel."""
+    """An error that a task raised: its text, its traceback, and the exception itself where it can be sent."""
 
     number: int
     error: str
@@ -62,16 +62,16 @@ class ItemFault:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What became of a batch.
+    """The outcome of a batch.
 
     done, values: tasks and their results; none where results are combined.
     nodes: complete nodes of the tree over the tasks' numbers, where results are combined.
-    faults: tasks that raised. Numbers that are in none of these are to be done again: their worker was lost, or was at
-    work for long enough.
-    broken: what `combine` raised; the call cannot go on.
-    loss, at: how the worker was lost, and the number of the task that it was at (−1: none). suspect: it was at one of
-    them, and nobody knows at which. late: it was ended, since the task took too long.
-    seconds: at work. bytes_: what travelled, both ways.
+    faults: tasks that raised. Numbers that are in none of these must run again: their worker was lost, or had
+    worked long enough.
+    broken: the error that `combine` raised; the call cannot go on.
+    loss, at: how the worker was lost, and the number of the task that it ran (−1: none). suspect: it was running
+    one of them, and it is unknown which. late: it was ended, since the task took too long.
+    seconds: of work. bytes_: sent, both ways.
     """
 
     id: int
@@ -89,7 +89,7 @@ class Outcome:
 
     @property
     def numbers(self) -> set[int]:
-        """The tasks of which there is a result or a fault."""
+        """The tasks that have a result or a fault."""
         done = {*self.done, *(fault.number for fault in self.faults)}
         for node, _ in self.nodes:
             done.update(range(node.index << node.level, (node.index + 1) << node.level))
@@ -114,8 +114,8 @@ def key() -> int:
 
 
 def settle(threads: int) -> None:
-    """To be called by a new worker: have kernels use so many threads, in libraries that are there and in those that
-    come; have torch seeded when it comes; forget the task that was at work in the process it was forked from."""
+    """A new worker calls it: set the number of kernels' threads, in libraries that are loaded now or later; let torch
+    be seeded when it is imported; forget the task that was running in the process from which it was forked."""
     _current.clear()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -130,9 +130,9 @@ def run(
 ) -> Outcome:
     """Run a batch's tasks one after the other, until they have taken long enough.
 
-    On the board stands the number of the task at work, and since when (nanoseconds); at the end −1. `send` takes each
-    result as soon as it is there: a function may use the same memory for the next one. It raises if it cannot; where
-    results are combined, it is not called.
+    `board` holds the number of the running task, and its start (nanoseconds); at the end −1. `send` takes each
+    result as soon as it exists: a function may use the same memory for the next one. It raises if it cannot send;
+    where results are combined, it is not called.
     """
     outcome = Outcome(id=batch.id)
     function, combine, seed = job.function, job.combine, job.seed
@@ -149,7 +149,7 @@ def run(
             value = function(item)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is told, with its item
+        except BaseException as error:  # noqa: BLE001 - reports whatever a user's function raises, with its item
             outcome.faults.append(describe(number, error))
         else:
             _keep(outcome, number, value, combine, send)
@@ -163,7 +163,7 @@ def run(
 
 
 def describe(number: int, error: BaseException) -> ItemFault:
-    """A task's error as what is told of it."""
+    """A task's error as a report."""
     told = "".join(traceback.format_exception_only(error)).strip()
     return ItemFault(number=number, error=told, trace="".join(traceback.format_exception(error)), exception=error)
 
@@ -190,7 +190,7 @@ def _keep(
 
 
 def _combine(nodes: list[tuple[Node, Any]], combine: Callable[[Any, Any], Any]) -> ItemFault | None:
-    """Combine siblings at the end of complete nodes, while there are any. Returns what `combine` raised."""
+    """Combine siblings at the end of complete nodes, while there are any. Returns the error that `combine` raised."""
     while len(nodes) > 1 and nodes[-2][0].is_left_of(nodes[-1][0]):
         (left, a), (_, b) = nodes[-2:]
         try:
@@ -207,7 +207,7 @@ class SeedTorch(MetaPathFinder):
     worker had imported it for an earlier one."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find torch as others do, and seed it once it is there."""
+        """Find torch as the other finders do, and seed it once it is imported."""
         if name != "torch":
             return None
         sys.meta_path.remove(self)

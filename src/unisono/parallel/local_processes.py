@@ -1,8 +1,8 @@
-"""Workers as processes of this host: forked when a call begins, gone when it ends.
+"""Workers as processes of this host: forked when a call begins, ended when it ends.
 
-Owns the processes, their sockets and their shared memory. The function and all that it refers to are inherited, not
-sent; items and results travel as `wire.py` takes them apart, large buffers through an `Arena`. A worker that ends is
-replaced; what it had not given back is told.
+Owns the processes, their sockets and their shared memory. The function and everything that it refers to are inherited,
+not sent; items and results are sent in the form of `wire.py`, large buffers through an `Arena`. A worker that ends is
+replaced; the tasks whose results it had not returned are reported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from unisono.processes.forking import (
 )
 
 ARENA_BYTES = 128 << 20
-"""Shared memory each way for each worker; only what has been used takes space. What does not fit goes by the socket."""
+"""Shared memory each way for each worker; only used parts take space. What does not fit goes through the socket."""
 
 _HELD = (signal.SIGINT, signal.SIGTERM)
 
@@ -75,7 +75,7 @@ class LocalPool:
         except BaseException:
             self.close(at_once=True)
             raise
-        atexit.register(self.close, True)  # a caller who ends in the middle would wait for the workers otherwise
+        atexit.register(self.close, True)  # a caller that ends in the middle would wait for the workers otherwise
 
     def capacity(self, ahead: bool) -> int:
         """One batch for each idle worker; with `ahead`, one more for each."""
@@ -89,7 +89,7 @@ class LocalPool:
         return faults
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        """Move what can be moved through the sockets; return what has come back."""
+        """Send and receive what the sockets take; return the outcomes that have arrived."""
         outcomes: list[Outcome] = []
         if self._timeout_seconds is not None:
             seconds = min(seconds, 0.05)
@@ -129,13 +129,13 @@ class LocalPool:
         self._selector.modify(worker.socket, events, worker)
 
     def _replace(self, worker: _Worker, late: bool = False) -> list[Outcome]:
-        """Tell of a worker that has ended, or ends now since it is late; start another."""
+        """Report a worker that has ended, or that is ended now since it is late; start another."""
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
         if not late:
             worker.process.join(1.0)  # its socket closes a little before it ends
         worker.close(at_once=True)
-        at = worker.board[0] if not late or self._is_late(worker) else -1  # it may just have gone on to the next task
+        at = worker.board[0] if not late or self._is_late(worker) else -1  # it may just have started the next task
         how = describe_end(worker.process.exitcode or 0)
         self._hire()
         return [
@@ -156,12 +156,12 @@ class LocalPool:
 
 
 class _Worker:
-    """A process, as its parent sees it."""
+    """A worker process, on its parent's side."""
 
     def __init__(self, job: MapJob) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
-        self.board = Arena(mmap.PAGESIZE).view[:16].cast("q")  # the task at work (−1: none), since when (nanoseconds)
+        self.board = Arena(mmap.PAGESIZE).view[:16].cast("q")  # the running task (−1: none), its start (nanoseconds)
         self.board[0] = -1
         self._items, self._results = Arena(ARENA_BYTES), Arena(ARENA_BYTES)
         self.batches: deque[ItemBatch] = deque()
@@ -174,7 +174,7 @@ class _Worker:
         theirs.close()
 
     def send(self, batch: ItemBatch) -> list[ItemFault]:
-        """Queue a batch for sending; return faults for what cannot be sent."""
+        """Queue a batch for sending; return faults for items that cannot be sent."""
         parcel = Parcel(self._items)
         numbers, faults = pack_items(batch, parcel.add)
         self.outgoing += parcel.close(batch.id, array("Q", numbers), self._freed)
@@ -200,7 +200,7 @@ class _Worker:
         return True
 
     def receive(self) -> bool:
-        """Take what has arrived. False: the process has ended."""
+        """Receive what has arrived. False: the process has ended."""
         while True:
             try:
                 content = self.socket.recv(1 << 20)
@@ -215,7 +215,7 @@ class _Worker:
                 return True
 
     def read(self) -> list[Outcome]:
-        """Take apart what has arrived whole."""
+        """Unpack the messages that have arrived complete."""
         outcomes: list[Outcome] = []
         for message in parse(self._incoming):
             for offset, length in pairs(message.freed):
@@ -233,7 +233,7 @@ class _Worker:
         if at_once:
             self.process.kill()
         with suppress(OSError):  # it has ended
-            self.socket.shutdown(socket.SHUT_RDWR)  # closing would not do: later workers have inherited this end
+            self.socket.shutdown(socket.SHUT_RDWR)  # closing is not enough: later workers have inherited this end
         self.socket.close()
         self.process.join()
 
@@ -248,7 +248,7 @@ def _serve(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
     settle(job.threads)
-    freed = array("Q")  # ranges of items that nothing refers to any more
+    freed = array("Q")  # ranges of items that are no longer referred to
     while (message := receive(end)) is not None:
         for offset, length in pairs(message.freed):
             results.give_back(offset, length)
@@ -256,7 +256,7 @@ def _serve(
         _perform(job, message, items, freed, board, parcel)
         given_back = freed[:]
         del freed[: len(given_back)]
-        with suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
+        with suppress(BrokenPipeError, ConnectionResetError):  # the parent no longer waits for it
             for part in parcel.close(message.id, array("Q"), given_back):
                 end.sendall(part)
         del parcel, message
@@ -265,13 +265,13 @@ def _serve(
 
 
 def _perform(job: MapJob, message: Message, arena: Arena, freed: array, board: memoryview, parcel: Parcel) -> None:
-    """Run a message's batch; when this returns, nothing but the function itself refers to the items any more."""
+    """Run a message's batch; when this returns, only the function itself may still refer to the items."""
     items = message.open(_lend(arena, message.ranges, freed))
     perform(job, ItemBatch(id=message.id, numbers=message.numbers, items=items), board, parcel.add)
 
 
 def _lend(arena: Arena, ranges: array, freed: array) -> list[np.ndarray]:
-    """Buffers in the arena; their ranges are put into `freed` when nothing refers to them any more."""
+    """Buffers in the arena; their ranges are put into `freed` when they are no longer referred to."""
     buffers = []
     for offset, length in pairs(ranges):
         content = np.frombuffer(arena.memory, np.uint8, length, offset)

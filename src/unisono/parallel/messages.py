@@ -1,7 +1,7 @@
 """Messages between a process and its worker: numbers, and values whose large buffers lie in memory that both share.
 
-Owns their form. Each value is packed by itself, as it is at that moment; one that cannot be sent or put together again
-does not touch the others.
+Owns their form. Each value is packed by itself, as it is at that moment; a value that cannot be sent or rebuilt does
+not affect the others.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _HEAD = struct.Struct("<QQQQQQ")  # batch; lengths of numbers, chunks, ranges, f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What has arrived.
+    """A received message.
 
-    chunks: what `wire.unpack` needs to know of the body.
-    ranges: where the sender's arena has the buffers of the values: offset, size, offset, size …
-    freed: ranges of the receiver's own arena that the sender has done with.
+    chunks: the facts about the body that `wire.unpack` needs.
+    ranges: where the buffers of the values are in the sender's arena: offset, size, offset, size …
+    freed: ranges of the receiver's own arena that the sender no longer needs.
     """
 
     id: int
@@ -45,7 +45,7 @@ class Message:
 
 
 class Parcel:
-    """A message on the way out."""
+    """A message to be sent."""
 
     def __init__(self, arena: Arena) -> None:
         ranges = self._ranges = array("Q")
@@ -62,7 +62,7 @@ class Parcel:
         self.size_bytes = 0
 
     def add(self, value: object) -> None:
-        """Pack a value; raises what the value raises if it cannot be sent, and is then as before."""
+        """Pack a value. If it cannot be sent, its error is raised, and the message is unchanged."""
         before = len(self._ranges)
         try:
             self._packer.add(value)
@@ -82,7 +82,7 @@ class Parcel:
 
 
 def parse(content: bytearray) -> Iterator[Message]:
-    """The messages that have arrived whole; they are taken out of the content."""
+    """The messages that have arrived complete; they are removed from the content."""
     begin = 0
     while len(content) - begin >= _HEAD.size:
         head = _HEAD.unpack_from(content, begin)
@@ -98,7 +98,7 @@ def parse(content: bytearray) -> Iterator[Message]:
 
 
 def receive(end: socket.socket) -> Message | None:
-    """Wait for a message; None where the other end is gone."""
+    """Wait for a message; None if the other end is closed."""
     packed = _receive(end, _HEAD.size)
     if packed is None:
         return None
@@ -128,13 +128,13 @@ def _cut(head: tuple[int, ...], content: memoryview) -> Message:
 
 
 def _receive(end: socket.socket, size: int) -> bytearray | None:
-    """Exactly so many bytes; None where the other end is gone."""
+    """Exactly this number of bytes; None if the other end is closed."""
     content = bytearray(size)
     view, done = memoryview(content), 0
     while done < size:
         try:
             count = end.recv_into(view[done:])
-        except ConnectionResetError:  # it went without reading what was sent to it
+        except ConnectionResetError:  # it ended without reading what was sent to it
             return None
         if not count:
             return None

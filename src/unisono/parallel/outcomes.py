@@ -1,6 +1,6 @@
-"""A batch at a worker: items as they arrived, results on their way back one by one, then what became of the batch.
+"""A batch at a worker: it receives items, sends results back one by one, and then sends the batch's outcome.
 
-Owns what is done about values that cannot travel, either way. Does not know by what way they do.
+Owns the handling of values that cannot be sent, in either direction. Does not depend on how they are sent.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from unisono.parallel.wire import Unreadable, travels
 
 
 def pack_items(batch: ItemBatch, add: Callable[[Any], None]) -> tuple[list[int], list[ItemFault]]:
-    """Hand a batch's items to `add`; return the numbers of those that it took, and faults for the others."""
+    """Give a batch's items to `add`; return the numbers of those that it took, and faults for the others."""
     numbers: list[int] = []
     faults: list[ItemFault] = []
     for number, item in zip(batch.numbers, batch.items, strict=True):
         try:
             add(item)
-        except Exception as error:  # noqa: BLE001 - a user's class; told with its item
+        except Exception as error:  # noqa: BLE001 - a user's class; reported with its item
             faults.append(describe(number, error))
         else:
             numbers.append(number)
@@ -32,7 +32,7 @@ def perform(
 ) -> None:
     """Run a batch at a worker.
 
-    `send` takes a result each time, or raises; at last the outcome, with places for them.
+    `send` takes one result at a time, or raises; at the end it takes the outcome, with places for the results.
     """
     numbers, items, faults = _sort(batch.numbers, batch.items, "its item")
     outcome = run(job, ItemBatch(id=batch.id, numbers=numbers, items=items), board, send)
@@ -68,7 +68,7 @@ def restore(values: Sequence[Any]) -> Outcome:
 
 
 def _sort(numbers: Sequence[int], values: Sequence[Any], what: str) -> tuple[list[int], list[Any], list[ItemFault]]:
-    """Values that could be put together again, and faults for the others."""
+    """Values that could be rebuilt, and faults for the others."""
     if not any(isinstance(value, Unreadable) for value in values):
         return list(numbers), list(values), []
     pairs = list(zip(numbers, values, strict=True))
@@ -86,5 +86,5 @@ def _tell(number: int, told: str) -> ItemFault:
 
 
 def _lighten(fault: ItemFault) -> ItemFault:
-    """Without its exception, if that cannot travel."""
+    """The fault without its exception, if that cannot be sent."""
     return fault if fault.exception is None or travels(fault.exception) else replace(fault, exception=None)

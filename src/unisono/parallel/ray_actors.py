@@ -1,10 +1,10 @@
-"""Workers as actors of a Ray cluster: an existing one, or one on this host for as long as the call takes.
+"""Workers as actors of a Ray cluster: an existing cluster, or one on this host for the time of the call.
 
-Owns the actors. Functions, items and results go through Ray's object store, in Ray's own
-serialisation, with large buffers out of band; of items and results both sides copy these, so that nothing holds on to
-the store and arrays can be written to, as with local processes (those that the function refers to lie in the store,
-where a host's workers share them, and cannot). Workers are other processes with a memory of their own, on other hosts:
-unisono, and whatever the function imports, must be installed there.
+Owns the actors. Functions, items and results go through Ray's object store, in Ray's own serialisation, with large
+buffers out of band. Both sides copy the buffers of items and results, so nothing keeps the store in use, and arrays can
+be written to, as with local processes. Arrays that the function refers to lie in the store, where a host's workers
+share them, and cannot be written to. Workers are processes with a memory of their own, on other hosts: unisono, and
+everything that the function imports, must be installed there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from unisono.parallel.wire import Packer, reduce, unpack
 from unisono.processes.forking import count_cores
 
 FRUITLESS = 5
-"""Actors in a row that ended before they were ready, at which a call ends."""
+"""The number of actors in a row that ended before they were ready, at which a call ends."""
 
-LOOK_SECONDS = 0.02  # between two looks of an actor at a task that may take too long
+LOOK_SECONDS = 0.02  # between an actor's two checks of a task that may take too long
 
 Sent = tuple[bytes, array, list[np.ndarray]]  # values as `wire` packs them: body, chunks, buffers
 
@@ -39,8 +39,8 @@ Sent = tuple[bytes, array, list[np.ndarray]]  # values as `wire` packs them: bod
 class Ray:
     """The engine: actors of a Ray cluster, each with one CPU of it.
 
-    address: of an existing cluster ("auto", "host:port", "ray://host:port"). None: the one that this process is
-        connected to; if it is to none, one on this host, with a CPU for each worker and without telemetry, is started
+    address: of an existing cluster ("auto", "host:port", "ray://host:port"). None: the cluster to which this process is
+        connected; without a connection, one on this host, with a CPU for each worker and without telemetry, is started
         and shut down again.
     token: the cluster's authentication token. None: what Ray finds by its own rules (RAY_AUTH_TOKEN,
         RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token); a cluster started here gets a new one if there is none.
@@ -123,7 +123,7 @@ class RayPool:
         return faults
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        """Take what has come back."""
+        """Receive what has arrived."""
         self._welcome(0.0 if any(actor.ready for actor in self._actors) else 1.0)
         flying = {actor.batches[0][1]: actor for actor in self._actors if actor.batches}
         if not flying:
@@ -137,7 +137,7 @@ class RayPool:
         return outcomes
 
     def close(self, at_once: bool) -> None:
-        """End all actors; a cluster that was started for them, too."""
+        """End all actors, and a cluster that was started for them."""
         self._dismiss()
         connection.close()
 
@@ -152,7 +152,7 @@ class RayPool:
         return [outcome] + (self._replace(actor, "") if outcome.late else [])
 
     def _replace(self, actor: _Actor, how: str) -> list[Outcome]:
-        """Tell of an actor that has ended, or ends now since it is late; start another."""
+        """Report an actor that has ended, or that is ended now since it is late; start another."""
         self._actors.remove(actor)
         self._ray.kill(actor.handle)
         self._hire()
@@ -169,7 +169,7 @@ class RayPool:
         self._actors.append(_Actor(self._class.remote(sys.path, self._timeout_seconds), self._job))
 
     def _welcome(self, seconds: float) -> None:
-        """Note which actors have become ready, or ended before that; wait for the first of them for a while."""
+        """Note which actors have become ready, or ended before that; wait for the first of them for a limited time."""
         new = {actor.beginning: actor for actor in self._actors if not actor.ready}
         if not new:
             return
@@ -200,7 +200,7 @@ class RayPool:
 
 
 class _Actor:
-    """An actor, as its caller sees it."""
+    """An actor, on its caller's side."""
 
     def __init__(self, handle: Any, job: Any) -> None:
         self.handle = handle
@@ -210,15 +210,15 @@ class _Actor:
 
 
 class _RayWorker:
-    """An actor, as it sees itself."""
+    """An actor, on its own side."""
 
     def __init__(self, path: list[str], timeout_seconds: float | None) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]  # before anything of the caller's is imported
         self._timeout_seconds = timeout_seconds
-        self._board = [-1, 0]  # the task at work (−1: none), since when (nanoseconds)
+        self._board = [-1, 0]  # the running task (−1: none), its start (nanoseconds)
 
     def begin(self, job: MapJob) -> None:
-        """Take the function; answers when it is there."""
+        """Receive the function; returns when it has arrived."""
         self._job = job
         settle(job.threads)
 
@@ -245,7 +245,7 @@ class _RayWorker:
 
 
 def make_pickler(*arguments: Any, **settings: Any) -> Any:
-    """Ray's pickler, which takes along classes and functions of the user's script, with `wire`'s way for arrays."""
+    """Ray's pickler, which includes classes and functions of the user's script, with the form of `wire` for arrays."""
     from ray.cloudpickle import CloudPickler
 
     class Pickler(CloudPickler):
@@ -257,7 +257,7 @@ def make_pickler(*arguments: Any, **settings: Any) -> Any:
 
 
 def _keep_in(buffers: list[np.ndarray], copy: bool = False) -> Any:
-    """Takes buffers; without a copy they are as they are when the list is sent."""
+    """Takes buffers. Without a copy, they are sent as they are when the list is sent."""
 
     def keep(content: memoryview) -> bool:
         buffers.append(np.array(content, np.uint8) if copy else np.frombuffer(content, np.uint8))
@@ -283,7 +283,7 @@ def _count_bytes(sent: Sent) -> int:
 
 
 def _tell_end(error: Exception) -> str:
-    """How an actor ended, in a few words of Ray's many."""
+    """How an actor ended, shortened from Ray's long message."""
     for line in str(error).splitlines():
         if "because" in line or "exit detail" in line:
             return f"ended ({line.partition('. Some common causes')[0].strip()})"

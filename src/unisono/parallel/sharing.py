@@ -1,7 +1,7 @@
-"""Which tasks go to workers next, and what is done about those that fail.
+"""Which tasks go to workers next, and the handling of tasks that fail.
 
-Owns batches, retries and losses. Reads items only as far ahead as it must; knows workers only as a `Pool`. What it
-decides changes how long a call takes, never its result.
+Owns batches, retries and losses. Reads items only as far ahead as it must; uses workers only through a `Pool`. Its
+decisions change how long a call takes, never its result.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from unisono.parallel.executor import Pool
 from unisono.parallel.item_batches import ItemBatch, ItemFault, Outcome
 
 AIM_SECONDS = 0.005
-"""How long a batch should take: long beside the cost of sending it, short beside the wait for an idle worker."""
+"""How long a batch should take: long compared with sending it, short compared with the wait for an idle worker."""
 
 MOST_TASKS, MOST_BYTES = 4096, 2 << 20  # of a batch
 LOSSES = 3
-"""Workers that may be lost at one task: the next one would be, too."""
+"""The number of workers lost at one task after which it fails: the next worker would be lost, too."""
 
 AHEAD, AHEAD_TASKS, AHEAD_BYTES = 4, 16, 256 << 20
-"""Items are read so many batches per worker, but at least so many tasks and at most so many bytes of theirs, before the
-first of them is given out."""
+"""How far items are read ahead: this many batches per worker, but at least this many tasks, and at most this many
+bytes."""
 
 BARREN_LOSSES = 10
-"""Workers lost in a row, none of them at a task, at which a call ends: they cannot live here."""
+"""The number of workers lost in a row, none of them at a task, at which a call ends: workers cannot run here."""
 
-PATIENCE_SECONDS = 1.0  # between two looks at an idle crew; what arrives is seen at once
+PATIENCE_SECONDS = 1.0  # between two checks of an idle worker pool; results are received at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +49,14 @@ class Failure:
     exception: BaseException | None = None
 
     def as_error(self) -> TaskError:
-        """The error that tells of it."""
+        """The error that reports this failure."""
         told = f"task {self.number} failed: {self.error}\nits item: {shorten(self.item)}"
         return TaskError(f"{told}\n{self.trace}".rstrip(), self.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What is known for good since last time: results by number, complete nodes, failures."""
+    """The final results since the last time: results by number, complete nodes, failures."""
 
     values: list[tuple[int, Any]]
     nodes: list[tuple[Node, Any]]
@@ -64,9 +64,9 @@ class Settled:
 
 
 class Sharing:
-    """Hands a call's items to a crew.
+    """Gives a call's items to a worker pool.
 
-    `given`: how many items the caller is done with; it bounds how far ahead others are read.
+    `given`: how many items the caller has finished with; it limits how far ahead items are read.
     """
 
     def __init__(self, pool: Pool, items: Iterable[Any], workers: int, retries: int) -> None:
@@ -77,7 +77,7 @@ class Sharing:
         self._items = enumerate(items)
         self._workers = workers
         self._retries = retries
-        self._again: deque[tuple[int, Any]] = deque()  # to be done before any that are new
+        self._again: deque[tuple[int, Any]] = deque()  # to run before new ones
         self._alone: deque[tuple[int, Any]] = deque()  # in a batch of their own: a worker was lost at them
         self._flying: dict[int, dict[int, Any]] = {}  # items by number, by batch
         self._tries: dict[int, int] = {}
@@ -93,7 +93,7 @@ class Sharing:
         self.exhausted = True
 
     def settle(self) -> Iterator[Settled]:
-        """Yield what becomes known, until all is."""
+        """Yield results as they become final, until all are."""
         while True:
             failures = self._submit()
             if not (self._flying or failures or self._again or self._alone) and self.exhausted:
@@ -133,7 +133,7 @@ class Sharing:
         return dict(chosen)
 
     def _take(self, outcome: Outcome, settled: Settled) -> None:
-        """Note what became of a batch; what is left of it is done again."""
+        """Note the outcome of a batch; the rest of it runs again."""
         items = self._flying.pop(outcome.id)
         if outcome.broken:
             raise fail_to_combine(outcome.broken.error, outcome.broken.trace) from outcome.broken.exception
@@ -176,7 +176,7 @@ class Sharing:
         settled.failures.append(Failure(number=number, item=item, error=told))
 
     def _measure(self, outcome: Outcome, done: int) -> None:
-        """Let the next batches take about as long, and be about as large, as they should."""
+        """Adapt the size of the next batches to the intended time and size."""
         per_task = max(outcome.seconds / max(done, 1), 1e-7)
         bytes_per_task = max(outcome.bytes_ // max(done, 1), 1)
         by_bytes = MOST_BYTES // bytes_per_task
@@ -194,7 +194,7 @@ def _fail(fault: ItemFault, item: Any, told: str = "") -> Failure:
 
 
 def fail_to_combine(error: str, trace: str) -> TaskError:
-    """The error that tells of a `combine` that raised: no quarantine helps, and trying again neither."""
+    """The error for a `combine` that raised: neither quarantine nor a retry helps."""
     return TaskError(f"combine failed: {error}\nIt must take any two results, its own among them.\n{trace}".rstrip())
 
 
@@ -202,7 +202,7 @@ def shorten(item: Any, most: int = 200) -> str:
     """An item in a line."""
     try:
         told = repr(item)
-    except Exception as error:  # noqa: BLE001 - a user's class; its error must not hide the one that is told
+    except Exception as error:  # noqa: BLE001 - a user's class; its error must not hide the one to report
         told = f"<{type(item).__name__}, whose repr raised {error!r}>"
     told = " ".join(told.split())
     return told if len(told) <= most else f"{told[:most]}… ({len(told)} characters)"

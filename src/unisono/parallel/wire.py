@@ -1,9 +1,9 @@
 """Values between a process and its own children: small parts as a pickle, large buffers beside it.
 
 Owns how NumPy arrays, Arrow tables, pandas and Polars frames and torch tensors are taken apart, so that their buffers
-are copied once and never pickled. What is written here is read by a process at the other end of an anonymous socket, or
-by children that have inherited an anonymous memory file, and by nobody else: nothing of it reaches a disk or a network,
-and nothing that comes from there is read.
+are copied once and never pickled. Only two readers exist: a process at the other end of an anonymous socket, and
+children that have inherited an anonymous memory file. Nothing of it reaches a disk or a network, and nothing is read
+from one.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from typing import Any
 import numpy as np
 
 BUFFER_BYTES = 16 * 1024
-"""Smaller buffers travel within the pickle."""
+"""Smaller buffers are part of the pickle."""
 
 Keep = Callable[[memoryview], bool]
-"""Takes a buffer's bytes, and tells whether it has put them where the reader finds them."""
+"""Takes a buffer's bytes, and returns whether it has put them where the reader finds them."""
 
 
 PLAIN = {type(None), bool, int, float, complex, str, bytes, np.float64, np.float32, np.int64, np.int32, np.bool_}
-"""Values of these kinds cannot be changed: many of them are packed at once, which is ten times as quick."""
+"""Values of these kinds cannot be changed: many of them are packed at once, which is ten times as fast."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a value that cannot be put together again."""
+    """Stands for a value that cannot be rebuilt."""
 
     error: Exception
 
 
 class Packer:
-    """Values one after the other, each as it is when it is added: what two of them share, or what becomes of them
-    later, makes no difference.
+    """Values one after the other, each as it is when it is added: memory that two of them share, or later
+    changes, make no difference.
 
     keep: takes large buffers.
-    pickler: another one than Python's own; it knows `reduce`.
+    pickler: one to use instead of Python's own; it uses `reduce`.
     """
 
     def __init__(self, keep: Keep, pickler: Callable[..., pickle.Pickler] | None = None) -> None:
@@ -63,7 +63,7 @@ class Packer:
         self._pickler = (pickler or _Pickler)(self._file, protocol=5, buffer_callback=stays)
 
     def add(self, value: object) -> None:
-        """Pack a value. Raises what the value raises if it cannot be taken apart; then it is left out."""
+        """Pack a value. If it cannot be taken apart, its error is raised, and the value is left out."""
         if type(value) in PLAIN:
             self._plain.append(value)
             return
@@ -71,7 +71,7 @@ class Packer:
         self._dump([value])
 
     def finish(self) -> tuple[memoryview, array]:
-        """The values' bytes, without the buffers that were kept, and what `unpack` needs to know of them."""
+        """The values' bytes, without the buffers that were kept, and the facts that `unpack` needs."""
         self._flush()
         return self._file.getbuffer(), self._chunks
 
@@ -101,7 +101,7 @@ def unpack(content: bytes | memoryview, chunks: Sequence[int], buffers: Sequence
     for count, size, kept in zip(chunks[::3], chunks[1::3], chunks[2::3], strict=True):
         try:
             values += pickle.loads(view[at : at + size], buffers=buffers[taken : taken + kept])
-        except Exception as error:  # noqa: BLE001 - a user's class; told with its item
+        except Exception as error:  # noqa: BLE001 - a user's class; reported with its item
             values += [Unreadable(error)] * count
         at += size
         taken += kept
@@ -109,7 +109,7 @@ def unpack(content: bytes | memoryview, chunks: Sequence[int], buffers: Sequence
 
 
 def travels(value: object) -> bool:
-    """Whether a value can be sent and put together again."""
+    """Whether a value can be sent and rebuilt."""
     packer = Packer(lambda content: False)
     try:
         packer.add(value)
@@ -119,7 +119,7 @@ def travels(value: object) -> bool:
 
 
 class _Pickler(pickle.Pickler):
-    """Knows the kinds whose own way of being pickled would copy, or would take more than they hold."""
+    """Has its own way for the kinds whose own pickling would copy, or would take more than they hold."""
 
     def reducer_override(self, value: Any) -> Any:
         return reduce(value)
@@ -139,7 +139,7 @@ def reduce(value: Any) -> Any:
 
 
 def _reduce_arrow(value: Any) -> Any:
-    """A slice would bring along all that it was cut from: such a one is written anew, as an Arrow stream."""
+    """A slice would include everything that it was cut from, so it is written anew, as an Arrow stream."""
     import pyarrow as pa
 
     if isinstance(value, pa.Array | pa.ChunkedArray):
@@ -170,8 +170,8 @@ def _read_stream(content: Any, kind: str) -> Any:
 
 
 def _reduce_polars(value: Any) -> Any:
-    """As the Arrow buffers that it consists of, column by column: Polars would make a table in threads, and wait for
-    ever for those that a forked process does not have."""
+    """A frame as its Arrow buffers, column by column: Polars would make a table in threads, and wait without end for
+    threads that a forked process does not have."""
     import polars
 
     single = isinstance(value, polars.Series)
@@ -179,7 +179,7 @@ def _reduce_polars(value: Any) -> Any:
     for column in [value] if single else value.get_columns():
         array = column.to_arrow(compat_level=polars.CompatLevel.newest())
         if polars.Series(column.name, array).dtype != column.dtype:
-            return NotImplemented  # an Enum, say: its categories are more than Arrow tells
+            return NotImplemented  # such as an Enum: Arrow does not carry its categories
         columns.append((column.name, array))
     return _frame, (columns, single)
 
@@ -192,7 +192,7 @@ def _frame(columns: list[tuple[str, Any]], single: bool) -> Any:
 
 
 def _reduce_tensor(value: Any) -> Any:
-    """A plain tensor in host memory as its bytes; what is more (a history, a device) goes torch's own way."""
+    """A plain tensor in host memory as its bytes; any other (with a history, on a device) is pickled by torch."""
     torch = sys.modules["torch"]
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.requires_grad or value.is_conj() or value.is_neg():

@@ -1,8 +1,8 @@
 """Kinds of tasks: how the name in a recipe becomes a task with its samples, and a run folder a trained model.
 
 `[task] kind` names a preset, a task of an installed package (entry point `unisono.tasks`), or `module:Class`. Owns the
-look-up and the check of a task's own keys. A run folder never decides which code is imported: only presets and tasks of
-installed packages are found by the name that stands in it.
+look-up and the check of a task's own keys. A run folder never decides which code is imported: a name in it finds only
+presets and tasks of installed packages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TaskKind:
     """A kind of task that prepares its own data.
 
     task: its class, for messages.
-    open: (recipe, workers, notify, frames by split) → what a run works on.
+    open: (recipe, workers, notify, frames by split) → the run's inputs.
     load: (model folder, recipe, facts of unisono.json, measure_model) → the trained model.
     warm: imports what every worker needs, before workers are forked.
     uses: tables of the recipe ("screen"), and keys ("train.label_smoothing"), that only some tasks use, and this one
@@ -56,7 +56,7 @@ class TaskKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenKind:
-    """How a worker comes to the inputs of a recipe: a function that can be sent. frames: instead of its files."""
+    """Opens a recipe's inputs in a worker: a function that can be sent. frames: instead of its files."""
 
     recipe: Recipe
     frames: Mapping[str, object]
@@ -69,10 +69,10 @@ def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     """Find a kind of task by its name.
 
     Args:
-        trusted: the name comes from the user, who may name any class; false: from a file of a run, which may not.
+        trusted: the name comes from the user, who may name any class; false: it comes from a file of a run.
 
     Raises:
-        RecipeError, ModelError: there is none of this name, it is no task, or it cannot be imported.
+        RecipeError, ModelError: there is no class of this name, it is no task, or it cannot be imported.
     """
     found = _installed()
     if name in PRESETS:
@@ -162,7 +162,7 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def _import(name: str) -> object:
-    """What `module:Class` or `file.py:Class` names. Modules in the current folder are found as well."""
+    """The class that `module:Class` or `file.py:Class` names. Modules in the current folder are found as well."""
     module_name, _, path = name.rpartition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)

@@ -1,7 +1,7 @@
 """Metrics: from the results of every sample to a figure, the same bits on any number of workers.
 
-Owns the interface `Metric`, the formulas, and which metrics a task has. Results come in sample order and whole, so no
-assignment of work can change a figure. A metric knows its direction: whether more is better.
+Owns the interface `Metric`, the formulas, and which metrics a task has. Results are complete and in sample order, so no
+assignment of work can change a figure. A metric has a direction: whether more is better.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Perplexity(WeightedMean):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchMetric(Metric):
-    """A metric of torchmetrics, for what is no sum. make: gives a new one. It is updated once, with all results.
+    """A metric of torchmetrics, for figures that are no sums. make: returns a new one. It is updated once, with all
+    results.
 
     `TorchMetric(name="auroc", higher_is_better=True, inputs=("score", "label"), make=BinaryAUROC)`
     """
@@ -88,11 +89,11 @@ class ClassScores:
 
 
 HIGHER_IS_BETTER: Mapping[str, bool] = {"loss": False, "accuracy": True, "macro_f1": True}
-"""Directions of what is always computed."""
+"""Directions of the metrics that are always computed."""
 
 
 def directions(metrics: Sequence[Metric]) -> dict[str, bool]:
-    """Whether more is better, for each figure of which that is known."""
+    """Whether more is better, for each figure whose direction is known."""
     return {**HIGHER_IS_BETTER, **{metric.name: metric.higher_is_better for metric in metrics}}
 
 
@@ -101,7 +102,7 @@ def summarise(results: Results, metrics: Sequence[Metric] = ()) -> dict[str, flo
     are `predicted` and `label`; the metrics; samples.
 
     Raises:
-        ContractError: a metric needs a result that there is not.
+        ContractError: a metric needs a result that `measure` does not return.
     """
     used = {name for metric in metrics for name in metric.inputs} - {"loss"}
     classified = "predicted" in results and "label" in results
@@ -131,13 +132,13 @@ def mean(values: np.ndarray) -> float:
 
 
 def confusion(label: np.ndarray, predicted: np.ndarray, classes: int = 0) -> np.ndarray:
-    """int64 [classes, classes]: how many samples of class (row) were taken for class (column)."""
+    """int64 [classes, classes]: the number of samples of class (row) that were predicted as class (column)."""
     classes = max(classes, int(label.max(initial=-1)) + 1, int(predicted.max(initial=-1)) + 1)
     return np.bincount(label * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
 def per_class(table: np.ndarray, labels: Sequence[str] = ()) -> list[ClassScores]:
-    """Scores of each class of a confusion matrix."""
+    """Scores of each class, from a confusion matrix."""
     rows, columns, right = table.sum(1), table.sum(0), np.diag(table)
     scores = []
     for number in range(len(table)):

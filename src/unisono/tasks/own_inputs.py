@@ -1,6 +1,6 @@
-"""From data of a user's own to what a run works on: columns, frames, datasets and streams from Python, tables in files.
+"""Run inputs from a user's own data: columns, frames, datasets and streams from Python, tables in files.
 
-Owns the checks of `collate` and `sampler`, and what a task of a user's own leaves beside the weights.
+Owns the checks of `collate` and `sampler`, and the files that a user's own task writes beside the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unisono.tasks.task import Task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOwn:
-    """How a worker comes to a user's task and data, by split: a function that can be sent."""
+    """Opens a user's task and data, by split, in a worker: a function that can be sent."""
 
     recipe: Recipe
     task: Task
@@ -36,7 +36,7 @@ class OpenOwn:
 
 
 def open_tables(recipe: Recipe, task: Task, notify: Callable[[str], None]) -> RunInputs:
-    """Read the tables that the recipe's [data] names, for a task of a user's own.
+    """Read the tables that the recipe's [data] names, for a user's own task.
 
     Raises:
         RecipeError: the recipe names no data.
@@ -57,10 +57,10 @@ def open_own(
     sampler: Sampler | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> RunInputs:
-    """Take a user's task and data as they are.
+    """Make run inputs from a user's task and data.
 
-    collate: puts items together; None: the task's method `collate`, if it has one, else they are stacked. sampler:
-    chooses the training samples of each epoch; None: all of them, once.
+    collate: makes a microbatch from items; None: the task's method `collate`, if it has one, else they are stacked.
+    sampler: chooses the training samples of each epoch; None: all of them, once.
 
     Raises:
         DataError: some of it cannot be used.
@@ -110,11 +110,11 @@ def open_own(
 def _open_stream(
     recipe: Recipe, data: Any, collate: Collate | None, sampler: Sampler | None, notify: Callable[[str], None]
 ) -> SampleStream:
-    """Take a stream to train on; refuse what needs to know how much there is."""
+    """Take a stream to train on; refuse settings that need its length."""
     train = recipe.train
     if not train.max_steps:
         raise RecipeError(
-            f"{type(data).__name__} is a stream, of which nobody knows how much there is, and the learning rate's "
+            f"{type(data).__name__} is a stream, and its length is unknown; the learning rate's "
             "schedule needs the number of steps. Set train.max_steps; epochs are not counted."
         )
     if sampler is not None:

@@ -1,7 +1,7 @@
-"""What a run works on: a task, its samples, and what belongs beside the weights in `model/`.
+"""A run's inputs: a task, its samples, and the files that belong beside the weights in `model/`.
 
-Owns the checks of a recipe against it. How it is opened is the matter of `own_inputs.py`, and for texts of
-`text/text_inputs.py`. Does not train.
+Owns the checks of a recipe against them. `own_inputs.py` opens them, and `text/text_inputs.py` for texts. Does not
+train.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RunInputs:
     data: names and hashes for the numerics fingerprint.
     labels: names of the classes; () where there are none.
     export: writes what else prediction needs into a folder that holds the weights.
-    unused: tables of the recipe that do nothing for the task.
+    unused: tables of the recipe that have no effect on the task.
     sampled: the training samples of each epoch, where a sampler chooses them.
     """
 
@@ -48,7 +48,7 @@ class RunInputs:
         return len(self.train) if self.sampled is None else self.sampled.per_epoch
 
     def changed(self) -> bool:
-        """Whether somebody has written into data that lies in memory since it was opened."""
+        """Whether data in memory has changed since it was opened."""
         return any(isinstance(source, Columns) and source.changed() for source in self._sources)
 
     @property
@@ -56,8 +56,8 @@ class RunInputs:
         return self.train, self.validation, self.test
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe that asks for what these inputs do not have: items to load, a whole step, a validation split,
-        a metric, or the direction of one."""
+        """Refuse a recipe that needs what these inputs do not have: items to load, a whole step, a validation split,
+        a metric, or a metric's direction."""
         train = recipe.train
         if train.loader_workers and all(source is None or source.prefetchable for source in self._sources):
             raise RecipeError(
@@ -96,5 +96,5 @@ class RunInputs:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write what `unisono.load` reads of a model first."""
+    """Write the facts about a model that `unisono.load` reads first."""
     (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""A trained model of a user's own task, at work on tables.
+"""A trained model of a user's own task, used on tables.
 
-Owns what a finished model folder of such a task is read as, and the columns that its predictions become.
+Owns the form in which such a task's model folder is read, and the columns of its predictions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unisono.tasks.trained_model import MeasureModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableModel:
-    """A trained module with its task. `predict(frame)`, or `predict(columns)`, is all that most will need."""
+    """A trained module with its task. `predict(frame)`, or `predict(columns)`, is enough for most uses."""
 
     module: nn.Module
     task: Task
@@ -36,7 +36,7 @@ class TableModel:
     measure_model: MeasureModel
 
     def predict(self, data: Any) -> Any:
-        """Return what the task predicts: of a frame, a frame of its kind with new columns; of a mapping of columns as
+        """Return what the task predicts: for a frame, a frame of its kind with new columns; for a mapping of columns as
         the model reads them (arrays or tensors, one row per sample), a mapping of name → array.
 
         Raises:
@@ -62,11 +62,11 @@ class TableModel:
         return read_rows(source, self.recipe.data.model_copy(update={"format": "auto"}), needed)
 
     def samples(self, rows: RecordRows) -> Source:
-        """The usable rows as samples, without what is to be predicted."""
+        """The usable rows as samples, without the columns to be predicted."""
         return samples_of(self.task, rows.table.take(pa.array(rows.usable)), rows.name, predict=True)
 
     def labelled(self, rows: RecordRows) -> tuple[Source, dict[str, int]]:
-        """The rows as samples to be scored; how many were left out for which reason."""
+        """The rows as samples to be scored; and the number of rows left out, by reason."""
         targets = [name for name in self.task.targets if name in rows.table.column_names]
         left_out: dict[str, int] = {}
         kept: list[int] = []
@@ -90,8 +90,8 @@ class TableModel:
         return self.labelled(read_rows(self.recipe.data.test, self.recipe.data, self.task.columns))[0]
 
     def new_columns(self, rows: RecordRows, results: Results) -> dict[str, pa.Array]:
-        """A column for each result with one number per sample; for rows of numbers one each, NAME 0, NAME 1 …; and
-        `unusable`, why a row has none."""
+        """A column for each result with one number per sample; for rows of numbers, one column per number (NAME 0,
+        NAME 1 …); and `unusable`, the reason why a row has no result."""
         new: dict[str, pa.Array] = {}
         for name, values in results.items():
             wide = values[:, None] if values.ndim == 1 else values
@@ -102,7 +102,7 @@ class TableModel:
         return new
 
     def report(self, results: Results) -> dict[str, Any]:
-        """The figures; for classes, a table of them and the confusion matrix as well."""
+        """The scores; for classes also a table of them and the confusion matrix."""
         found: dict[str, Any] = summarise(results, self.task.metrics())
         if "predicted" in results and "label" in results:
             table = confusion(results["label"], results["predicted"])
@@ -114,7 +114,7 @@ class TableModel:
         return found
 
     def describe(self, report: Mapping[str, Any]) -> list[str]:
-        """One line for each figure, with its direction where that is known."""
+        """One line for each score, with its direction where that is known."""
         known = directions(self.task.metrics())
         lines = [f"samples {report['samples']:,}"]
         for name, value in report.items():
@@ -128,7 +128,7 @@ def load(folder: Path, recipe: Recipe, task: Task, measure_model: MeasureModel) 
     """Build a task's module and load the weights of a model folder.
 
     Raises:
-        ModelError: they do not belong together.
+        ModelError: the module and the weights do not belong together.
     """
     if task.backend != "torch":
         raise ModelError(

@@ -1,7 +1,7 @@
-"""Tables of records, for tasks of a user's own: files and frames as Arrow tables, and their rows as samples.
+"""Tables of records, for a user's own tasks: files and frames as Arrow tables, and their rows as samples.
 
-Owns the typing of columns that come as text (CSV, TSV), the cut into splits by a hash of the content, and the check of
-a task's columns.
+Owns the types of columns that are read as text (CSV, TSV), the cut into splits by a hash of the content, and the check
+of a task's columns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_rows(source: object, data: Data, needed: Sequence[str] = (), name: str 
 
 
 def read_splits(data: Data, task: Task, notify: Callable[[str], None]) -> dict[str, Source]:
-    """Read the splits that a recipe names, cut those off that it asks for, and make samples of them.
+    """Read the splits that a recipe names, cut off the shares that it sets, and make samples of all of them.
 
     Raises:
         RecipeError: the recipe names no training data.
@@ -82,7 +82,7 @@ def samples_of(task: Task, table: pa.Table, name: str, *, predict: bool = False)
     """The rows of a table as the task encodes them. `predict`: `targets` may be missing.
 
     Raises:
-        DataError: a column is missing, or what `encode` returns is no columns of numbers.
+        DataError: a column is missing, or `encode` returns anything except columns of numbers.
     """
     for column in task.columns:
         if column not in table.column_names and not (predict and column in task.targets):
@@ -143,7 +143,7 @@ def _draw(split: str, row: Mapping[str, Any]) -> float:
 
 
 def _as_numbers(column: Column) -> pa.Array | pa.ChunkedArray:
-    """A column; of texts that are all numbers, these (int64, else float64)."""
+    """A column; where all its texts are numbers, the numbers (int64, else float64)."""
     if not isinstance(column, list):
         return column
     try:

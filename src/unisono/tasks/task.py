@@ -1,8 +1,8 @@
-"""What is learned: the interface that a user implements for a model of their own.
+"""The interface that a user implements for a model of their own.
 
-Three methods are enough to train. The others say how records become samples, what is scored, and what a trained model
-predicts. The presets in `tasks/text` are tasks like any other. Owns the interface alone; how a task is found by name is
-the matter of `kinds.py`.
+Three methods are enough to train. The others define how records become samples, the scores, and the predictions of a
+trained model. The presets in `tasks/text` are tasks like any other. Owns the interface alone; `kinds.py` finds a task
+by its name.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ PLAIN = (bool, int, float, str)
 
 
 class Task(ABC):
-    """A model and what it is to learn.
+    """A model and what it learns.
 
     `loss`, `measure` and `predict` must be pure functions of their arguments and of torch's, NumPy's or Python's global
-    generators, which are seeded anew for each microbatch. What is no sum over samples does not belong in `loss`.
+    generators, which are seeded anew for each microbatch. `loss` must be a sum over samples.
     """
 
     pretrained: tuple[str, ...] = ()
-    """Prefixes of the names of parameters that learn at `train.pretrained_rate` times the rate."""
+    """Prefixes of the names of parameters whose learning rate is multiplied by `train.pretrained_rate`."""
     backend: str = "torch"
-    """Name of what computes this task's model: "torch", or another backend that is installed or registered. With
-    another one, `build`, `loss` and `measure` have the form that it describes."""
+    """Name of the backend that computes this task's model: "torch", or another one that is installed or registered.
+    Another backend describes the form of `build`, `loss` and `measure` for it."""
 
     columns: tuple[str, ...] = ()
-    """Names of the columns that a record must have, before `encode`; (): whatever numbers it has."""
+    """Names of the columns that a record must have, before `encode`; (): all its columns of numbers."""
 
     targets: tuple[str, ...] = ()
     """Those of `columns` that prediction does not need, such as the label."""
@@ -64,13 +64,13 @@ class Task(ABC):
         """Return one number or one row per sample (float, bool or int, shape [samples] or [samples, k]) under each
         name, for evaluation.
 
-        What is made of them say `metrics`. `loss` should be among them.
+        `metrics` defines the figures from them. `loss` should be among them.
         """
 
     def metrics(self) -> Sequence[Metric]:
-        """Return what is computed of the results of `measure`, beyond what is always: the mean of each number per
-        sample; accuracy and macro-F1 where there are `predicted` and `label` (class numbers). Results that a metric
-        here uses have no mean of their own, except `loss`."""
+        """Return the metrics to compute from the results of `measure`, besides those that are always computed: the
+        mean of each number per sample; accuracy and macro-F1 where there are `predicted` and `label` (class numbers).
+        Results that a metric here uses have no mean of their own, except `loss`."""
         return ()
 
     def predict(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Task(ABC):
         return dict(zip(table.column_names, table.columns, strict=True))
 
     def settings(self) -> dict[str, Any]:
-        """Return the plain values that decide what is learned, by the names of the constructor's arguments. They stand
+        """Return the plain values that decide what is learned, by the names of the constructor's arguments. They are
         in the run's recipe under [task], decide whether a run may be resumed, and make the task anew for `load`.
 
         By default: the arguments of the constructor that the task keeps as attributes of the same name, where these are
@@ -102,7 +102,7 @@ class Task(ABC):
         return {name: value for name, value in found.items() if _is_plain(value)}
 
     def export(self, folder: Path) -> None:
-        """Write into `folder`, which has the weights, what prediction needs beside them. By default nothing."""
+        """Write what prediction needs besides the weights into `folder`, which has the weights. By default nothing."""
         return
 
 

@@ -1,7 +1,7 @@
-"""A trained model at work: what evaluation and prediction need of one, whatever its task.
+"""The interface of a trained model: what evaluation and prediction need from it, for any task.
 
-Owns the interface. `text/classifier.py` and `table_model.py` implement it; `api/application.py` reads files, shares the
-work out and writes what comes out.
+Owns the interface. `text/classifier.py` and `table_model.py` implement it; `api/application.py` reads files, divides
+the work among workers and writes the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MeasureModel = Callable[..., dict[str, np.ndarray]]
-"""(model, method of its task, source) → results of every sample. Handed in from above: tasks do not know the engine."""
+"""(model, method of its task, source) → results of every sample. The caller gives it: tasks import no engine."""
 
 
 class TableRows(Protocol):
@@ -60,11 +60,11 @@ class TrainedModel(Protocol):
         ...
 
     def samples(self, rows: Any) -> Source:
-        """The usable rows as samples, without what is to be predicted."""
+        """The usable rows as samples, without the columns to be predicted."""
         ...
 
     def labelled(self, rows: Any) -> tuple[Source, dict[str, int]]:
-        """Rows as samples to be scored; how many were left out for which reason. Raises DataError if none is left."""
+        """Rows as samples to be scored; the number left out, by reason. Raises DataError if none is left."""
         ...
 
     def own_test(self, run: Path) -> Source:
@@ -72,7 +72,7 @@ class TrainedModel(Protocol):
         ...
 
     def new_columns(self, rows: Any, results: Results) -> dict[str, pa.Array]:
-        """What prediction adds to a table, one value per row, from `task.predict`'s results on the usable rows."""
+        """The columns that prediction adds to a table, one value per row, from `task.predict`'s results."""
         ...
 
     def report(self, results: Results) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What is recorded and shown of a run: events, the ledger, the terminal, where the time went."""
+"""The records and the output of a run: events, the ledger, the terminal, loggers, where the time went."""

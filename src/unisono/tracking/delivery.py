@@ -1,11 +1,11 @@
 """Delivery of events to loggers: each step once, whatever happens to the workers, the run or this process.
 
-Events repeat after a loss, and a resumed run trains again what comes after its checkpoint. What a logger has got is
-noted in `RUN/loggers/NAME.json`; what it lacks when a run is resumed is read from the ledger, `metrics.jsonl`. So a
-logger that failed, or is new to the run, gets the whole history. Steps that it has do not come again: they are the
-same.
+Events repeat after a loss, and a resumed run trains the steps after its checkpoint again. `RUN/loggers/NAME.json` notes
+what a logger has received; when a run is resumed, what the logger lacks is read from the ledger, `metrics.jsonl`. So a
+logger that failed, or is new to the run, gets the whole history. Steps that it has are not delivered again: they are
+the same.
 
-Owns these files, and that a failing logger is switched off. Loggers themselves only see the events.
+Owns these files, and that a failing logger is switched off. Loggers themselves only receive the events.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Deliveries:
             self.flush()
 
     def flush(self) -> None:
-        """Make safe what was observed."""
+        """Flush what was observed to safe storage."""
         self._flushed_at = time.monotonic()
         for delivery in self._deliveries:
             delivery.flush()
@@ -67,7 +67,7 @@ class Deliveries:
 
 
 def _hold(folder: Path) -> int:
-    """Wait until no other process writes this run's logs; return the open lock. Where there are no locks, go on."""
+    """Wait until no other process writes this run's logs; return the open lock. Without file locks, continue."""
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + HELD_SECONDS
@@ -76,7 +76,7 @@ def _hold(folder: Path) -> int:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
-            if time.monotonic() > deadline:  # it hangs in its tool; what both write is rather there twice than lost
+            if time.monotonic() > deadline:  # the other process hangs; lines written twice are better than lost ones
                 return file
             time.sleep(0.05)
         except OSError:  # a file system without locks
@@ -84,7 +84,7 @@ def _hold(folder: Path) -> int:
 
 
 class Delivery:
-    """One logger and what it has got. It is opened when the run starts."""
+    """One logger and what it has received. It is opened when the run starts."""
 
     def __init__(self, name: str, recipe: Recipe, warn: Callable[[str], None]) -> None:
         self._name = name
@@ -94,17 +94,17 @@ class Delivery:
         self._is_off = False
         self._early: list[events.Event] = []
         self._cursor = Cursor()
-        self._befallen = 0  # events of what befell the run that were passed on
+        self._befallen = 0  # events about what happened to the run that were passed on
         self._memory: dict[str, str] = {}
         self._path = Path()
         self._is_dirty = False
 
     def observe(self, event: events.Event) -> None:
-        """Pass an event on, unless the logger has it."""
+        """Pass an event on, unless the logger has it already."""
 
         def act() -> None:
             if self._logger is not None:
-                if not isinstance(event, events.RunStarted):  # told again where a run is resumed within a process
+                if not isinstance(event, events.RunStarted):  # repeated where a run is resumed within a process
                     self._pass(self._logger, event)
             elif isinstance(event, events.RunStarted):
                 self._open(event)
@@ -114,7 +114,7 @@ class Delivery:
         self._try(act)
 
     def flush(self) -> None:
-        """Make safe what the logger has got, and note it."""
+        """Flush what the logger has received, and note it."""
 
         def act() -> None:
             if self._logger is not None and self._is_dirty:
@@ -135,7 +135,7 @@ class Delivery:
         self._logger, self._is_off = None, True
 
     def _try(self, act: Callable[[], None]) -> None:
-        """Act; a failure ends the logger, not the run."""
+        """Call the logger; a failure ends the logger, not the run."""
         if self._is_off:
             return
         try:
@@ -186,7 +186,7 @@ class Delivery:
         self._is_dirty = True
 
     def _read_missing(self, run_folder: Path, start_step: int) -> Iterator[events.Event]:
-        """What the ledger has from before this start."""
+        """The ledger's lines from before this start."""
         if not start_step:
             return
         try:
@@ -205,7 +205,7 @@ class Delivery:
                 yield getattr(events, line["event"])(**fields)
 
     def _load(self, *, goes_on: bool) -> None:
-        """What is noted of this logger. A run of another recipe that begins anew in the same folder has a log of its
+        """The notes on this logger. A run of another recipe that begins anew in the same folder has a log of its
         own."""
         if not self._path.exists():
             return
@@ -225,7 +225,7 @@ class Delivery:
         self._is_dirty = False
 
     def _digest(self) -> str:
-        """Of what decides the numbers in a log."""
+        """The hash of what decides the numbers in a log."""
         sections = ("data", "screen", "encode", "model", "train", "evaluate")
         table = {name: part for name, part in self._recipe.model_dump(mode="json").items() if name in sections}
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]

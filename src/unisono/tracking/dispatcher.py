@@ -1,6 +1,6 @@
-"""The way of an event: to the ledger and the screen, to the loggers, to the user's own observers, in this order.
+"""Passes each event to the ledger and the screen, to the loggers, and to the user's own observers, in this order.
 
-Owns the order, that the user's observers get each event once, and what an observer's answer or failure means.
+Owns the order, that the user's observers get each event once, and the meaning of an observer's result or failure.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from unisono.tracking.reporter import Reporter
 
 
 def check_observers(observers: Sequence[object]) -> None:
-    """Refuse what has not both methods of `events.Observer`.
+    """Refuse an object without both methods of `events.Observer`.
 
     Raises:
-        RecipeError: it names the object, and what it lacks.
+        RecipeError: it names the object, and the missing methods.
     """
     for observer in observers:
         lacks = [name for name in ("observe", "close") if not callable(getattr(observer, name, None))]
@@ -38,7 +38,7 @@ class EventDispatcher:
         observers: the user's own. Each gets a step, an evaluation or a checkpoint once, in order.
 
     Attributes:
-        loggers: the recipe's, if it has any; they warn through this dispatcher, so they are set after it was made.
+        loggers: the recipe's, if it has any; they warn through this dispatcher, so they are set after it is made.
     """
 
     def __init__(self, reporter: Reporter, observers: Sequence[events.Observer] = ()) -> None:
@@ -50,11 +50,11 @@ class EventDispatcher:
         self._stopped_by = ""
 
     def warn(self, message: str) -> None:
-        """Tell all of a warning."""
+        """Pass a warning to all observers."""
         self.observe(events.Notice(message=message, warning=True))
 
     def observe(self, event: events.Event) -> Literal["stop"] | None:
-        """Pass an event on; return whether an observer has asked for the end.
+        """Pass an event on; return whether an observer has requested the end.
 
         Raises:
             ObserverError: one of the user's observers raised. It gets no more events; all others got this one.
@@ -77,7 +77,7 @@ class EventDispatcher:
                 given = observer.observe(event)
                 if given is not None and given != events.STOP:
                     raise TypeError(f"observe returned {given!r}; allowed are None and unisono.STOP")
-            except Exception as error:  # noqa: BLE001 - the user's own code; it is handed on
+            except Exception as error:  # noqa: BLE001 - the user's own code; it is raised again
                 self._failed.add(id(observer))
                 failure = failure or _blame(observer, error, event)
                 continue
@@ -98,7 +98,7 @@ class EventDispatcher:
         for observer in self._observers:
             try:
                 observer.close()
-            except Exception as error:  # noqa: BLE001 - the user's own code; it is handed on
+            except Exception as error:  # noqa: BLE001 - the user's own code; it is raised again
                 failure = failure or _blame(observer, error)
         self._observers.clear()
         try:
@@ -111,7 +111,7 @@ class EventDispatcher:
 
 
 def _blame(observer: object, error: Exception, event: events.Event | None = None) -> ObserverError:
-    """The error that says whose fault it is."""
+    """The error that names the observer."""
     step = getattr(event, "step", None)
     at = f" of step {step}" if step is not None else ""
     where = f"on {type(event).__name__}{at}" if event else "in close()"

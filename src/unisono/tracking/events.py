@@ -1,6 +1,6 @@
-"""What happened in a run: typed records, and the interface of whatever takes them in.
+"""The events of a run: typed records, and the interface of the observers that receive them.
 
-Owns the records' fields, and how an observer asks for the end. The terminal, the ledger, the loggers and a user's own
+Owns the records' fields, and how an observer requests the end. The terminal, the ledger, the loggers and a user's own
 callbacks are all observers.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
-    """Who does what. Sizes are counts; `fingerprint` is the short form."""
+    """The run's workers, data and sizes. Sizes are counts; `fingerprint` is the short form."""
 
     name: str
     folder: str
@@ -33,8 +33,8 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """One committed step, numbered from 1. `tokens` is the sum of its samples' lengths; `seconds` since the step
-    before, or since what came between; `data_seconds` of them worker 0 waited for data."""
+    """One committed step, numbered from 1. `tokens`: the sum of its samples' lengths. `seconds`: since the step before,
+    or since the work between the two. `data_seconds`: the part of them in which worker 0 waited for data."""
 
     step: int
     epoch: float
@@ -86,7 +86,7 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resized:
-    """Training goes on from committed step `step` with `workers` workers instead of `before`; it stood still for
+    """Training goes on from committed step `step` with `workers` workers instead of `before`; it was stopped for
     `seconds`."""
 
     step: int
@@ -99,7 +99,7 @@ class Resized:
 class Corrupted:
     """An audit found that two workers computed different bits for microbatch `microbatch` of step `step`.
 
-    workers: those that are suspected. parameters: names of what differs. The step was not committed.
+    workers: the suspected ones. parameters: names of those that differ. The step was not committed.
     """
 
     step: int
@@ -110,7 +110,7 @@ class Corrupted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """Something that the user should know."""
+    """A message to the user."""
 
     message: str
     warning: bool = False
@@ -128,11 +128,11 @@ Event = RunStarted | StepDone | Evaluated | CheckpointWritten | Recovered | Resi
 
 
 STOP: Final = "stop"
-"""What `Observer.observe` returns to end the run: the next step is the last one; then the model is tested, exported."""
+"""`Observer.observe` returns it to end the run: the next step is the last; then the model is tested and exported."""
 
 
 class Observer(Protocol):
-    """Takes in the events of a run, in order. It never changes what a step computes.
+    """Receives the events of a run, in order. It never changes what a step computes.
 
     `observe` runs in the supervisor's process (under torchrun in worker 0's), so it should be quick. After it returns
     STOP, the run ends normally once the next step is done. `close` is called once, however the run ends.

@@ -1,11 +1,11 @@
 """Goodput: which share of a run's wall time went into steps that counted, and where the rest went.
 
-Owns the accounting, a pure function over the ledger's lines. `metrics.py` owns the lines themselves.
+Owns the accounting, a pure function over the ledger's lines. `ledger.py` owns the lines themselves.
 
-The time between a line and the one before belongs to what the later one ends:
+The time between a line and the one before belongs to the work that the later line ends:
 
-    RunStarted                    start: since the session's beginning, which the line tells as `since`
-    StepDone                      data, as far as it was waited for; the rest steps
+    RunStarted                    start: since the session's beginning, which the line gives as `since`
+    StepDone                      data, as far as the step waited for it; the rest steps
     Evaluated                     evaluation; so is what follows the last line (the last test, the export)
     CheckpointWritten             saving, as far as training waited; writing itself happens in the background
     Recovered, Resized            recovery for their `seconds`; the rest waste: work that was not finished
@@ -13,9 +13,9 @@ The time between a line and the one before belongs to what the later one ends:
     Resumed                       waste: what the forgotten steps had taken, in an earlier session
     Notice                        nothing: it ends no work
 
-What a line claims beyond its own interval was spent before a step that was told in between. It is taken from what the
-steps' intervals hold beyond the steps' own seconds, and no further. The time between two sessions is nobody's: the run
-was not running.
+If a line claims more than its own interval, that time was spent before a step that was reported in between. It is taken
+from what the steps' intervals hold beyond the steps' own seconds, and no further. The time between two sessions does
+not count: the run was not running.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def goodput(lines: Iterable[Mapping[str, Any]], *, until: float | None = None) -
 
 @dataclass(slots=True)
 class _Session:
-    """The time of one session, in pools of intervals; and what its lines claim of them. All in seconds."""
+    """The time of one session, in pools of intervals; and what its lines claim from them. All in seconds."""
 
     now: float  # unix; up to here, time lies in a pool
     start: float = 0.0
@@ -70,7 +70,7 @@ class _Session:
     wasted: float = 0.0
 
     def pass_until(self, when: float, at_most: float = math.inf) -> float:
-        """Seconds until `when`, which are in no pool yet. A clock that was set back passes no time."""
+        """Seconds until `when` that are in no pool yet. If the clock was set back, it is 0."""
         passed = max(0.0, min(when - self.now, at_most))
         self.now += passed
         return passed
@@ -96,7 +96,7 @@ class _Session:
 
 
 def _follow(lines: list[Mapping[str, Any]]) -> Iterable[_Session]:
-    """The sessions that the lines tell of, their time in pools."""
+    """The sessions that the lines describe, their time in pools."""
     session: _Session | None = None
     for line, is_forgotten in zip(lines, _after_what_was_forgotten(lines), strict=True):
         event = line["event"]
@@ -104,7 +104,7 @@ def _follow(lines: list[Mapping[str, Any]]) -> Iterable[_Session]:
             if session is not None:
                 yield session
             when = line.get("when", 0.0)
-            # Told twice in one session, it must not count the time since the beginning twice.
+            # If it is reported twice in one session, the time since the beginning must count once.
             earlier = session.now if session is not None else -math.inf
             session = _Session(now=max(min(line.get("since", when), when), earlier))
         _put(session, event, line, is_forgotten)
@@ -128,7 +128,7 @@ def _put(session: _Session, event: str, line: Mapping[str, Any], is_forgotten: b
             session.waiting += min(read("data_seconds"), read("seconds"))
         case "Evaluated":
             session.evaluation += session.pass_until(when)
-        case "CheckpointWritten":  # told while other work goes on: only the waiting passes here
+        case "CheckpointWritten":  # reported while other work goes on: only the waiting counts here
             waited = read("waited_seconds")
             here = session.pass_until(when, at_most=waited)
             session.saving += here
@@ -144,7 +144,7 @@ def _put(session: _Session, event: str, line: Mapping[str, Any], is_forgotten: b
 
 
 def _after_what_was_forgotten(lines: list[Mapping[str, Any]]) -> list[bool]:
-    """Which lines stand after steps that a later session forgot: `Resumed` tells their time, not the interval."""
+    """Which lines follow steps that a later session forgot: `Resumed` gives their time, not the interval."""
     found, floor = [], math.inf
     for line in reversed(lines):
         if line["event"] == "Resumed":

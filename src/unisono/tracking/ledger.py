@@ -1,8 +1,8 @@
 """The ledger of a run: `metrics.jsonl`, every step exactly once; `curves.svg`, drawn from it; and `summary.json`.
 
-Owns the three files. An event may be told twice, by a worker and by the one that replaced it: the ledger keeps the
-first telling. A resumed run first forgets the steps after the one that it goes on from. The disk may fail: lines wait
-in memory then, and training goes on.
+Owns the three files. An event may be reported twice, by a worker and by its replacement: the ledger keeps the first
+report. A resumed run first forgets the steps after the one that it resumes from. If the disk fails, lines wait in
+memory, and training goes on.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from unisono.tracking.goodput import goodput
 
 Line = dict[str, Any]
 
-HISTORY = {"Recovered", "Resized", "Corrupted", "Resumed"}  # what befell the run: training again does not undo it
+HISTORY = {"Recovered", "Resized", "Corrupted", "Resumed"}  # what happened to the run: training again does not undo it
 
 
 def warn_on_stderr(message: str) -> None:
-    """What is told where nobody else listens."""
+    """Writes a warning where there is no other observer."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -38,13 +38,13 @@ class Ledger:
     """Keeps what happened, one JSON line each: {"event": name, …, "when": UTC unix seconds}.
 
     A line is in the kernel when `observe` returns, or else waits for the next event, for the run's end or for `close`.
-    It is whole or absent, and lines stand in the order in which they were told. What is told before RunStarted stands
-    after it.
+    It is whole or absent, and lines are in the order in which they were reported. Events reported before RunStarted
+    are written after it.
 
     Args:
         folder: the run folder, made when the run starts.
-        warn: told once when lines begin to wait, once when all are written, and of curves that cannot be drawn. It
-            may tell the ledger in turn.
+        warn: called once when lines begin to wait, once when all are written, and for curves that cannot be drawn. It
+            may report to the ledger itself.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None] = warn_on_stderr) -> None:
@@ -54,7 +54,7 @@ class Ledger:
         self._since = round(time.time(), 3)
         self._has_begun = False
         self._file: int | None = None
-        self._good_bytes = 0  # so much of the file is whole lines
+        self._good_bytes = 0  # the part of the file that is whole lines
         self._present = Present()
         self._waiting: deque[Line] = deque()
         self._trouble = ""
@@ -63,7 +63,7 @@ class Ledger:
         """Keep an event; at the run's end, write curves and summary.
 
         Raises:
-            RunFolderError: the summary cannot be written. Nothing else is raised for the disk's sake.
+            RunFolderError: the summary cannot be written. No other fault of the disk is raised.
         """
         if isinstance(event, events.RunEnded):
             self._end(event)
@@ -80,7 +80,7 @@ class Ledger:
         self._write_waiting()
 
     def complete(self, event: events.RunEnded) -> events.RunEnded:
-        """The event with "recoveries", "resumes" and "goodput" in its summary. Writes nothing; once is enough."""
+        """The event with "recoveries", "resumes" and "goodput" in its summary. Writes nothing; one call is enough."""
         if "goodput" in event.summary:
             return event
         lines = self._read_all()
@@ -92,7 +92,7 @@ class Ledger:
         return dataclasses.replace(event, summary=summary)
 
     def close(self) -> None:
-        """Try a last time to write what waits."""
+        """Try a last time to write the waiting lines."""
         self._write_waiting()
         if self._waiting and self._has_begun:
             self._warn(f"{len(self._waiting)} lines of {str(self._path)!r} are lost: {self._trouble}.")
@@ -105,17 +105,17 @@ class Ledger:
     def _end(self, event: events.RunEnded) -> None:
         self._write_waiting()
         event = self.complete(event)
-        with suppress(OSError):  # the next line tells why
+        with suppress(OSError):  # the next line gives the reason
             self._folder.mkdir(parents=True, exist_ok=True)
         write_text(self._folder / "summary.json", json.dumps(dict(event.summary), indent=1) + "\n")
         path = self._folder / "curves.svg"
         try:
             draw_curves(self._read_all(), path)
-        except Exception as error:  # noqa: BLE001 - a picture, by a large library; the result is there without it
+        except Exception as error:  # noqa: BLE001 - a picture, by a large library; the result does not depend on it
             self._warn(f"{str(path)!r} cannot be drawn: {error}. The result does not depend on it.")
 
     def _write_waiting(self) -> None:
-        """Write what waits, in order, as far as the disk allows."""
+        """Write the waiting lines, in order, as far as the disk allows."""
         if not self._has_begun:
             return
         try:
@@ -147,7 +147,7 @@ class Ledger:
             self._present.add(line)
 
     def _begin(self, started: Line) -> None:
-        """Replace the file by what stays of it and the line of a run that starts or goes on."""
+        """Replace the file by the lines that stay and the line of a run that starts or resumes."""
         lines = resume(self._read_earlier(), started)
         self._replace(_encode(lines))
         self._present = Present(lines)
@@ -159,7 +159,7 @@ class Ledger:
             assert self._file is not None
             file = self._file
         size = os.fstat(file).st_size
-        if size < self._good_bytes:  # somebody cut the file
+        if size < self._good_bytes:  # the file was cut from outside
             self._good_bytes = os.pread(file, size, 0).rfind(b"\n") + 1
         if size != self._good_bytes:  # half a line, which could not be taken back when it was written
             os.ftruncate(file, self._good_bytes)
@@ -172,7 +172,7 @@ class Ledger:
         self._good_bytes += len(line)
 
     def _is_in_place(self, file: int) -> bool:
-        """Whether the open file is the one at the path: somebody may have removed or replaced it, or its folder."""
+        """Whether the open file is the one at the path: it, or its folder, may have been removed or replaced."""
         try:
             there = self._path.stat()
         except OSError:
@@ -180,7 +180,7 @@ class Ledger:
         return os.path.samestat(there, os.fstat(file))
 
     def _replace(self, content: bytes) -> None:
-        """Have a new file with this content at the path, and hold it open; on an OSError all stays as it was."""
+        """Put a new file with this content at the path, and hold it open; on an OSError nothing has changed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = None
         try:
@@ -196,7 +196,7 @@ class Ledger:
         self._file, self._good_bytes = file, len(content)
 
     def _read(self) -> bytes:
-        """The whole lines of the open file, wherever it is by now."""
+        """The whole lines of the open file, even if it was moved."""
         assert self._file is not None
         content = b""
         while part := os.pread(self._file, self._good_bytes - len(content), len(content)):
@@ -211,9 +211,9 @@ class Ledger:
             return []
 
     def _read_all(self) -> list[Line]:
-        """The lines on disk, and those that wait to be there."""
+        """The lines on disk, and those that wait to be written."""
         lines: list[Line] = []
-        with suppress(OSError):  # the summary then tells of less, but there is one
+        with suppress(OSError):  # the summary then has less, but it exists
             lines = self._read_earlier()
         present = Present(lines)
         for line in self._waiting:
@@ -227,7 +227,7 @@ class Ledger:
 
 
 class Present:
-    """Which lines are there already, of those that may be told twice."""
+    """Which lines are written already, of those that may be reported twice."""
 
     def __init__(self, lines: Iterable[Line] = ()) -> None:
         self._step = 0
@@ -236,7 +236,7 @@ class Present:
             self.add(line)
 
     def has(self, line: Line) -> bool:
-        """Whether a line repeats one that was added. Steps are told in order: after one, those before it are there."""
+        """Whether a line repeats one that was added. Steps are reported in order: after a step, all before it exist."""
         if line["event"] == "StepDone":
             return bool(line["step"] <= self._step)
         return self._name(line) in self._others
@@ -254,9 +254,9 @@ class Present:
 
 
 def resume(earlier: list[Line], started: Line) -> list[Line]:
-    """What stays of the earlier lines, and the new one of a run that starts, or goes on after its `start_step`.
+    """The earlier lines that stay, and the new line of a run that starts, or goes on after its `start_step`.
 
-    Lines of later steps are forgotten: they are about to be trained again, to the same bits. What befell the run stays.
+    Lines of later steps are forgotten: they will be trained again, to the same bits. What happened to the run stays.
     """
     step = started["start_step"]
     kept: list[Line] = []
@@ -292,7 +292,7 @@ def _encode(lines: Iterable[Line]) -> bytes:
 
 
 def _write_all(file: int, content: bytes) -> None:
-    """Write all of it; after a short write, what is left tells the reason by failing."""
+    """Write all of it; after a short write, writing the rest fails with the reason."""
     left = memoryview(content)
     while left:
         written = os.write(file, left)
@@ -303,7 +303,7 @@ def _write_all(file: int, content: bytes) -> None:
 
 def draw_curves(lines: list[Line], path: Path) -> None:
     """Draw the training loss of each step, and the loss and accuracy of each evaluation, against epochs."""
-    from matplotlib.figure import Figure  # without pyplot, which has a state that is the caller's
+    from matplotlib.figure import Figure  # without pyplot, whose state belongs to the caller
 
     done = [line for line in lines if line["event"] == "StepDone"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,7 +1,7 @@
 """Loggers: observers that record a run in a tool outside of its folder, found by name.
 
-Owns the interface, what a logger is given, the registry, and the numbers and sentences that all loggers record. That
-each step reaches a logger once is the matter of `delivery.py`; what a tool wants is that of its own module.
+Owns the interface, what a logger is given, the registry, and the numbers and sentences that all loggers record.
+`delivery.py` delivers each step to a logger once; each tool's needs are in a module of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUP = "unisono.loggers"
 
 class Cursor:
     """Which events have been passed on. Those of one stream (steps, evaluations of a split, checkpoints) come in the
-    order of their steps, so the last step of each stream says it all.
+    order of their steps, so the last step of each stream is enough.
 
     passed: stream → its last step.
     """
@@ -44,7 +44,7 @@ class Cursor:
         return True
 
     def reach(self, stream: str, step: int) -> None:
-        """Say that a log holds a stream up to a step already."""
+        """Note that a log already holds a stream up to a step."""
         self.passed[stream] = max(step, self.passed.get(stream, 0))
 
     @property
@@ -54,7 +54,7 @@ class Cursor:
 
 
 def find_stream(event: events.Event) -> str | None:
-    """The stream of an event that may be told again after a loss; None: it is told once."""
+    """The stream of an event that may be repeated after a loss; None: it occurs once."""
     match event:
         case events.StepDone():
             return "train"
@@ -71,7 +71,7 @@ class LoggerContext:
 
     recipe: plain values, section by section. run_folder: of the run. folder: for the logger's own files; not made yet.
     is_shared: whether other runs use `folder` too. project: of the recipe's [tracking]. cursor: what the log holds for
-    certain; whatever comes after it is passed on again. A tool that knows better calls `cursor.reach`. memory: text
+    certain; all later events are passed on again. A tool with exact knowledge calls `cursor.reach`. memory: text
     that is kept with the run, such as the tool's name for it; empty when the run is new.
     """
 
@@ -85,20 +85,20 @@ class LoggerContext:
 
 
 class Logger(Protocol):
-    """Records a run in some tool. It gets each step, evaluation and checkpoint once, in order, RunStarted first. What
-    it raises switches it off, with a warning; the run goes on.
+    """Records a run in a tool. It gets each step, evaluation and checkpoint once, in order, RunStarted first. If it
+    raises, it is switched off, with a warning; the run goes on.
 
-    Events reach it in a process of its own (under torchrun: in worker 0's), so it may take its time and use threads.
+    Events reach it in a process of its own (under torchrun: in worker 0's), so it may be slow and use threads.
     """
 
     def observe(self, event: events.Event) -> None: ...
 
     def flush(self) -> None:
-        """Return when all that was observed is where a killed process cannot lose it. Called about once a second."""
+        """Return when all observed events are stored where they survive the process. Called about once a second."""
         ...
 
     def close(self) -> None:
-        """The run has ended (RunEnded was observed), or stops here, to be resumed perhaps."""
+        """The run has ended (RunEnded was observed), or stops here and may be resumed later."""
         ...
 
 
@@ -107,7 +107,7 @@ OpenLogger = Callable[[LoggerContext], Logger]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _BuiltIn:
-    """module: whose `open_logger` makes the logger. packages: what it imports; the extra has the logger's name."""
+    """module: its `open_logger` makes the logger. packages: what it imports; the extra has the logger's name."""
 
     module: str
     packages: tuple[str, ...]
@@ -127,7 +127,7 @@ def register(name: str, open_logger: OpenLogger) -> None:
 
 
 def allowed_names() -> list[str]:
-    """What [tracking] loggers may name."""
+    """The names allowed in [tracking] loggers."""
     return sorted({*_BUILT_IN, *_registered, *(point.name for point in entry_points(group=GROUP))})
 
 
@@ -160,7 +160,7 @@ def check(names: Iterable[str]) -> None:
 
 
 def find(name: str) -> OpenLogger:
-    """How the logger of this name is opened. It was checked."""
+    """The function that opens the logger of this name. The name was checked before."""
     if name in _registered:
         return _registered[name]
     if name in _BUILT_IN:
@@ -194,7 +194,7 @@ def measure(event: events.Event) -> dict[str, float]:
 
 
 def describe(event: events.Event) -> tuple[str, str, int] | None:
-    """What befell the run, in words: (kind, sentence, step); None for other events."""
+    """What happened to the run, in words: (kind, sentence, step); None for other events."""
     match event:
         case events.Recovered():
             lost = event.wasted_seconds + event.seconds

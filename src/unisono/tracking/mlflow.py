@@ -1,8 +1,8 @@
 """MLflow: one run of theirs per run folder, on a tracking server or in an SQLite file.
 
-MLFLOW_TRACKING_URI says where; unset, it is `mlflow.db` in the logger's folder. MLflow's own default is SQLite since
-3.7, and its folder of files gets no more work. The small package `mlflow-skinny` suffices. Owns what a run looks like
-there.
+MLFLOW_TRACKING_URI names the place; if it is not set, it is `mlflow.db` in the logger's folder. MLflow's own default is
+SQLite since 3.7, and MLflow no longer develops its folder of files. The small package `mlflow-skinny` is enough. Owns
+the form of a run in MLflow.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from unisono.tracking import events
 from unisono.tracking.logger import LoggerContext, describe, flatten, measure
 
 ID = "run_id"
-MOST_METRICS = 1000  # of one request, as MLflow's API has it
+MOST_METRICS = 1000  # in one request, the limit of MLflow's API
 MOST_PARAMETERS = 100
 MOST_CHARACTERS = 5000  # of a tag; of a parameter 6,000
 
 
 class MlflowLogger:
-    """A run there. Numbers are collected, and sent about once a second."""
+    """A run in MLflow. Numbers are collected, and sent about once a second."""
 
     def __init__(self, context: LoggerContext) -> None:
-        for name in ("mlflow", "alembic"):  # they tell standard error of each table that they make
+        for name in ("mlflow", "alembic"):  # they write to standard error about each table that they make
             logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
@@ -57,7 +57,7 @@ class MlflowLogger:
             self._client.log_batch(self._id, params=parameters[first : first + MOST_PARAMETERS])
 
     def _go_on(self, context: LoggerContext) -> None:
-        """Find out what the store has: this process may have been killed between sending and noting it."""
+        """Read what the store has: an earlier process may have been killed between sending and noting it."""
         self._id = context.memory[ID]
         self._client.update_run(self._id, status="RUNNING")
         for name in self._client.get_run(self._id).data.metrics:
@@ -87,5 +87,5 @@ class MlflowLogger:
 
 
 def open_logger(context: LoggerContext) -> MlflowLogger:
-    """Begin, or go on with, the run's log."""
+    """Begin or continue the run's log."""
     return MlflowLogger(context)

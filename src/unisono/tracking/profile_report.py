@@ -1,10 +1,10 @@
-"""Where the time of a run's steps went: the workers' spans put side by side, as shares, a table and a trace.
+"""Where the time of a run's steps went: the workers' spans side by side, as shares, a table and a trace.
 
-Waiting is told from exchanging by comparing workers: until the last of them has come to a call, all others wait; from
-then on they exchange. The clocks of one host are one clock. Another host's is set so that calls end, in the median,
-when worker 0's do; so between hosts the two are told apart to about the time that a message takes.
+Waiting is separated from exchanging by comparing workers: until the last worker reaches a call, all others wait; from
+then on they exchange. The clocks of one host are one clock. Another host's clock is shifted so that calls end, in the
+median, when worker 0's calls end; so between hosts the separation is as exact as the time of a message.
 
-Owns the figures and their wording; the spans are `engine/profile.py`'s.
+Owns the figures and their wording; `engine/profile.py` owns the spans.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unisono.processes.progress_table import CALLS
 from unisono.storage.files import write_text
 
 Told = Mapping[str, Any]
-"""What one worker tells, plain values: "host", "steps", "flop", "peak", "memory", "problems"."""
+"""One worker's report, plain values: "host", "steps", "flop", "peak", "memory", "problems"."""
 MEMORY = {
     "parameters": "parameters and buffers",
     "tree": "gradients: the tree's buffers",
@@ -65,7 +65,7 @@ def merge(reports: Sequence[Told]) -> Steps:
 
 
 def _clocks(hosts: Sequence[str], steps: Steps) -> list[int]:
-    """How many nanoseconds each worker's clock is ahead of worker 0's."""
+    """The nanoseconds by which each worker's clock is ahead of worker 0's."""
     ends: list[dict[tuple[int, int], int]] = [{} for _ in hosts]
     for step, parts in steps.items():
         for part in parts:
@@ -88,8 +88,8 @@ def _shift(part: StepShare, ahead: int) -> StepShare:
 
 
 def _split(parts: list[StepShare]) -> list[StepShare]:
-    """Cut each call where the last worker had come to it. Calls of workers of whom some are missing, or that made
-    different ones, cannot be compared, and are all exchange."""
+    """Cut each call at the time when the last worker reached it. If workers are missing, or made different calls, their
+    calls cannot be compared, and count as exchange."""
     calls = [_calls(part) for part in parts]
     comparable = len(parts) == parts[0].workers and len({len(one) for one in calls}) == 1
     arrived = [max(start for start, _ in together) for together in zip(*calls, strict=False)] if comparable else []
@@ -109,18 +109,18 @@ def _split(parts: list[StepShare]) -> list[StepShare]:
 
 
 def whole_steps(steps: Steps) -> Steps:
-    """The steps that the figures are of: all workers have told them; a group's first one, in which memory is touched
-    for the first time, only where there is no other."""
+    """The steps that the figures describe: all workers have reported them. A group's first step, which touches memory
+    for the first time, is used only if there is no other."""
     whole = {step: parts for step, parts in steps.items() if len(parts) == parts[0].workers}
     later = {step: parts for step, parts in whole.items() if not any(part.first for part in parts)}
     return later or whole or steps
 
 
 def summarise(reports: Sequence[Told], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All figures, plain values: what profile.json holds. `facts` are put in front.
+    """All figures, plain values: what profile.json holds. `facts` come first.
 
-    "phases": name → "seconds" per step (the mean over workers of each one's median over steps), "lowest" and "highest"
-    (the least and the greatest of these medians), and "share" of the steps' wall time. The shares add up to 1.
+    "phases": name → "seconds" per step (each worker's median over steps, then the mean over workers), "lowest" and
+    "highest" (the least and greatest of these medians), and "share" of the steps' wall time. The shares add up to 1.
     """
     steps = whole_steps(merge(reports))
     if not steps:
@@ -153,7 +153,7 @@ def summarise(reports: Sequence[Told], facts: Mapping[str, Any]) -> dict[str, An
 
 
 def _add_up(part: StepShare) -> dict[str, int]:
-    """Nanoseconds of each phase; what followed the step is none of them."""
+    """Nanoseconds of each phase; the time after the step is not in any of them."""
     found = dict.fromkeys(PHASES, 0)
     for phase, _, start, end in part.spans:
         if phase in found:
@@ -167,7 +167,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _rate(reports: Sequence[Told], steps: Steps, spent: Mapping[int, list[dict[str, int]]]) -> dict[str, Any] | None:
-    """The model's speed beside the machine's, per worker; None where either was not measured, or nothing is counted."""
+    """The model's speed beside the machine's, per worker; None if either was not measured, or no flop were counted."""
     rows = [
         (reports[part.told]["flop"].get(str(step), 0), one)
         for step, parts in steps.items()

@@ -1,6 +1,6 @@
-"""The ledger and the screen as one observer, so that both tell the same.
+"""The ledger and the screen as one observer, so that both report the same.
 
-Owns nothing but their order: the ledger completes a run's summary before the screen shows it.
+Owns only their order: the ledger completes a run's summary before the screen shows it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from unisono.tracking.terminal import choose_screen
 
 
 class Reporter:
-    """Keeps and shows what happens in a run. Where nobody listens any more (a closed terminal, a broken pipe), the run
-    goes on unseen."""
+    """Keeps and shows what happens in a run. If standard output is closed (a closed terminal, a broken pipe), the run
+    goes on without output."""
 
     def __init__(self, folder: Path, *, quiet: bool, as_json: bool) -> None:
         self._screen: events.Observer | None = choose_screen(quiet=quiet, as_json=as_json)
@@ -31,7 +31,7 @@ class Reporter:
             self._show(lambda screen: screen.observe(event))
 
     def complete(self, event: events.RunEnded) -> events.RunEnded:
-        """The run's end with all that its summary holds, for those that are to tell the same."""
+        """The run's end with its complete summary, for the other observers."""
         return self._ledger.complete(event)
 
     def close(self) -> None:
@@ -45,12 +45,12 @@ class Reporter:
             act(self._screen)
         except OSError as error:
             self._screen = None
-            self._ledger.observe(events.Notice(message=f"nobody listens any more: {error}", warning=True))
+            self._ledger.observe(events.Notice(message=f"standard output is closed: {error}", warning=True))
             silence()
 
 
 def silence() -> None:
-    """Let what is still written to standard output go nowhere: at its end Python would complain about it."""
+    """Discard what is still written to standard output: Python would report an error about it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -1,7 +1,7 @@
 """TensorBoard: event files, written with the `tensorboard` package's own record writer.
 
 That writer is chosen over torch.utils.tensorboard, which wraps the same package, imports more, and writes from a thread
-that hides a full disk. Owns what a run looks like in TensorBoard: scalars, texts, hyperparameters.
+that hides a full disk. Owns the form of a run in TensorBoard: scalars, texts, hyperparameters.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLogger:
-    """Writes one event file per process that trains the run. Each begins by voiding all that earlier files have after
-    the steps that are known to be on disk, so that no step is there twice."""
+    """Writes one event file per process that trains the run. Each file first cancels what earlier files have after the
+    last step known to be on disk, so that no step appears twice."""
 
     def __init__(self, context: LoggerContext) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -98,5 +98,5 @@ def _text(tag: str, text: str) -> Summary:
 
 
 def open_logger(context: LoggerContext) -> TensorBoardLogger:
-    """Begin, or go on with, the run's log."""
+    """Begin or continue the run's log."""
     return TensorBoardLogger(context)

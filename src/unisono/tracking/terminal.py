@@ -1,6 +1,6 @@
-"""What a person, or a program reading our output, sees of a run.
+"""A run's output, for people and for programs that read it.
 
-Owns the wording on standard output. One class per way: a live terminal, plain lines, JSON lines, and quiet.
+Owns the wording on standard output. There is one class per form: a live terminal, plain lines, JSON lines, and quiet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARAMETERS_NAMED = 3
 
 
 def choose_screen(*, quiet: bool, as_json: bool) -> events.Observer:
-    """The way that the options and standard output call for."""
+    """The form that the options and standard output need."""
     if as_json:
         return JsonLines()
     if quiet:
@@ -33,7 +33,7 @@ def choose_screen(*, quiet: bool, as_json: bool) -> events.Observer:
 
 
 def print_now(line: str) -> None:
-    """Print a line that whoever reads standard output sees at once."""
+    """Print a line at once, without buffering."""
     print(line)
     flush_output()
 
@@ -126,7 +126,7 @@ class Live:
 
 
 class Pace:
-    """Samples and tokens per second since the start, and the newest accuracy. What is told twice counts once."""
+    """Samples and tokens per second since the start, and the newest accuracy. An event that is repeated counts once."""
 
     def __init__(self) -> None:
         self._samples = self._tokens = 0
@@ -171,7 +171,7 @@ class Pace:
 
 
 def tell(event: events.Event, pace: Pace) -> list[str]:
-    """An event in words: no line, one, or a few."""
+    """An event in words: zero or more lines."""
     match event:
         case events.RunStarted():
             return _tell_start(event)
@@ -205,7 +205,7 @@ def tell(event: events.Event, pace: Pace) -> list[str]:
 
 
 def find_warning(event: events.Event) -> str | None:
-    """What a person should know at once, or None."""
+    """The warning that an event needs, or None."""
     match event:
         case events.Notice(warning=True):
             return event.message
@@ -257,7 +257,7 @@ def _tell_end(summary: dict[str, Any]) -> list[str]:
 
 
 def _tell_goodput(summary: dict[str, Any]) -> str:
-    """The share of steps that counted, and what else took time worth telling."""
+    """The share of steps that counted, and other work that took a noticeable time."""
     told = [
         f"{kind} {seconds:.1f} s"
         for kind, seconds in summary["goodput"]["seconds"].items()

@@ -1,7 +1,7 @@
-"""Weights & Biases: one run of theirs per run folder, online or offline.
+"""Weights & Biases: one W&B run per run folder, online or offline.
 
-Their own settings hold (WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY, …). Without a key and without WANDB_MODE it records
-offline, since nobody could be asked for a key. Owns what a run looks like there.
+W&B's own settings apply (WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY, …). Without a key and without WANDB_MODE it records
+offline, since it could not prompt a user for a key. Owns the form of a run in W&B.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ID = "run_id"
 
 
 class WandbLogger:
-    """A run there. A resumed run folder goes on with the same id: online on the server; offline in a further folder,
-    which `wandb sync` joins to the first. Steps are numbered as ours, and W&B refuses one that it has."""
+    """A run in W&B. A resumed run folder keeps its id: online the run continues on the server; offline in a further
+    folder, which `wandb sync` joins to the first. Steps have unisono's numbers, and W&B refuses a step that it has."""
 
     def __init__(self, context: LoggerContext) -> None:
         import wandb
@@ -37,7 +37,7 @@ class WandbLogger:
             config=dict(context.recipe),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        if self._run.resumed:  # the server knows best
+        if self._run.resumed:  # the server has the exact step
             context.cursor.reach("train", self._run.starting_step - 1)
         self._has_ended = False
 
@@ -54,12 +54,12 @@ class WandbLogger:
             self._run.log(numbers, step=event.step)  # type: ignore[union-attr]
 
     def flush(self) -> None:
-        return  # their own process has it, and offers nothing to wait for
+        return  # W&B's own process has it, and offers no call that waits
 
     def close(self) -> None:
         self._run.finish(exit_code=0 if self._has_ended else 1)
 
 
 def open_logger(context: LoggerContext) -> WandbLogger:
-    """Begin, or go on with, the run's log."""
+    """Begin or continue the run's log."""
     return WandbLogger(context)

@@ -1,6 +1,6 @@
-"""Which encoder a recipe asks for, and which one a folder holds.
+"""The encoder that a recipe names, or that a folder holds.
 
-Owns the choice. The encoders are `data/ngrams.py` and `data/tokens.py`.
+Owns the choice. The encoders are in `ngrams.py` and `tokens.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_b
 from unisono.errors import DataError, ModelError
 
 VERSION = 2
-"""Raised whenever the same text and settings come to give other numbers."""
+"""Raise it whenever the same text and settings begin to give other numbers."""
 
 
 def find_settings(recipe: Recipe) -> dict[str, object]:
-    """Return what decides the encoder, but the training texts: its kind and that kind's settings.
+    """Return what decides the encoder, except the training texts: its kind and that kind's settings.
 
     Raises:
-        DataError: a tokenizer.json is asked for, and not named or not there.
+        DataError: the recipe needs a tokenizer.json, and it is not named or does not exist.
     """
     encode = recipe.encode
     automatic = {"bag": "ngrams", "transformer": "wordpiece", "pretrained": "tokenizer"}
@@ -43,10 +43,10 @@ def find_settings(recipe: Recipe) -> dict[str, object]:
 
 
 def choose_encoder(recipe: Recipe, texts: Iterable[Sequence[str]], *, workers: int = 1) -> Encoder:
-    """Make the encoder that the recipe asks for; a vocabulary is learned from `texts`, the training texts.
+    """Make the recipe's encoder; a vocabulary is learned from `texts`, the training texts.
 
     Args:
-        texts: in lists, whose number and sizes must not depend on anything but the texts. It may be gone through twice.
+        texts: in lists; their number and sizes must depend on the texts alone. They may be read twice.
         workers: processes that count; the result does not depend on it.
 
     Raises:

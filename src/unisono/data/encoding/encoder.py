@@ -1,6 +1,6 @@
-"""How texts become numbers, as the rest of the house sees it.
+"""The interface through which the rest of the package turns texts into numbers.
 
-Owns the interface `Encoder`. `data/ngrams.py` hashes word n-grams, `data/tokens.py` uses the tokenizers library.
+Owns `Encoder`. `ngrams.py` hashes word n-grams, `tokens.py` uses the tokenizers library.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 
 
 class Encoder(Protocol):
-    """A pure function from a text to token numbers, that can be kept in a folder and read back."""
+    """A pure function from a text to token numbers; it can be saved to a folder and loaded again."""
 
     vocabulary_size: int
     """Token numbers are below this."""
 
     padding: int
-    """Token number that stands for nothing; a text without a token has this one."""
+    """The token number for padding; a text without any token has this one."""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [tokens] array per text, never empty."""

@@ -1,10 +1,10 @@
 """Texts as bags of word n-grams.
 
-Owns what a word is, which n-grams are features, how they are numbered, and how that is kept in a folder. Knows
-nothing of tokenizers, of models, or of what a feature means to them.
+Owns what a word is, which n-grams are features, how they are numbered, and how that is kept in a folder. Does not
+depend on tokenizers or on models.
 
-An n-gram is known by 48 bits of a hash: polynomials of bytes and integer arithmetic, the same on every machine and in
-every process, never Python's salted `hash`. Texts are hashed together, many at a time, by whole-array operations: a
+An n-gram is identified by 48 bits of a hash: polynomials of bytes in integer arithmetic, the same on every machine and
+in every process, never Python's salted `hash`. Texts are hashed together, many at a time, by whole-array operations: a
 loop over words would take most of the time from a raw file to a trained model.
 """
 
@@ -37,14 +37,14 @@ _WORD = re.compile(rf"[^\W{_ALONE}]+(?:[{_MARKS}]+[^\W{_ALONE}]*)*|[{_ALONE}]")
 
 _SPACE = 0x20
 _SPACED = bytes(code if chr(code).isalnum() or code == 0x5F else _SPACE for code in range(128)) + bytes(128)
-"""For ASCII texts: all but letters, digits and `_` becomes a space."""
+"""For ASCII texts: everything except letters, digits and `_` becomes a space."""
 
 LEVELS = 4
-"""How many frequencies within a text are told apart: once, twice or thrice, four to seven times, oftener."""
+"""The number of levels of frequency within a text: once, two or three times, four to seven times, more often."""
 
 _EMPTY = 0  # stands in a text without known features; no feature has this number
 _PREFIX = np.uint64(0x9E3779B97F4A7C15)  # so that a word and the same letters as a prefix are two features
-_LONGEST = 1024  # bytes of a word whose places are told apart
+_LONGEST = 1024  # bytes of a word whose positions enter the hash
 _POWERS = np.cumprod(np.full(_LONGEST, PRIME))
 
 _TEXTS_AT_ONCE = 2**16  # the low 16 bits of a hash make room for the number of a text
@@ -54,15 +54,15 @@ _MOST_COUNTED = 2**23  # features; while more are counted, the rarest are forgot
 
 
 class NGrams:
-    """A pure function from a text to its words and runs of words, and how often each stands in it.
+    """A pure function from a text to its words and runs of words, and how often each occurs in it.
 
-    Features are numbered by falling frequency, from 1: feature 1 stands in most training texts. Unknown ones are left
-    out. A token is LEVELS · feature + level, where level is ⌊log2⌋ of how often the feature stands in the text, 3 at
+    Features are numbered by falling frequency, from 1: feature 1 is in the most training texts. Unknown ones are left
+    out. A token is LEVELS · feature + level, where level is ⌊log2⌋ of how often the feature occurs in the text, 3 at
     most.
 
     Args:
         known: uint64 [features], the hashes of the features in the order of their numbers.
-        words: longer texts are cut after so many words.
+        words: longer texts are cut after this number of words.
         order: longest run of words that is one feature; runs of 1, 2, … order words all are features.
         lowercase: whether `The` and `the` are one word.
         prefix: first letters of a word that are a feature as well: `vote` and `voted` share one; 0: none.
@@ -97,9 +97,9 @@ class NGrams:
         prefix: int = 0,
         workers: int = 1,
     ) -> Self:
-        """Make an encoder that knows the features of these texts: of more than `features`, those in most texts.
+        """Make an encoder with the features of these texts: at most `features`, those that are in the most texts.
 
-        The texts come in lists, of which each is counted by one of so many processes.
+        The texts come in lists; each list is counted by one of `workers` processes.
         """
         unknowing = cls(np.empty(0, np.uint64), words=words, order=order, lowercase=lowercase, prefix=prefix)
         counted = _Counts()
@@ -109,7 +109,7 @@ class NGrams:
         return cls(known, words=words, order=order, lowercase=lowercase, prefix=prefix)
 
     def _count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hashes of these texts' features, rising (uint64), and in how many texts each stands (int64)."""
+        """Return the hashes of these texts' features, rising (uint64), and in how many texts each occurs (int64)."""
         counted = _Counts()
         for some in _cut_up(texts):
             counted.add(*_runs(self._find(texts[some]).hashes))
@@ -123,7 +123,7 @@ class NGrams:
         return rows
 
     def save(self, folder: Path) -> None:
-        """Write `encoder.json` and `features.npy`, of which `NGrams.load` makes an equal encoder."""
+        """Write `encoder.json` and `features.npy`, from which `NGrams.load` makes an equal encoder."""
         fields = {
             "kind": KIND,
             "words": self.words,
@@ -150,7 +150,7 @@ class NGrams:
             )
         try:
             known = np.load(folder / FEATURES)
-        except (OSError, ValueError, EOFError):  # NumPy's own words would advise to read it as pickle
+        except (OSError, ValueError, EOFError):  # NumPy's own message would advise to read it as pickle
             raise ModelError(f"{str(folder / FEATURES)!r}: missing or no row of numbers. Restore the file.") from None
         if known.ndim != 1 or known.dtype != np.uint64:
             raise ModelError(f"{str(folder / FEATURES)!r}: allowed is a row of uint64 numbers. Restore the file.")
@@ -202,7 +202,7 @@ class NGrams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Occurrences:
-    """Which feature stands in which text, and how often; by feature, then by text. Arrays run parallel.
+    """Which feature occurs in which text, and how often; by feature, then by text. Arrays run parallel.
 
     hashes: uint64, with zeros in the low 16 bits. texts: int64. times: int64, from 1.
     """
@@ -228,9 +228,9 @@ class _Words:
         """Cut texts at spaces; leave out what comes after `most` words of a text."""
         joined = np.frombuffer(b" ".join([b"", *packed, b""]), np.uint8)
         is_letter = joined != _SPACE
-        bounds = np.flatnonzero(is_letter[1:] != is_letter[:-1]) + 1  # where a word begins, where it ends, …
+        bounds = np.flatnonzero(is_letter[1:] != is_letter[:-1]) + 1  # alternately the begin and the end of a word
         begins, ends = bounds[::2], bounds[1::2]
-        starts = np.cumsum([1, *(len(text) + 1 for text in packed)])  # of each text, and where another one would be
+        starts = np.cumsum([1, *(len(text) + 1 for text in packed)])  # of each text, and of one after the last
         firsts = np.searchsorted(begins, starts)
         counts = np.diff(firsts)
         texts = np.repeat(np.arange(len(packed)), counts)
@@ -249,19 +249,19 @@ class _Words:
         terms = (self.letters + np.uint64(1)) * _POWERS[np.minimum(places, _LONGEST - 1)]
         if not prefix:
             return mix(np.add.reduceat(terms, begins))
-        leads = np.cumsum((self.letters & 0xC0) != 0x80)  # the other bytes go on with a letter in UTF-8
+        leads = np.cumsum((self.letters & 0xC0) != 0x80)  # in UTF-8 the other bytes continue a letter
         letter = leads - np.repeat(leads[begins], self.lengths)
         return mix(np.add.reduceat(np.where(letter < prefix, terms, np.uint64(0)), begins) + _PREFIX)
 
 
 class _Counts:
-    """In how many texts each feature stands."""
+    """In how many texts each feature occurs."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, hashes: np.ndarray, texts: np.ndarray) -> None:
-        """Take some features, by rising hash, and in how many further texts each stands."""
+        """Add some features, by rising hash, and in how many further texts each occurs."""
         self._parts.append((hashes, texts))
         if sum(len(hashes) for hashes, _ in self._parts) > _MOST_COUNTED:
             hashes, texts = self.merge()
@@ -270,12 +270,12 @@ class _Counts:
             self._parts = [(hashes[kept], texts[kept])]
 
     def most_frequent(self, features: int) -> np.ndarray:
-        """Return uint64 [at most `features`]: the hashes of the most frequent ones, the most frequent first."""
+        """Return uint64 [at most `features`]: the hashes of the most frequent features, the most frequent first."""
         hashes, texts = self.merge()
         return hashes[np.argsort(-texts, kind="stable")[:features]]
 
     def merge(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all features by rising hash (uint64), and in how many texts each stands (int64)."""
+        """Return all features by rising hash (uint64), and in how many texts each occurs (int64)."""
         hashes = np.concatenate([np.empty(0, np.uint64), *(hashes for hashes, _ in self._parts)])
         texts = np.concatenate([np.empty(0, np.int64), *(texts for _, texts in self._parts)])
         order = np.argsort(hashes, kind="stable")
@@ -287,12 +287,12 @@ class _Counts:
 
 
 def _cut_up(texts: Sequence[str]) -> Iterator[slice]:
-    """Runs of texts that are hashed at once: a few megabytes are quicker than all, and take less memory."""
+    """Runs of texts that are hashed at once: a few megabytes at a time are faster than all, and take less memory."""
     return cut_texts(texts, most_letters=_LETTERS_AT_ONCE, most_texts=_TEXTS_AT_ONCE)
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct values of a sorted array, and how often each stands in it (int64)."""
+    """Return the distinct values of a sorted array, and how often each occurs in it (int64)."""
     if not len(ordered):
         return ordered, np.empty(0, np.int64)
     begins = np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])

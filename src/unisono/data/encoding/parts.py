@@ -1,7 +1,7 @@
-"""Samples on their way from the spool to the dataset: encoded, waiting for those before them.
+"""Parts: samples that are encoded and not yet in the dataset.
 
-Owns the files in which workers leave what they have encoded: one per record batch of the spool, with the samples of
-each split, the lines of the quarantine, and a review of all its records. A file is whole or absent.
+Owns the files into which workers write what they have encoded: one per staged record batch, with the samples of each
+split, the lines of the quarantine, and a review of all its records. A file is whole or absent.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from unisono.storage.files import whole_file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fates:
-    """What was decided of the records of one record batch of the spool.
+    """The screening decisions on the records of one staged record batch.
 
     splits: int8 [records], numbers of SPLITS. reasons: int16 [records], numbers of `names`. labels: int32 [records],
     numbers of `classes`, −1 for none of them. first_row: the number of its first record in its file, from 1.
-    place: (number of the piece, number of its first record in it).
+    place: (number of the input split, number of its first record in it).
     """
 
     splits: np.ndarray
@@ -43,7 +43,7 @@ class Fates:
 
 
 def write_part(path: Path, staged: StagedRecords, number: int, fates: Fates, encoder: Encoder, limit: int) -> None:
-    """Encode what is kept of a record batch, and review all of it.
+    """Encode the kept records of a record batch, and review all of its records.
 
     Args:
         limit: of the tokens of a sample, for the review.
@@ -72,7 +72,7 @@ def write_part(path: Path, staged: StagedRecords, number: int, fates: Fates, enc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The samples of a split, part by part; they can be gone through more than once."""
+    """The samples of a split, part by part; they can be read more than once."""
 
     paths: Sequence[Path]
     split: str
@@ -101,7 +101,7 @@ def add_reviews(paths: Sequence[Path]) -> Review:
 
 
 def list_quarantined(staged: StagedRecords, number: int, fates: Fates) -> Iterator[dict[str, object]]:
-    """Return the records of a record batch that did not stay, as lines of `quarantine.jsonl`."""
+    """Return the quarantined records of a record batch, as lines of `quarantine.jsonl`."""
     chosen = np.flatnonzero(fates.reasons != 0)
     if not len(chosen):
         return

@@ -1,10 +1,10 @@
 """Texts as token numbers of a vocabulary, by the tokenizers library.
 
 Owns the trained vocabularies (WordPiece, byte-level BPE), the use of a given `tokenizer.json`, and how both
-are kept in a folder. Does not choose between them: `data/encode.py` does.
+are kept in a folder. Does not choose between them: `encode.py` does.
 
-The same texts give a vocabulary of the same bytes, in any order and in any process; `train_wordpiece` says
-what that takes. The library's own threads stay off: a machine's cores are used by running more workers, and a
+The same texts give a vocabulary of the same bytes, in any order and in any process; `train_wordpiece` explains
+how. The library's own threads stay off: a machine's cores are used by running more workers, and a
 process whose threads have run cannot be forked safely.
 """
 
@@ -74,7 +74,7 @@ class SubwordEncoder:
         found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(given)]
         for number, text in enumerate(texts):
             if len(found[number]) < self.max_tokens and len(given[number]) < len(text):
-                found[number] = self._tokenizer.encode(text).ids  # its words gave fewer tokens than expected
+                found[number] = self._tokenizer.encode(text).ids  # the shortened text gave fewer tokens than expected
         return [np.array(ids or [self.padding], np.int32) for ids in found]
 
     def save(self, folder: Path) -> None:
@@ -102,9 +102,9 @@ class SubwordEncoder:
         return encoder
 
     def _shorten(self, text: str) -> str:
-        """Drop words that cannot matter: as a rule each gives a token at least; `encode` checks that it did.
+        """Drop words that cannot matter: usually each word gives at least one token; `encode` checks it.
 
-        Not within a run of white space, which can be a token of its own.
+        Never cuts within a run of white space, which can be a token of its own.
         """
         words = text.split(" ", self.max_tokens)
         shorter = text[: len(text) - len(words[-1]) - 1]
@@ -112,7 +112,7 @@ class SubwordEncoder:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`. Raises DataError where there is none, or none that the library can read."""
+    """Read a `tokenizer.json`. Raises DataError if it does not exist, or if the library cannot read it."""
     from tokenizers import Tokenizer
 
     try:
@@ -124,11 +124,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def train_wordpiece(texts: Iterable[Sequence[str]], vocabulary_size: int, lowercase: bool) -> Tokenizer:
-    """Find the pieces of words that describe the texts best; never fewer than there are characters. The texts come in
-    lists, and are gone through twice.
+    """Find the parts of words that describe the texts best; never fewer than there are characters. The texts come in
+    lists, and are read twice.
 
     The library numbers characters in the order of a hash table, which differs from process to process, and
-    breaks ties between merges by those numbers. Here the characters are handed to it as if they were special
+    breaks ties between merges by those numbers. Here the characters are given to it as if they were special
     tokens, so that their numbers are fixed.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -194,7 +194,7 @@ def _find_padding(tokenizer: Tokenizer) -> int:
 
 
 def _find_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """The special tokens before and after every text; None if that is not how they are set."""
+    """The special tokens before and after every text; None if the tokenizer sets them in another way."""
     word = next(iter(sorted(tokenizer.get_vocab())), "")
     inner = tokenizer.encode(word, add_special_tokens=False).ids[:1]
     whole = tokenizer.encode(word).ids

@@ -1,10 +1,10 @@
 """The tokens of ASCII texts, many texts at once: words are found, and looked up, by whole-array operations.
 
-Owns where words begin and end in ASCII texts, and a table of words. What a word's tokens are, somebody else says, once
-for each word.
+Owns where words begin and end in ASCII texts, and a table of words. The function `ask` gives a word's tokens, once for
+each word.
 
-Words are compared by their letters, packed into two numbers of 64 bits, never by a hash alone; the hash says where in
-the table to look. The few words that are longer, or for which the table has no room, are in a dictionary.
+Words are compared by their letters, packed into two numbers of 64 bits, never by a hash alone; the hash gives the place
+in the table. The few words that are longer, or for which the table has no room, are in a dictionary.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import numpy as np
 from unisono.data.hashing import PRIME, cut_texts, mix
 
 MOST_WORDS, LONGEST_WORD = 300_000, 48
-"""Words that are remembered, some 20 MB, and how many letters one may have. Of too many, all are forgotten, and the
-frequent ones soon learned again."""
+"""How many words are remembered, some 20 MB, and how many letters a word may have. When there are too many words, all
+are forgotten; the frequent ones are soon learned again."""
 
 PACKED = 16
-"""Letters that two numbers hold."""
+"""The number of letters that two numbers hold."""
 
 CONTROL = bytes([*range(9), *range(11, 13), *range(14, 32), 127])
-"""What BERT's normalizer removes from ASCII texts: control characters but tab and line ends."""
+"""What BERT's normalizer removes from ASCII texts: control characters except tab and line ends."""
 
 _MARKS = b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _SPACE, _LETTER, _MARK, _END = range(4)
-_END_OF_TEXT = "\xff"  # stands behind each text
+_END_OF_TEXT = "\xff"  # ends each text
 _KINDS = bytes(
     _END if code == 255 else _MARK if code in _MARKS else _SPACE if code in b" \t\n\r" else _LETTER
     for code in range(256)
 )
 _MASKS = np.array([(1 << 8 * letters) - 1 for letters in range(9)], "<u8")
-_LETTERS_AT_ONCE = 2**17  # a few arrays of so many stay in the cache
+_LETTERS_AT_ONCE = 2**17  # a few arrays of this size stay in the cache
 _BUCKET_BITS = 18
 
 
@@ -50,7 +50,7 @@ class WordTable:
         self._ask = ask
         letters = bytes(range(256))
         self._letters = letters[:128].lower() + letters[128:] if lowercase else letters
-        # words by number, of which 0 is nobody's: packed letters; where its tokens begin, and how many there are
+        # words by number (0 is unused): packed letters; where a word's tokens begin, and how many there are
         self._words, self._used = 1, 0
         self._keys = np.zeros((1024, 2), "<u8")
         self._spans = np.zeros((1024, 2), np.int64)
@@ -63,9 +63,9 @@ class WordTable:
         return self._words - 1
 
     def encode(self, texts: Sequence[str], most: int, begin: Sequence[int], end: Sequence[int]) -> list[np.ndarray]:
-        """Return int32 [tokens] of each text: `begin`, those of its words, `most` at most, and `end`. Texts are
+        """Return int32 [tokens] for each text: `begin`, at most `most` tokens of its words, and `end`. Texts are
         ASCII."""
-        reach = 8 * most + 64  # letters that mostly are enough
+        reach = 8 * most + 64  # letters that are usually enough
         shorter = [text if len(text) <= reach else _shorten(text, reach) for text in texts]
         rows: list[np.ndarray] = []
         for some in cut_texts(shorter, most_letters=_LETTERS_AT_ONCE, most_texts=_LETTERS_AT_ONCE):
@@ -103,7 +103,7 @@ class WordTable:
         buckets = _buckets(self._keys[numbers, 0], self._keys[numbers, 1])
         for way in self._ways:
             free = way[buckets] == 0
-            way[buckets[free]] = numbers[free]  # of several for one place, one gets it
+            way[buckets[free]] = numbers[free]  # if several words have the same place, one of them gets it
             there = way[buckets] == numbers
             numbers, buckets = numbers[~there], buckets[~there]
         return numbers
@@ -133,7 +133,7 @@ class WordTable:
 
     def _find(self, packed: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The numbers of words; those that are new are learned."""
-        letters = np.ndarray((len(packed) + 1,), "<u8", packed + bytes(PACKED), strides=(1,))  # eight, from each on
+        letters = np.ndarray((len(packed) + 1,), "<u8", packed + bytes(PACKED), strides=(1,))  # eight from each on
         low = letters[starts] & _MASKS[np.minimum(lengths, 8)]
         high = np.zeros_like(low)
         long = np.flatnonzero(lengths > 8)
@@ -158,8 +158,8 @@ class WordTable:
 
 
 def _cut(packed: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where words begin, and their lengths; and, one more than there are texts, between which words each text lies. A
-    word is a run of letters, or a punctuation mark."""
+    """Where words begin, and their lengths; and the bounds of each text among the words, one more than there are texts.
+    A word is a run of letters, or a punctuation mark."""
     kinds = np.frombuffer(packed.translate(_KINDS), np.uint8)
     starts = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] >= _MARK)) + 1
     starts = np.concatenate([[0], starts])
@@ -171,7 +171,7 @@ def _cut(packed: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _frame(ids: np.ndarray, counts: np.ndarray, begin: Sequence[int], end: Sequence[int]) -> list[np.ndarray]:
-    """Rows of so many ids each, with others before and after each row's own."""
+    """Rows with the given numbers of ids, with other ids before and after each row's own."""
     more = len(begin) + len(end)
     bounds = np.concatenate([[0], np.cumsum(counts + more)])
     found = np.empty(bounds[-1], np.int32)
@@ -188,7 +188,7 @@ def _buckets(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
-    """An array with room for so many."""
+    """An array with room for at least this number of entries."""
     if size <= len(array):
         return array
     return np.concatenate([array, np.zeros((max(len(array), size - len(array)), *array.shape[1:]), array.dtype)])

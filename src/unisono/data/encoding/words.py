@@ -1,7 +1,7 @@
-"""Tokens of words that were seen before: a text is mostly made of them.
+"""A memory of words and their tokens: most words of a text were seen before.
 
-Owns when a text's tokens are those of its words one after the other. What a word's tokens are, the tokenizers library
-says, once for each word; ASCII texts go through a table (`wordtable.py`), others word by word.
+Owns the condition under which a text's tokens are those of its words one after the other. The tokenizers library gives
+a word's tokens, once for each word; ASCII texts go through a table (`word_table.py`), others word by word.
 
 That holds for tokenizers in the manner of BERT (Devlin et al., 2019): their normalizer changes a text character by
 character, and no token reaches across a space, nor in ASCII across a punctuation mark. The ids are the library's own,
@@ -34,7 +34,7 @@ class Words:
         begins = {token[0] for token in added}
         begins |= {letter for first in begins for letter in (first.lower(), first.upper())}
         self._begins = [letter for letter in begins if letter.isascii()]  # an ASCII text may hold one
-        # what is a token itself is cut no further, for the longest one is taken first
+        # a word that is a token itself is not cut further, since the longest token is taken first
         known = {word: id_ for word, id_ in tokenizer.get_vocab().items() if _WHOLE.fullmatch(word)}
         if lowercase:
             known = {word: id_ for word, id_ in known.items() if word == word.lower()}
@@ -56,8 +56,8 @@ class Words:
     def encode(
         self, texts: Sequence[str], most: int, begin: Sequence[int], end: Sequence[int]
     ) -> list[np.ndarray | None]:
-        """Return int32 [tokens] of each text: `begin`, those of its words, `most` at most, and `end`; None if it holds
-        an added token, which the library alone can judge."""
+        """Return int32 [tokens] for each text: `begin`, at most `most` tokens of its words, and `end`; None if it holds
+        an added token, which only the library can treat."""
         rows: list[np.ndarray | None] = [None] * len(texts)
         plain = []
         for number, text in enumerate(texts):
@@ -82,19 +82,19 @@ class Words:
         return any(token in folded for token in self._added)
 
     def _encode_any(self, text: str, most: int) -> np.ndarray:
-        """The tokens of what stands between spaces."""
+        """The tokens of the text between two spaces."""
         if len(self._chunks) > MOST_WORDS:
             self._chunks.clear()
         chunks = text.split(" ", most)
         ids = b"".join(map(self._chunks.__getitem__, chunks[:most]))
-        if len(chunks) > most and len(ids) < 4 * most:  # some gave none
+        if len(chunks) > most and len(ids) < 4 * most:  # some words gave no token
             ids += b"".join(map(self._chunks.__getitem__, chunks[-1].split(" ")))
         return np.frombuffer(ids, np.int32)[:most]
 
 
 class _Memory(dict[str, bytes]):
-    """What was answered; of what is new it is asked. Long ones (whole texts, in scripts without spaces) hardly come
-    again, and are not remembered."""
+    """The tokens of a word, remembered; the library gives those of a new word. Long words (whole texts, in scripts
+    without spaces) rarely occur again, and are not remembered."""
 
     def __init__(self, ask: Callable[[str], Sequence[int]]) -> None:
         self._ask = ask

@@ -1,6 +1,6 @@
 """Column batches: some rows of a source, as columns of equal length.
 
-Owns what readers hand on, and how sheets are cut and joined. Knows no format and no file.
+Owns what readers return, and how column batches are cut and joined. Depends on no format and no file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from unisono.errors import DataError
 
 COLUMN_BATCH_BYTES = 2 * 2**20
-"""A sheet that is read from a file ends with the row that reaches this size."""
+"""A column batch that is read from a file ends with the row that reaches this size."""
 COLUMN_BATCH_ROWS = 65_536
 
 Column: TypeAlias = list[object] | pa.ChunkedArray
@@ -25,7 +25,7 @@ Column: TypeAlias = list[object] | pa.ChunkedArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldFault:
-    """Why a row could not be cut into fields, and the row as it stood (of a very large one, its beginning)."""
+    """Why a row could not be cut into fields, and the row as it was (of a very large row, its beginning)."""
 
     reason: str
     raw: str
@@ -33,7 +33,7 @@ class FieldFault:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A value that Python has none for: a date after the year 9999, a list in which a text is not UTF-8."""
+    """A value that Python cannot hold: a date after the year 9999, a list in which a text is not UTF-8."""
 
     kind: str
 
@@ -48,7 +48,7 @@ class ColumnBatch:
     name: str
     rows: int
     columns: Mapping[str, Column]
-    """JSONL: those that some row of the sheet has, in order of first appearance."""
+    """JSONL: those that some row of the column batch has, in order of first appearance."""
     faults: Mapping[int, FieldFault] = field(default_factory=dict)
     """By row number from 0; such a row's fields are filled with None."""
     files: Sequence[str] | None = None
@@ -56,7 +56,7 @@ class ColumnBatch:
 
 
 def cut_column_batch(column_batch: ColumnBatch, rows: int = COLUMN_BATCH_ROWS) -> Iterator[ColumnBatch]:
-    """Cut a sheet into sheets of at most `rows` rows, in order. Arrow columns are not copied, lists by reference."""
+    """Cut into column batches of at most `rows` rows, in order. Arrow columns are not copied, lists by reference."""
     for start in range(0, column_batch.rows, rows):
         yield _slice(column_batch, start, min(start + rows, column_batch.rows))
 
@@ -72,9 +72,9 @@ def _slice(column_batch: ColumnBatch, start: int, stop: int) -> ColumnBatch:
 
 
 def cut_by_size(column_batch: ColumnBatch, name: str, size_bytes: int = COLUMN_BATCH_BYTES) -> Iterator[ColumnBatch]:
-    """Cut a sheet after each row with which the texts of column `name` reach `size_bytes` as UTF-8.
+    """Cut a column batch after each row with which the texts of column `name` reach `size_bytes` as UTF-8.
 
-    So the same content is cut in the same places, whatever it is held in.
+    So the same content is cut in the same places, whatever holds it.
     """
     ends = np.cumsum(_measure(column_batch.columns.get(name, [])))
     start = reached = 0
@@ -89,7 +89,7 @@ def cut_by_size(column_batch: ColumnBatch, name: str, size_bytes: int = COLUMN_B
 
 
 def _measure(column: Column) -> np.ndarray:
-    """Bytes of each text, int64 [rows]; 0 for what is none."""
+    """Bytes of each text, int64 [rows]; 0 for a value that is no text."""
     if isinstance(column, list):
         return np.fromiter(map(_count_bytes, column), np.int64, len(column))
     return np.concatenate([np.empty(0, np.int64), *map(_measure_chunk, column.chunks)])
@@ -102,7 +102,7 @@ def _measure_chunk(chunk: pa.Array) -> np.ndarray:
     if pa.types.is_dictionary(kind):
         words = pa.array(_measure_chunk(chunk.dictionary))
         return pc.fill_null(words.take(chunk.indices), 0).to_numpy()
-    if pa.types.is_string_view(kind):  # no kernel measures views; the first of the four numbers of each is its length
+    if pa.types.is_string_view(kind):  # no kernel measures views; the first of a view's four numbers is its length
         views = np.frombuffer(chunk.buffers()[1], np.int32)[4 * chunk.offset :: 4][: len(chunk)]
         return np.where(chunk.is_valid(), views, 0).astype(np.int64)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -117,7 +117,7 @@ def _count_bytes(value: object) -> int:
 
 
 def join_column_batches(column_batches: Sequence[ColumnBatch], name: str) -> ColumnBatch:
-    """Put sheets one below the other. A column that one of them lacks is None there."""
+    """Join column batches, one after the other. Where one of them lacks a column, its values are None."""
     if len(column_batches) == 1:
         return column_batches[0]
     names = dict.fromkeys(column for column_batch in column_batches for column in column_batch.columns)
@@ -180,7 +180,7 @@ def _list_others(chunk: pa.Array) -> list[object]:
 
 
 def transpose(rows: Sequence[Mapping]) -> dict[str, Column]:
-    """Turn mappings into columns, named in order of first appearance; what a row lacks is None."""
+    """Turn mappings into columns, named in order of first appearance; a value that a row lacks is None."""
     names = dict.fromkeys(key for row in rows for key in row)
     return {str(name): [row.get(name) for row in rows] for name in names}
 

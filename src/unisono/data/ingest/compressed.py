@@ -1,7 +1,7 @@
 """Compressed files, unpacked while they are read.
 
-Owns which compressions there are, what a damaged file is told as, and the limit on how far one may unpack. Does
-not know what is inside.
+Owns which compressions there are, the messages about a damaged file, and the limit on how far a file may unpack.
+Does not depend on the content.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARCHIVES = {
     ".rar": "unrar x {name}",
 }
 FREE_BYTES = 64 * 2**20
-"""The limit on expansion begins here: small files of equal lines are no attack."""
+"""The limit on expansion applies above this size: small files of equal lines are no attack."""
 
 
 def find_compression(name: str) -> tuple[str, str]:
@@ -46,7 +46,7 @@ def find_compression(name: str) -> tuple[str, str]:
 
 
 class _Counted:
-    """A raw file that knows how much of it was read."""
+    """A raw file that counts how much of it was read."""
 
     def __init__(self, file: Stream) -> None:
         self._file = file
@@ -72,9 +72,9 @@ class _Counted:
 
 
 class _Members:
-    """What is in the members of a bz2 or xz file, one after the other; zeros may stand between and behind them.
+    """The content of the members of a bz2 or xz file, one after the other; zeros may stand between and after them.
 
-    Python's own files take a member whose beginning is damaged for rubbish behind the last one, and lose it in silence.
+    Python's own readers take a member with a damaged beginning for garbage after the last one, and drop it in silence.
     """
 
     def __init__(self, file: _Counted, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
@@ -100,7 +100,7 @@ class _Members:
 
 
 class Unpacked:
-    """What is in a compressed file, as a stream."""
+    """The content of a compressed file, as a stream."""
 
     def __init__(self, file: Stream, compression: str, name: str, max_expansion: float) -> None:
         self._packed = _Counted(file)
@@ -128,7 +128,7 @@ class Unpacked:
 
 
 class _Damage:
-    """Tells what goes wrong in unpacking as a DataError."""
+    """Raises what goes wrong in unpacking as a DataError."""
 
     def __init__(self, name: str) -> None:
         self._name = name

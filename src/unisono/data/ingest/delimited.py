@@ -1,7 +1,7 @@
-"""Rows of JSONL, TSV and CSV: from lines to sheets of bounded size.
+"""Rows of JSONL, TSV and CSV: from lines to column batches of bounded size.
 
 Owns the text formats: CSV (quoting as in RFC 4180), TSV (cut at tabs alone, no quoting), JSONL. Does not know
-where lines come from (`data/lines.py`) or what columns mean (`data/read.py`).
+where lines come from (`lines.py`) or what columns mean (`read.py`).
 
 A byte that is not UTF-8 becomes a lone surrogate, as in `os.fsdecode`, so that it spoils its own field only. A
 row that cannot be cut into fields stays a row, with a fault. Blank lines are no rows.
@@ -41,7 +41,7 @@ STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator[ColumnBatch]:
-    """Column batches of a line's object each."""
+    """Column batches of rows, one from each line's object."""
     rows: list[Mapping[object, object]] = []
     faults: dict[int, FieldFault] = {}
     names: set[object] = set()
@@ -85,7 +85,7 @@ def _parse(text: str) -> dict[object, object] | FieldFault:
 
 
 def measure_depth(text: str) -> int:
-    """How many brackets are open at most, outside strings."""
+    """The largest number of brackets that are open at once, outside strings."""
     codes = np.frombuffer(STRING.sub("", text).encode("utf-8", "surrogatepass"), np.uint8)
     opened = (codes == ord("{")).astype(np.int32) + (codes == ord("["))
     closed = (codes == ord("}")).astype(np.int32) + (codes == ord("]"))
@@ -162,7 +162,7 @@ def _stand(
 
 
 def cut_tsv(lines: Iterable[bytes | Long]) -> Iterator[tuple[list[str] | FieldFault, int]]:
-    """Rows, each with its size in bytes; a blank line is an empty one."""
+    """Rows, each with its size in bytes; a blank line is an empty row."""
     for line in lines:
         if isinstance(line, Long):
             yield FieldFault(reason=TOO_LARGE, raw=decode_head(line.head)), 0
@@ -203,7 +203,7 @@ class _Feed:
         return line.decode("utf-8", "surrogateescape") + "\n"
 
     def skip(self, quotes: int) -> None:
-        """Go on to the end of a row that is too large: where as many quotes have closed as have opened."""
+        """Skip to the end of a row that is too large: the line after which every quote is closed."""
         quotes += sum(line.count(b'"') for line in self.consumed)
         while quotes % 2:
             line = next(self._lines, None)
@@ -218,10 +218,10 @@ class _Feed:
 
 
 def cut_csv(lines: Iterable[bytes | Long], told: str, data: Data) -> Iterator[tuple[list[str] | FieldFault, int]]:
-    """Cut CSV into rows, each with its size in bytes; a bad one into a fault.
+    """Cut CSV into rows, each with its size in bytes; a bad row becomes a fault.
 
     Raises:
-        DataError: a quote never closes, which swallows the rest.
+        DataError: a quote never closes, so that the rest of the file would be one field.
     """
     feed = _Feed(lines, data.max_record_bytes)
     csv.field_size_limit(sys.maxsize)  # by default it is 131,072 characters; there is no limit per reader

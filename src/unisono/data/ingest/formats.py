@@ -1,6 +1,6 @@
 """Which format a file has: by the recipe, or by its name.
 
-Owns the names of formats. How each is read is the matter of `data/rows.py` and `data/tables.py`.
+Owns the names of formats. `delimited.py` and `parquet.py` own how each is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def find_suffix_format(name: str, told: str, data: Data) -> Format:
     """Return the format of a file from its name without the suffix of a compression.
 
     Raises:
-        DataError: the name does not tell it.
+        DataError: the name does not show the format.
     """
     if data.format == "folder":
         raise DataError(f"{told} is a file, but data.format = 'folder'. Give a folder with one folder per class.")
@@ -49,7 +49,7 @@ def find_format(path: Path, data: Data) -> Format:
     """Return the format of an existing file or folder.
 
     Raises:
-        DataError: there is no such file, or its name does not tell its format.
+        DataError: there is no such file, or its name does not show its format.
     """
     if not path.exists():
         raise DataError(f"{str(path)!r}: no such file. Paths in a recipe are relative to its folder.")

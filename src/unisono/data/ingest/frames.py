@@ -1,8 +1,8 @@
 """Frames of other libraries: taken apart into columns, and given back with columns added.
 
 Owns what a frame is: pandas, Polars, Arrow, or anything else that hands out its columns by Arrow's PyCapsule interface
-(`__arrow_c_stream__`). Neither pandas nor Polars is imported: whoever gives one of their frames has done so. Memory is
-shared with the frame, but for what Arrow cannot see without copying; docs/frames.md says what that is.
+(`__arrow_c_stream__`). Neither pandas nor Polars is imported: a caller that gives one of their frames has done so.
+Memory is shared with the frame, except what Arrow cannot read without copying; docs/frames.md lists it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def is_frame(value: object) -> bool:
 
 
 def settle(frame: Any) -> Any:
-    """Return a frame as one that can be looked at again and again: a LazyFrame is collected, a stream read to its end.
+    """Return a frame that can be read many times: a LazyFrame is collected, a stream is read to its end.
 
-    To be called before workers are forked: Polars' threads are not there in a child. What is no frame is returned as it
-    is.
+    Call it before workers are forked: Polars' threads do not exist in a child. A value that is no frame is returned
+    unchanged.
 
     Raises:
         DataError: it cannot be collected or read.
@@ -81,10 +81,10 @@ def take_column(values: Any) -> Column:
 
 
 def add_columns(frame: Frame, new: Mapping[str, pa.Array]) -> Frame:
-    """Return a frame of the same kind with columns added, or in the place of those of the same name.
+    """Return a frame of the same kind with columns added; a column of the same name is replaced.
 
     The frame itself stays as it was, and its columns are shared (by pandas as its copy-on-write does). A frame of a
-    library that is not known comes back as an Arrow table.
+    library that is not known is returned as an Arrow table.
     """
     held: Any = settle(frame)
     if isinstance(held, _find("pandas", "DataFrame")):
@@ -102,7 +102,7 @@ def add_columns(frame: Frame, new: Mapping[str, pa.Array]) -> Frame:
 
 
 def _find(module: str, name: str) -> Any:
-    """A class of a library, where somebody has imported it; else (), of which nothing is an instance."""
+    """A class of a library that is already imported; else (), of which nothing is an instance."""
     return getattr(sys.modules.get(module), name, ())
 
 

@@ -3,7 +3,7 @@
 Owns what `hf://` means and how such a dataset is cut by rows. `datasets` is an extra, imported here only.
 
 `hf://owner/name[/config][@revision][:split]` is a dataset of the hub; `hf:///path[:split]` a folder that
-`save_to_disk` wrote, or whose files `load_dataset` reads. A class label is told by its name, not its number.
+`save_to_disk` wrote, or whose files `load_dataset` reads. A class label is given by its name, not its number.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def measure_dataset(location: str) -> tuple[int, int, str, tuple[str, ...]]:
 def read_dataset(
     location: str, name: str, rows: range, fingerprint: str, data: Data, columns: Sequence[str] | None = None
 ) -> Iterator[ColumnBatch]:
-    """Column batches of a range of rows, of all columns or those of `columns` that there are.
+    """Column batches of a range of rows: all columns, or those of `columns` that exist.
 
     Raises:
-        DataError: the dataset has gone, or is another than that with this fingerprint.
+        DataError: the dataset no longer exists, or its fingerprint is another one.
     """
     if location not in OPENED:
         OPENED[location] = _load(location)

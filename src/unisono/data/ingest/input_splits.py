@@ -1,11 +1,11 @@
-"""Sources cut into pieces that are fixed by their bytes, never by workers.
+"""Input splits: parts of a source that are fixed by its bytes, never by the number of workers.
 
-Owns what a recipe's location means, how it is cut, and how a piece is read and hashed. Each place has a module of
-its own (`data/locations.py`, `data/hub.py`), and so has each format (`data/rows.py`, `data/tables.py`).
+Owns what a recipe's location means, how it is cut, and how an input split is read and hashed. Each place has a module
+of its own (`locations.py`, `hub.py`), and so has each format (`delimited.py`, `parquet.py`).
 
-Lines (JSONL, TSV) are cut by bytes: a line belongs to the piece in which its first byte lies. Parquet is cut by row
-groups, folders by files, datasets by rows. CSV, where a quoted newline ends no row, and compressed files are one
-piece each, read as a stream.
+Lines (JSONL, TSV) are cut by bytes: a line belongs to the input split in which its first byte lies. Parquet is cut by
+row groups, folders by files, datasets by rows. A CSV file (in which a quoted newline ends no row) and a compressed
+file are one input split each, read as a stream.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ INPUT_SPLIT_FILES = 4_096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSplit:
-    """What one task reads: a part of a source that is fixed by its bytes, never by workers. Small and picklable."""
+    """What one task reads: a part of a source, fixed by its bytes, never by workers. Small and picklable."""
 
     source: str
-    """The file's name as messages and quarantine.jsonl tell it; pieces of one source follow each other."""
+    """The file's name in messages and in quarantine.jsonl; input splits of one source follow each other."""
     kind: Format
     location: str
     """Absolute path or URL of the file, folder or dataset."""
@@ -57,17 +57,17 @@ class InputSplit:
     stop: int = 0
     """Bytes [start, stop) of the file, or rows of a dataset. A stream is read from its beginning to its end."""
     first: bool = True
-    """Lines: whether one begins at `start`."""
+    """Lines: whether a line begins at `start`."""
     stream: bool = False
     compression: str = ""
     columns: tuple[str, ...] = ()
-    """Their names, where they are known before reading: TSV, Parquet, datasets."""
+    """The columns' names, where they are known before reading: TSV, Parquet, datasets."""
     groups: tuple[int, int] = (0, 0)
     """Parquet: row groups [first, last)."""
     files: tuple[tuple[str, int], ...] = ()
     """Folder: names of files within `location`, and their sizes."""
     version: str = ""
-    """The file's when it was found (local: size and time of change); a dataset's fingerprint."""
+    """The file's version when it was found (local: size and time of change); a dataset's fingerprint."""
     digest: str = ""
     """Parquet: SHA-256 of the footer."""
     ranged: bool = True
@@ -81,10 +81,10 @@ class InputSplit:
 def find_input_splits(
     location: str | Path, data: Data, *, input_split_bytes: int = INPUT_SPLIT_BYTES
 ) -> list[InputSplit]:
-    """Cut what a location names (a path, folder, pattern, URL or dataset) into pieces, in order.
+    """Cut what a location names (a path, folder, pattern, URL or dataset) into input splits, in order.
 
-    Reads lists and sizes, the header of TSV and the footer of Parquet. An empty list, or pieces without a row, mean
-    a source without records.
+    Reads lists and sizes, the header of TSV and the footer of Parquet. An empty list, or input splits without a row,
+    mean a source without records.
 
     Raises:
         DataError: there is nothing, its format is unknown, or its header is not what the recipe says.
@@ -105,13 +105,13 @@ def find_input_splits(
 def read_input_split(
     input_split: InputSplit, data: Data, columns: Sequence[str] | None = None
 ) -> Iterator[ColumnBatch]:
-    """Column batches of bounded size of a piece's rows, each row once, in order.
+    """Column batches of bounded size with an input split's rows, each row once, in order.
 
     Args:
-        columns: read these only, of those that there are; None: all.
+        columns: read only these, where they exist; None: all.
 
     Raises:
-        DataError: the file has gone, is damaged or unreadable, or has changed since it was cut.
+        DataError: the file no longer exists, is damaged or unreadable, or has changed since it was cut.
     """
     if input_split.kind == "dataset":
         numbers = range(input_split.start, input_split.stop)
@@ -142,13 +142,13 @@ def read_input_split(
 
 
 def hash_input_split(input_split: InputSplit) -> str:
-    """SHA-256 that identifies a piece's content: kind, columns, and bytes.
+    """SHA-256 that identifies an input split's content: kind, columns, and bytes.
 
-    Instead of the bytes of a remote file it takes the store's own version of it (ETag …), where the store has one, and
-    of a dataset its fingerprint. Names other than those of files in a folder are no part of it.
+    For a remote file, the store's own version (ETag …) is hashed instead of the bytes, where the store has one; for a
+    dataset, its fingerprint. Names are no part of it, except those of files in a folder.
 
     Raises:
-        DataError: a file has gone, is unreadable, or has changed since it was cut.
+        DataError: a file no longer exists, is unreadable, or has changed since it was cut.
     """
     facts = [
         input_split.kind,
@@ -186,7 +186,7 @@ def hash_stream(file: Stream, size: int | None) -> str:
 
 
 def read_file(location: str | Path, data: Data) -> ColumnBatch:
-    """Read all of a location, as one sheet.
+    """Read all of a location, as one column batch.
 
     Raises:
         DataError: it is missing, unreadable, empty or damaged, or its header is not what the recipe says.
@@ -236,7 +236,7 @@ def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[Inpu
 
 
 def _cut_lines(whole: InputSplit, told: str, data: Data, input_split_bytes: int) -> list[InputSplit]:
-    """Cut a text file by bytes, behind its mark and its header."""
+    """Cut a text file by bytes, after its byte-order mark and its header."""
     columns: list[str] = []
     with open_file(whole.location) as file:
         head = file.read(len(MARK))
@@ -264,7 +264,7 @@ def _cut_lines(whole: InputSplit, told: str, data: Data, input_split_bytes: int)
 
 
 def _take_header(lines: Iterator[bytes | Long], start: int, count: int) -> tuple[list[list[str] | FieldFault], int]:
-    """Return the first `count` lines as fields, and where the line after them begins."""
+    """Return the first `count` lines as fields, and the byte at which the next line begins."""
     header = []
     for line in islice(lines, count):
         row, _ = next(rows.cut_tsv([line]))
@@ -307,7 +307,7 @@ def _cut_folder(location: str, input_split_bytes: int) -> list[InputSplit]:
 
 
 def _read_folder(input_split: InputSplit, data: Data) -> Iterator[ColumnBatch]:
-    """One record per file; its class is its first folder below the piece's location."""
+    """One record per file; its class is its first folder below the input split's location."""
     group: list[tuple[str, int]] = []
     size = 0
     for number, file in enumerate(input_split.files, 1):
@@ -352,7 +352,7 @@ def _cut_dataset(location: str, input_split_bytes: int) -> list[InputSplit]:
 
 
 def _read_stream(input_split: InputSplit, stream: Stream, told: str, data: Data) -> Iterator[ColumnBatch]:
-    """Read a file from its beginning to its end: mark, header, rows."""
+    """Read a file from its beginning to its end: byte-order mark, header, rows."""
     lines = cut_lines(strip_mark(read_blocks(stream), told), data.max_record_bytes)
     if input_split.kind == "jsonl":
         yield from rows.read_jsonl(lines, input_split.source, data)

@@ -1,6 +1,6 @@
 """What a dataset is made from: which parts each split's input has, and the hash of it all.
 
-Owns the finding of inputs and the dataset's key. Reads nothing but to hash it.
+Owns how inputs are found, and the dataset's key. Reads files only to hash them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SEEN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """What one split is made from. parts: each is read by one task. sha256: of the content."""
+    """The input of one split. parts: each is read by one task. sha256: of the content."""
 
     name: str
     kind: str
@@ -106,7 +106,7 @@ def make_key(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, object]:
 
 
 def _hash_records(records: Iterable[Record]) -> str:
-    """`facts_sha256` of a list of all that matters of each record, without having the list."""
+    """`facts_sha256` of a list with one entry per record, computed without holding the list."""
     result = hashlib.sha256(b"[")
     for number, record in enumerate(records):
         facts = json.dumps([record.text, record.label, record.fault])

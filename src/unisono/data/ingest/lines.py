@@ -1,8 +1,8 @@
 """Lines of a stream of bytes, whatever it holds, in bounded memory.
 
 Owns how a file is cut into lines, which of them belong to a range of bytes, byte-order marks, and lines that
-are too long to be held. Does not know what a line means (`data/rows.py`) or where bytes come from
-(`data/locations.py`).
+are too long to be held. Does not own what a line means (`delimited.py`) or where bytes come from
+(`locations.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SeekableStream(Stream, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Long:
-    """A line longer than the limit: its beginning, its bytes, and how many quotes are in all of it."""
+    """A line longer than the limit: its beginning, its size in bytes, and the number of quotes in the whole line."""
 
     head: bytes
     size: int
@@ -42,7 +42,7 @@ class Long:
 
 
 def read_blocks(file: Stream) -> Iterator[bytes]:
-    """The bytes of a stream from where it stands, in blocks."""
+    """The bytes of a stream from its current position, in blocks."""
     while block := file.read(BLOCK_BYTES):
         yield block
 
@@ -68,7 +68,7 @@ def refuse_utf16(head: bytes, name: str) -> None:
 def own_blocks(file: SeekableStream, start: int, stop: int, *, first: bool) -> Iterator[bytes]:
     """The lines whose first byte lies in [start, stop), in blocks.
 
-    `first`: a line begins at `start`. Otherwise one does only if the byte before ends a line.
+    `first`: a line begins at `start`. Without it, a line begins there only if the byte before ends a line.
     """
     skipping = not first
     file.seek(start - skipping)
@@ -108,7 +108,7 @@ def cut_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | Long]:
         if last:
             kept.append(last)
             size += len(last)
-            if size > limit:  # its beginning is enough from now on
+            if size > limit:  # from now on only its beginning is kept
                 quotes += sum(part.count(b'"') for part in kept)
                 kept = [b"".join(kept)[:HEAD_BYTES]]
                 quotes -= kept[0].count(b'"')
@@ -140,6 +140,6 @@ def escape(text: str) -> str:
 
 
 def decode_head(head: bytes) -> str:
-    """Text of a line's beginning, without a character that was cut."""
+    """Text of a line's beginning, without the last character if it was cut."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     return decoder.decode(head[:HEAD_BYTES]) + "…"

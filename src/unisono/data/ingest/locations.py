@@ -1,7 +1,7 @@
 """Where files are: paths, patterns, folders, and URLs through fsspec.
 
-Owns how a location becomes a list of files, how one is opened, and what is told when that fails. Does not know
-formats. Credentials come from the storage libraries' own variables and never stand in a message.
+Owns how a location becomes a list of files, how a file is opened, and the messages when that fails. Does not depend on
+formats. Credentials come from the storage libraries' own variables and never appear in a message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VERSIONS = (
     "last_modified",
     "Last-Modified",
 )
-"""Facts by which stores tell versions of an object apart, the best first."""
+"""Facts by which stores distinguish versions of an object, the best first."""
 _CREDENTIALS = " Set the store's credentials (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
 
 
@@ -47,13 +47,13 @@ class SourceFile:
     """Its path within the folder or pattern that was given; of a single file, its name."""
     size: int
     version: str
-    """Local: size and time of change. Remote: what the store tells versions by, '' where it tells nothing."""
+    """Local: size and time of change. Remote: the store's own mark of the version, '' where it has none."""
     ranged: bool = True
-    """Whether it can be read from any byte on."""
+    """Whether reading can begin at any byte."""
 
 
 def is_folder(location: str) -> bool:
-    """Whether a location is an existing folder. Raises DataError if a remote one cannot be asked."""
+    """Whether a location is an existing folder. Raises DataError if a remote store does not answer."""
     if not is_url(location):
         return Path(location).is_dir()
     with explain(location):
@@ -94,7 +94,7 @@ def find_files(location: str) -> list[SourceFile]:
 
 
 def list_folder(location: str) -> list[SourceFile]:
-    """Return the files below a folder, sorted by path. Hidden ones are none.
+    """Return the files below a folder, sorted by path. Hidden files are left out.
 
     Links to folders are followed; a folder that several lead to is read once, under its own name if it lies below
     `location`.
@@ -123,7 +123,7 @@ def find_version(file: str) -> str:
 
 @contextmanager
 def open_file(location: str, *, ranged: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for reading in blocks; errors in opening and in what is done with it become DataErrors."""
+    """Open a file for reading in blocks; errors while it is opened or read become DataErrors."""
     with explain(location):
         if is_url(location):
             system, path = _connect(location)
@@ -140,7 +140,7 @@ def read_heads(folder: str, files: Sequence[tuple[str, int]], limit: int) -> lis
     with explain(folder):
         if is_url(folder):
             system, root = _connect(folder)
-            paths = [f"{root.rstrip('/')}/{name}" for name, size in files if size]  # of an empty one there is no range
+            paths = [f"{root.rstrip('/')}/{name}" for name, size in files if size]  # an empty file has no range
             fetched = iter(system.cat_ranges(paths, 0, limit, on_error="raise"))
             return [bytes(next(fetched)) if size else b"" for _, size in files]
         heads = []
@@ -169,7 +169,7 @@ def explain(location: str) -> Iterator[None]:
     except Exception as error:
         if not is_url(location) or isinstance(error, (AssertionError, MemoryError)):
             raise
-        kind = type(error).__name__  # of botocore, aiohttp …: each store's library has errors of its own
+        kind = type(error).__name__  # botocore, aiohttp …: each store's library has errors of its own
         hint = _CREDENTIALS if "Credentials" in kind else " Is the server up? Try again."
         raise DataError(f"{told}: cannot be read: {kind}: {error}.{hint}") from None
 
@@ -241,7 +241,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _has_ranges(system: Any, path: str, size: int) -> bool:
-    """Whether a web server sends a part of a file when asked for it; only asking tells."""
+    """Whether a web server sends a part of a file on request; only a request shows it."""
     try:
         with system.open(path, "rb", block_size=1, cache_type="none", size=size) as file:
             file.seek(1)
@@ -265,7 +265,7 @@ def _until_magic(parts: Sequence[str]) -> Iterator[str]:
 
 
 def _match(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Paths below `folder` that fit the pattern's parts; ** is any number of folders. Hidden ones want a dot."""
+    """Paths below `folder` that fit the pattern's parts; ** is any number of folders. Hidden names need a dot."""
     if not parts:
         yield folder
     elif parts[0] == "**":
@@ -278,7 +278,7 @@ def _match(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _walk_folders(root: Path) -> Iterator[Path]:
-    """`root` and all visible folders below, each once: real ones first, then those that links lead to."""
+    """`root` and all visible folders below, each once: real folders first, then those that links lead to."""
     visited: set[tuple[int, int]] = set()
     waiting, links = [root], deque[Path]()
     while waiting or links:

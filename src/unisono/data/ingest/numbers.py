@@ -1,7 +1,7 @@
 """Columns of numbers, as arrays that share their memory.
 
-Owns which Arrow types are numbers, what is told of those that are not, and when a copy cannot be avoided: bits become
-bytes, chunks are put together, categories become int64 codes.
+Owns which Arrow types are numbers, the messages about those that are not, and when a copy cannot be avoided: bits
+become bytes, chunks are joined, categories become int64 codes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _tell_ragged(name: str, least: int, most: int) -> str:
 
 
 def _advise(kind: pa.DataType) -> str:
-    """What can be done about values that are no numbers."""
+    """A sentence on what a user can do about values that are no numbers."""
     types = pa.types
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return (

@@ -1,6 +1,6 @@
-"""Tables of typed columns: Parquet files and frames, as sheets.
+"""Tables of typed columns: Parquet files and frames, as column batches.
 
-Owns what is Arrow's. Columns stay Arrow's, uncopied; their values become Python's in `data/read.py`.
+Owns what depends on Arrow. Columns stay Arrow columns, not copied; `read.py` turns their values into Python's.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BUFFER_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Some row groups of a Parquet file that follow each other, and a share of its bytes, by which they are identified.
+    """Neighbouring row groups of a Parquet file, and a share of the file's bytes, which identifies them.
 
-    All shares together are the file. Where a group lies is not asked: with damaged facts of a column, pyarrow ends the
-    process.
+    All shares together are the file. Where a group lies is not read: where the facts of a column are damaged, pyarrow
+    ends the process.
     """
 
     first: int
@@ -48,7 +48,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footer:
-    """What the end of a Parquet file tells."""
+    """The facts in a Parquet file's footer."""
 
     columns: tuple[str, ...]
     sha256: str
@@ -56,7 +56,7 @@ class Footer:
 
 
 def read_footer(file: BinaryIO, told: str, input_split_bytes: int) -> Footer:
-    """Read the footer of a Parquet file, and cut its row groups into runs of about `input_split_bytes` when unpacked.
+    """Read the footer of a Parquet file, and cut its row groups into runs of about `input_split_bytes` unpacked bytes.
 
     Raises:
         DataError: the file is no Parquet, its numbers of rows do not add up, or two columns have one name.
@@ -100,7 +100,7 @@ def read_parquet(
                 yield from cut_table(pa.table(batch), name, data)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{told}: damaged, not readable as Parquet: {error}. Fetch it again.") from None
-        if rows:  # damaged facts of a group can hide all that is in it
+        if rows:  # where the facts of a group are damaged, they can hide all its content
             raise DataError(f"{told}: damaged: group {group} of Parquet lacks {rows} rows. Fetch it again.")
 
 
@@ -109,12 +109,12 @@ def _open(file: BinaryIO, told: str) -> Any:
 
     try:
         return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns may be no UTF-8
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns may not be UTF-8
         raise DataError(f"{told}: not readable as Parquet: {error}.") from None
 
 
 def cut_table(table: pa.Table, name: str, data: Data) -> Iterator[ColumnBatch]:
-    """Cut an Arrow table into sheets of bounded size, without copying; a row that is too large becomes a fault."""
+    """Cut an Arrow table into column batches of bounded size, without copying; a too large row becomes a fault."""
     if table.num_rows > COLUMN_BATCH_ROWS or (table.num_rows > 1 and table.nbytes > 2 * COLUMN_BATCH_BYTES):
         half = min(COLUMN_BATCH_ROWS, table.num_rows // 2) or 1
         yield from cut_table(table.slice(0, half), name, data)

@@ -1,8 +1,8 @@
 """Records: the text and the class of each row of the user's input.
 
-Owns what counts as a text, a class and their absence. Does not know places and formats (`data/pieces.py`) and
-does not judge the records (`data/screen.py`): each row becomes one record, in order, and what cannot be used
-says why.
+Owns what counts as a text, as a class, and as a missing one. Places and formats are in `input_splits.py`; records are
+judged in `screening/screen.py`. Each row becomes one record, in order; a row that cannot be used has its
+reason in its record.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unisono.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A row of the user's input. Bytes that are not UTF-8 stand in it as backslash escapes."""
+    """A row of the user's input. Bytes that are not UTF-8 are written as backslash escapes."""
 
     file: str
     row: int
@@ -67,7 +67,7 @@ class Texts:
 
 
 def read_records(source: object, data: Data, name: str = "frame") -> list[Record]:
-    """Return every row of a location (str or Path) or of a frame, whose `name` stands in messages, in order.
+    """Return every row of a location (str or Path) or of a frame, in order. Messages call a frame `name`.
 
     Raises:
         DataError: the source cannot be read, is empty, or lacks the column of the texts or of the classes.
@@ -86,7 +86,7 @@ def read_records(source: object, data: Data, name: str = "frame") -> list[Record
 
 
 def _number(column_batches: Iterable[ColumnBatch], data: Data) -> Iterator[Record]:
-    """Records of sheets, their rows numbered within each source."""
+    """Records of column batches, their rows numbered within each source."""
     name, row = "", 1
     lacking: ColumnBatch | None = None
     found = {data.text: False, data.label: False}
@@ -105,12 +105,12 @@ def _number(column_batches: Iterable[ColumnBatch], data: Data) -> Iterator[Recor
 def take_records(
     column_batch: ColumnBatch, data: Data, *, first_row: int = 1, lenient: bool = False
 ) -> Iterator[Record]:
-    """Every row of a sheet as a record, in order.
+    """Every row of a column batch as a record, in order.
 
     Args:
-        first_row: number of the sheet's first row in its source, from 1.
-        lenient: a column that the sheet lacks is empty. In JSONL each row names its own, so that only all sheets
-            of a source together tell whether a column is missing.
+        first_row: number of the column batch's first row in its source, from 1.
+        lenient: a column that the column batch lacks is empty. In JSONL each row names its own columns, so only all
+            column batches of a source together show whether a column is missing.
 
     Raises:
         DataError: the column of the texts or of the classes is missing, and not lenient.

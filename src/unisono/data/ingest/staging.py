@@ -1,8 +1,8 @@
-"""Records on their way from the input to the samples: read and examined, waiting for what is decided of all together.
+"""Staged records: read and examined, and kept on disk until screening has decided on all records together.
 
-Owns the files of a preparation at work: one per piece of the input, with its records and what the decisions need to
-know of each. A file is whole or absent, so that a preparation that was killed goes on with those that are there.
-Decides nothing (`data/rules.py`, `data/screen.py`).
+Owns the staging files of a preparation: one per input split, with its records and the facts that screening needs of
+each record. A file is whole or absent, so a preparation that was killed continues with the files that are there.
+Decides nothing (`screening/rules.py` and `screening/screen.py` do).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from unisono.data.screening.rules import Examiner
 from unisono.storage.files import whole_file
 
 HASHES = ("hash 1", "hash 2")
-"""The text without space around it, by 128 bits of BLAKE2b: equal texts are equal records, whatever their classes."""
+"""128 bits of BLAKE2b of the text without space around it: equal texts are equal records, whatever their classes."""
 PLACE = "place"
-"""64 bits of BLAKE2b of class and text, by which a split is cut."""
+"""64 bits of BLAKE2b of class and text; a split is cut by them."""
 
 _SCHEMA = pa.schema(
     [
@@ -45,14 +45,14 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known of a piece's records without looking at one of them."""
+    """Facts about all records of an input split, available without reading any record."""
 
     name: str
-    """Of the file that they were read from."""
+    """Of the file that the records were read from."""
     batches: tuple[int, ...]
     """Rows of each."""
     names: tuple[str, ...]
-    """The columns that its sheets have."""
+    """The columns of its column batches."""
 
     @property
     def rows(self) -> int:
@@ -69,7 +69,7 @@ def stage(
     place: bool,
     near: bool,
 ) -> None:
-    """Examine the records of sheets and write them, a record batch per sheet.
+    """Examine the records of column batches and write them, one record batch per column batch.
 
     Args:
         place: whether a split is cut from these records.
@@ -127,7 +127,7 @@ def _hash(content: bytes, size: int) -> bytes:
 
 
 class StagedRecords:
-    """A piece's records, as `stage` wrote them. Nothing of the file stays in memory when a batch is no longer used."""
+    """An input split's records, as `stage` wrote them. When a batch is no longer used, none of it stays in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -140,6 +140,6 @@ class StagedRecords:
         self.facts = Facts(name=facts["name"], batches=tuple(facts["batches"]), names=tuple(facts["names"]))
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return one record batch, mapped."""
+        """Return one record batch, memory-mapped."""
         content = pa.memory_map(str(self._path)).read_buffer(self._end)
         return pa.ipc.open_file(pa.BufferReader(content)).get_batch(number)

@@ -1,7 +1,7 @@
-"""What is known of all records together, and what was decided of each.
+"""The facts about all records together, and the screening decision on each.
 
-Owns the way from the spool's files to arrays and back, the classes, and how it is told what became of the records. The
-decisions are the matter of `screen.py`.
+Owns the way from the staging files to arrays and back, the classes, and the messages on what happened to the records.
+`screen.py` makes the decisions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unisono.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedBatch:
-    """A record batch of the spool: which file, which one in it, which of all records, and what they are called."""
+    """A staged record batch: its file, its number in the file, its range of all records, and the records' names."""
 
     staged: int
     number: int
@@ -36,7 +36,7 @@ class StagedBatch:
 def load_records(
     staged: Sequence[StagedRecords], splits: Sequence[str], *, cut: bool, near_ones: bool
 ) -> tuple[Records, list[str]]:
-    """Return what is known of all records, and the classes that there are, by number.
+    """Return the facts about all records, and the classes that exist, by number.
 
     Args:
         splits: of each file.
@@ -82,7 +82,7 @@ def _number(strings: pa.Array, known: dict[str, int], missing: int) -> np.ndarra
 
 
 class Decisions:
-    """All records, spooled and decided on."""
+    """All records, staged and decided on."""
 
     def __init__(
         self, staged: Sequence[StagedRecords], splits: Sequence[str], records: Records, classes: Sequence[str]
@@ -138,7 +138,7 @@ class Decisions:
         return labels
 
     def fates(self, batch: StagedBatch) -> Fates:
-        """What was decided of a batch's records."""
+        """The decisions on a record batch's records."""
         return Fates(
             splits=self.records.splits[batch.records],
             reasons=self.records.reasons[batch.records],
@@ -150,7 +150,7 @@ class Decisions:
         )
 
     def list_quarantined(self) -> Iterator[dict[str, object]]:
-        """Return the records that are not learned from, as lines of `quarantine.jsonl`, in the order of the input."""
+        """Return the quarantined records, as lines of `quarantine.jsonl`, in the order of the input."""
         for batch in self.batches:
             yield from list_quarantined(self.staged[batch.staged], batch.number, self.fates(batch))
 
@@ -160,7 +160,7 @@ class Decisions:
 
 
 class TrainingTexts:
-    """Texts in lists, one for each record batch of the spool; they can be gone through more than once."""
+    """Texts in lists, one list for each staged record batch; they can be read more than once."""
 
     def __init__(self, decided: Decisions) -> None:
         self._decided = decided
@@ -197,7 +197,7 @@ def _list_batches(staged: Sequence[StagedRecords], splits: Sequence[str]) -> lis
 
 
 def refuse_absent_labels(found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise DataError on a label in data.labels that no record has: as a rule it is misspelt."""
+    """Raise DataError on a label in data.labels that no record has: usually it is misspelt."""
     absent = [label for label in wanted if label not in found]
     if absent:
         near_ones = difflib.get_close_matches(absent[0], found, n=1, cutoff=0.5)

@@ -1,10 +1,10 @@
 """Near-duplicates: texts of which most is in another text, found without comparing pairs.
 
-Owns the sketch of a text and what is decided from sketches: which records repeat an earlier one, and which have a class
-that their near-duplicates have not. Reads no files and sees no records but as rows of arrays.
+Owns the sketch of a text and the decisions from sketches: which records repeat an earlier one, and which have a class
+that their near-duplicates do not have. Reads no files; records are rows of arrays here.
 
 A text is the set of its shingles: the runs of SHINGLE letters in it, after case, punctuation and spaces are evened out.
-Chinese, Japanese and Korean characters count as two letters each, for they say about as much.
+Chinese, Japanese and Korean characters count as two letters each, as they carry about as much meaning.
 MinHash (Broder, 1997, On the resemblance and containment of documents): under a random order of all shingles, two sets
 have the same least shingle with probability J, their Jaccard similarity |A ∩ B| / |A ∪ B|. A text here has BINS =
 ROWS · BANDS least shingles, from one pass: a shingle's hash, SplitMix64's finaliser, says in which bin it stands, and
@@ -17,8 +17,8 @@ and texts that share a band are near-duplicates: with probability 1 - (1 - J^ROW
     J            0.5    0.6    0.7    0.75   0.8    0.85   0.9    0.95
     probability  0.01   0.07   0.29   0.50   0.74   0.93   0.99   1.00
 
-Texts of a few words, with fewer shingles than bins, are found more rarely than that where they differ at all. Texts
-with a third in common, as forms have, are found by chance where there are tens of thousands (J = 0.3: 0.00007).
+Texts of a few words, with fewer shingles than bins, are found more rarely than that if they differ at all. Texts
+with a third in common, such as filled-in forms, are found by chance among tens of thousands (J = 0.3: 0.00007).
 
 The keys are constants and the arithmetic is that of integers, so a sketch is the same on every machine.
 """
@@ -38,7 +38,7 @@ BINS = BANDS * ROWS
 SHINGLE = 8
 
 STAYS, IN_SPLIT, IN_TRAIN = range(3)
-"""What `find_near_duplicates` says of a record."""
+"""What `find_near_duplicates` returns for a record."""
 REASONS = ("", "near-duplicate", "near-duplicate of train")
 """By those numbers."""
 CONTRADICTED = "neighbours contradict its label"
@@ -70,7 +70,7 @@ def find_near_duplicates(bands: np.ndarray, splits: np.ndarray, kept: np.ndarray
     """Return STAYS, IN_SPLIT or IN_TRAIN for each record: int8 [records].
 
     The first seen wins: a record leaves if it shares a band with an earlier kept record of its split, whether that one
-    stays or leaves itself; so what is added at the end changes nothing before it. Outside of train, a record leaves
+    stays or leaves itself; so records added at the end change nothing before them. Outside of train, a record leaves
     first of all if it shares a band with any kept one of train; those that are left are then compared with each other.
 
     Columns are sorted one after the other: about 40 bytes per record besides the arguments. A column is read at once,
@@ -98,12 +98,12 @@ def find_near_duplicates(bands: np.ndarray, splits: np.ndarray, kept: np.ndarray
 def find_contradicted(
     labels: np.ndarray, bands: np.ndarray, splits: np.ndarray, kept: np.ndarray, *, neighbours: int, share: float
 ) -> np.ndarray:
-    """Return which records have a class that their near-duplicates mostly have not: bool [records].
+    """Return which records have a class that most of their near-duplicates do not have: bool [records].
 
     A record's neighbours are the kept records of its split that share a band with it. Each has one vote per band that
     it shares, so the nearer it is, the more it counts. A record is contradicted if in some band it has at least
     `neighbours` of them, and more than `share` of all votes are for other classes. All are judged at once, by what was
-    kept before; where two classes claim half of a group each, none is known to be right, and the whole group can go.
+    kept before; where two classes have half of a group each, neither is known to be right, and the whole group can go.
 
     Args:
         labels: int32 [records], the number of each record's class.
@@ -141,7 +141,7 @@ def _find_runs(bands: np.ndarray, kept: np.ndarray) -> Iterator[tuple[np.ndarray
 
 
 def _count_equal(new: np.ndarray) -> np.ndarray:
-    """Return for each of n ordered values how many equal it: int64 [n]. `new` [n - 1] tells where another begins."""
+    """Return for each of n ordered values how many equal it: int64 [n]. `new` [n - 1]: where another value begins."""
     begins = np.concatenate([[0], np.flatnonzero(new) + 1])
     lengths = np.diff(begins, append=len(new) + 1)
     return np.repeat(lengths, lengths)
@@ -179,7 +179,7 @@ def _find_minima(spelled: Sequence[bytes]) -> np.ndarray:
     bins = hashes >> np.uint64(32)
     bins *= np.uint64(BINS)
     bins >>= np.uint64(32)
-    rest = np.minimum(lengths - 1, 2 * SHINGLE - 1)  # windows over a text's end: sooner blanked than left out
+    rest = np.minimum(lengths - 1, 2 * SHINGLE - 1)  # blanking windows over a text's end is faster
     ends = np.cumsum(lengths) - np.cumsum(rest)
     hashes[np.arange(rest.sum()) + np.repeat(ends, rest)] = _NONE
     minima = np.full(len(spelled) * BINS, _NONE)
@@ -201,7 +201,7 @@ def _fill(minima: np.ndarray) -> np.ndarray:
 
 
 def _join_rows(bins: np.ndarray) -> np.ndarray:
-    """Hash the bins of each band together: uint64 [texts, BANDS]. A band's bins lie far apart, for neighbours may have
+    """Hash the bins of each band together: uint64 [texts, BANDS]. A band's bins are far apart, as neighbours may have
     borrowed from the same one."""
     apart = bins.reshape(len(bins), ROWS, BANDS)
     joined = apart[:, 0].copy()

@@ -1,8 +1,8 @@
 """The review of the data as one HTML page: what came in, what stayed, why the rest went, and what that changed.
 
-Owns the page's numbers and sentences; its looks are the matter of `report_page.html`, a template for Jinja2. Whatever
-comes from the data is escaped, and what could not be seen is spelt out, by the environment and so everywhere; the page
-holds no scripts and loads nothing. The same review always gives the same bytes.
+Owns the page's numbers and sentences; `report_page.html`, a template for Jinja2, owns its looks. The Jinja2 environment
+escapes everything that comes from the data, and spells out invisible characters, so this holds on the whole page. The
+page holds no scripts and loads nothing. The same review always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def render(
         title: the page's heading.
         max_tokens: encode.max_tokens, if it limits the tokens that were counted; 0: it limits something else.
         facts: names and values for the end of the page: files, settings, hashes.
-        mended: a sentence on what the rules changed in texts; empty: none.
+        mended: a sentence on what the rules changed in texts; empty: they changed nothing.
     """
     splits = _find_splits(found)
     return _load_template().render(
@@ -70,10 +70,10 @@ def _load_template() -> Template:
 
 
 def _spell_out(value: Any) -> Any:
-    """Return what is put into the page with what is invisible in it, and what UTF-8 has no bytes for, by its number."""
+    """Return a value for the page: invisible characters, and those that UTF-8 cannot hold, are written by number."""
     from markupsafe import Markup
 
-    if not isinstance(value, str) or isinstance(value, Markup):  # what a macro of the template made went through here
+    if not isinstance(value, str) or isinstance(value, Markup):  # a template macro's output was treated here before
         return value
     seen = UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
     return seen.encode("utf-8", "backslashreplace").decode()
@@ -163,7 +163,7 @@ def _show_lengths(found: Review, splits: Sequence[str], max_tokens: int) -> list
 
 
 def _draw(told: str, before: Mapping[str, int], after: Mapping[str, int], limit: int = 0) -> Row:
-    """Return a histogram over the bins of EDGES: what came in behind what stayed; a line at the limit."""
+    """Return a histogram over the bins of EDGES: all records behind the kept ones; a line at the limit."""
     edges = [int(edge) for edge in EDGES]
     filled = [edges.index(int(edge)) for edge in {**before, **after}]
     if not filled:
@@ -227,7 +227,7 @@ def _share(number: float, of_all: float) -> float:
 
 
 def _percent(number: float, of_all: float) -> str:
-    """A share with one decimal; never 0.0% of some, nor 100.0% of not all."""
+    """A share with one decimal; 0.0% means exactly none, 100.0% exactly all."""
     told = f"{100 * _share(number, of_all):.1f}%"
     if number and told == "0.0%":
         return "<0.1%"

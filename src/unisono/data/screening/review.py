@@ -1,10 +1,10 @@
 """What screening did to the data, in numbers and a few examples.
 
-Owns the numbers, how those of two parts of the data are added up, and their plain form for JSON. How they are shown is
-the matter of `data/page.py`; what was decided, that of the rules.
+Owns the numbers, how the numbers of two parts of the data are added, and their plain form for JSON. `report_page.py`
+shows them; the rules decide.
 
-A review is small whatever the data: counts by split, reason, class and bin of length, and five examples a reason. Parts
-may be reviewed anywhere and added up in any grouping and order, to the same review.
+A review is small for data of any size: counts by split, reason, class and bin of length, and five examples a reason.
+Parts may be reviewed anywhere and added in any grouping and order; the review is the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECORDS, CLASSES_IN, CLASSES, CHARACTERS_IN, CHARACTERS, TOKENS, FULL = (
 STAYED = ""
 """In the place of a reason."""
 NO_CLASS = ""
-"""In the place of a class: none, or one that is unknown."""
+"""Stands where a class would: there is none, or it is unknown."""
 
 EDGES = np.array([0, 1, 2, 3, *(2**power * half // 2 for power in range(2, 40) for half in (2, 3))], np.int64)
 """The lower edges of the bins of length: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32 …"""
@@ -43,7 +43,7 @@ EXAMPLE_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Example:
-    """A record that did not stay. `place` orders examples as the input: (number of the piece, number in the piece)."""
+    """A quarantined record. `place` orders examples as the input: (number of the input split, number in it)."""
 
     place: tuple[int, int]
     split: str
@@ -74,8 +74,8 @@ class Review:
         """Count records, kept and not; arrays are of integers and run parallel.
 
         Args:
-            splits: where each record went, or which one it was given for: numbers of `split_names`.
-            reasons: why it did not stay: numbers of `reason_names`, of which STAYED is one.
+            splits: the split each record is in, or was given for: numbers of `split_names`.
+            reasons: why it was quarantined: numbers of `reason_names`; one of the names is STAYED.
             labels: its class: numbers of `label_names`, or -1 for none and unknown ones.
             characters: length of its text as it was judged, mended and masked.
         """
@@ -93,7 +93,7 @@ class Review:
         self._count(CHARACTERS, splits[stayed], split_names, bins[stayed], lengths)
 
     def count_tokens(self, split: str, tokens: np.ndarray, limit: int = 0) -> None:
-        """Count the samples of a split by their tokens; with a limit, those that reach it, too: they were cut, or fit
+        """Count the samples of a split by their tokens; with a limit, also those that reach it: they were cut, or fit
         exactly."""
         one = np.zeros(len(tokens), np.int64)
         self._count(TOKENS, one, (split,), _find_bins(tokens), tuple(map(str, EDGES)))
@@ -158,7 +158,7 @@ class Review:
         return cls(counts=counts, examples=examples)
 
     def take(self, what: str, split: str) -> dict[str, int]:
-        """Return what was counted of a split, by value, sorted by value."""
+        """Return a split's counts by value, sorted by value."""
         return {value: n for (kind, of, value), n in sorted(self.counts.items()) if kind == what and of == split}
 
     def _count(

@@ -1,12 +1,12 @@
-"""What one record is judged by, and what is mended in it: rules that need no other record.
+"""Rules that need one record alone: they judge it, repair it and mask in it.
 
-Owns the order of these rules, their reasons, and what counts as an invisible character or a personal detail. Which
-script a letter is of is known to the regex package, what a phone number is to phonenumbers. Does not compare records
-(`screen.py`, `near_duplicates.py`), and keeps no state: the same record, settings and versions always give the same
-answer, in any process.
+Owns the order of these rules, their reasons, and what counts as an invisible character or a personal detail. The regex
+package has the scripts of letters, phonenumbers the phone numbers that exist. Does not compare records (`screen.py`,
+`near_duplicates.py`), and keeps no state: the same record, settings and versions always give the same answer, in any
+process.
 
-Regular expressions stand behind the cheapest test that excludes most texts, and take time in proportion to the text:
-what may repeat is bounded, or anchored to where it begins.
+A regular expression runs only after the cheapest test that excludes most texts. It takes time in proportion to the
+text: each repetition is bounded, or anchored to its beginning.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ LONG = "too long"
 SCRIPT = "wrong script"
 LINES = "repeated lines"
 REASONS = (EMPTY, UNLABELLED, UNKNOWN, MOJIBAKE, INVISIBLE, MAIL, CARD, PHONE, SHORT, LONG, SCRIPT, LINES)
-"""In the order in which they are looked for; a fault of reading comes before them all."""
+"""In the order in which they are checked; a fault of reading comes before all of them."""
 PERSONAL = frozenset({MAIL, CARD, PHONE})
 
 UNSEEN = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"  # control characters but tab, line ends, form feed
+    "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"  # control characters except tab, line ends, form feed
     "\xad\u061c\u180e\u200b\u202a-\u202e\u2060-\u206f\ufeff"  # soft hyphen, no width, direction overrides
     "\u115f\u1160\u3164\uffa0\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff"  # fillers, annotations, no characters
     "\U000e0000-\U000e0fff]"  # tags, in which whole sentences can be hidden
@@ -50,7 +50,7 @@ UNSEEN = re.compile(
 Hebrew and emoji are written with."""
 
 _MAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]++@(?:[\w-]++\.)+[^\W\d_]{2,}(?:[\w.+%-]*+(?=@))?")
-"""What comes between an address and another @ goes with it, or it would be an address of its own afterwards."""
+"""The text between an address and another @ is masked with it, or it would afterwards be an address itself."""
 _CARD_RUN = re.compile("[0-9](?:[ \xa0\u2010-\u2013-]?[0-9]){12,}")
 _DIGITS = re.compile("[0-9]+")
 _CARD_BEGINS = "23456"  # Mastercard, JCB, Diners, American Express, Visa, Maestro, Discover, UnionPay
@@ -61,11 +61,11 @@ _NUMBER = re.compile(r"[+\uff0b(]{0,2}\d(?:[^\w\n]{0,3}\d){4,}")
 
 
 class Examiner:
-    """A pure function from a record to what becomes of it. Can be pickled.
+    """A pure function from a record to the repaired record and the reason against it. Can be pickled.
 
     Args:
         screen: the rules.
-        labels: the classes that are known; with none given, every class is.
+        labels: the known classes; with none given, every class is known.
 
     Raises:
         DataError: a rule needs a package that is not installed.
@@ -77,9 +77,9 @@ class Examiner:
         self._rules = _choose_rules(screen)
 
     def examine(self, record: Record) -> tuple[Record, str]:
-        """Return the record, perhaps mended and masked, and the first reason against it; "" if it is kept.
+        """Return the record, perhaps repaired and masked, and the first reason against it; "" if it is kept.
 
-        Whatever the reason, the text has been treated: what is to be masked is masked in the quarantine as well.
+        Whatever the reason, the text is treated first: masked details are masked in the quarantine as well.
         """
         text, reason = record.text, ""
         if self._treatments:
@@ -102,8 +102,8 @@ class Examiner:
         return record, ""
 
     def treat(self, text: str) -> tuple[str, str]:
-        """Return a text mended and masked as the settings say, and the first reason to refuse it. For new texts, too:
-        a model should read what it learned from."""
+        """Return a text repaired and masked as the settings say, and the first reason to refuse it. New texts are
+        treated alike: a model should read the same kind of text that it learned from."""
         reason = ""
         for found, treatment in self._treatments:
             other = treatment(text)
@@ -115,14 +115,14 @@ class Examiner:
 
 
 def find_versions(screen: Screen) -> dict[str, str]:
-    """Return the versions, besides this package's, that decide what these settings do to a record."""
+    """Return the versions, besides this package's, on which the result of these settings depends."""
     versions = {}
     if screen.mojibake != "keep":
         versions["ftfy"] = str(_import_ftfy().__version__)
     if screen.phone != "keep":
         versions["phonenumbers"] = str(_import_phonenumbers().__version__)
     if screen.scripts:
-        import regex  # which has tables of Unicode of its own
+        import regex  # it has Unicode tables of its own
 
         versions["regex"] = regex.__version__
     if screen.mail != "keep" or "refuse" in (screen.near_duplicates, screen.contradicted):
@@ -152,7 +152,7 @@ def mask_mail(text: str) -> str:
 
 
 def mask_cards(text: str) -> str:
-    """Put [card] in the place of numbers of payment cards: groups of digits, 13 to 19 in all, with a right check
+    """Put [card] in the place of numbers of payment cards: groups of digits, 13 to 19 in all, with a correct check
     digit."""
     return _CARD_RUN.sub(_mask_run, text)
 
@@ -177,7 +177,7 @@ def mask_phones(text: str, region: str = "") -> str:
 
 
 def mask_all(text: str) -> str:
-    """Mask personal details of every kind, for eyes that should see none: every number of five digits is masked."""
+    """Mask personal details of every kind, for readers who should see none: every number of five digits is masked."""
     return _NUMBER.sub("[number]", mask_cards(mask_mail(text)))
 
 
@@ -210,7 +210,7 @@ def _mask_run(match: re.Match[str]) -> str:
 
 
 def _choose_treatments(screen: Screen) -> tuple[tuple[str, Callable[[str], str | None]], ...]:
-    """Return what mends, strips and masks, each with its reason to refuse: None in the place of a text refuses it."""
+    """Return the functions that repair, strip and mask, each with its reason to refuse: a None result is a refusal."""
     treatments: list[tuple[str, Callable[[str], str | None]]] = []
     if screen.mojibake != "keep":
         _import_ftfy()
@@ -232,7 +232,7 @@ def _choose_treatments(screen: Screen) -> tuple[tuple[str, Callable[[str], str |
 
 
 def _choose_rules(screen: Screen) -> tuple[tuple[str, Callable[[str], bool]], ...]:
-    """Return the rules on treated texts with their reasons; each tells whether a text breaks it."""
+    """Return the rules on treated texts with their reasons; each returns whether a text breaks it."""
     rules: list[tuple[str, Callable[[str], bool]]] = []
     if screen.min_characters:
         rules.append((SHORT, partial(_is_shorter, limit=screen.min_characters)))

@@ -1,7 +1,7 @@
 """Which records are fit to learn from, given all the others, and into which split each goes.
 
-Owns the rules that compare records, their names, and the cut by content. What a record says by itself was found before,
-by `data/rules.py`. Works on arrays with an entry per record; it reads and writes nothing, and does not know texts.
+Owns the rules that compare records, their names, and the cut by content. The rules that need one record alone are in
+`rules.py` and run before. Works on arrays with one entry per record; it reads and writes nothing, and sees no texts.
 Every record is either kept or quarantined, with the first rule that it breaks as the reason.
 """
 
@@ -16,13 +16,13 @@ from unisono.config.sections import Screen
 from unisono.data.screening import near_duplicates as near
 
 VERSION = 2
-"""Raised whenever a rule, or the cut, comes to decide otherwise."""
+"""Raise it whenever a rule, or the cut, begins to decide differently."""
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
 KEPT = ""
-"""In the place of a reason."""
+"""Stands where a reason would: the record is kept."""
 CONTRADICTORY = "same text, two labels"
 DUPLICATE = "duplicate"
 LEAKED = "also in train"
@@ -32,7 +32,7 @@ LEAKED = "also in train"
 class Records:
     """All records, in the order of the input: train, validation, test, those that are given. Arrays run parallel.
 
-    splits: int8, numbers of SPLITS; at first the split that a record was given for, later the one that it went to.
+    splits: int8, numbers of SPLITS; at first the split for which a record was given, later the split it is in.
     hashes: uint64 [2, records], of the text without space around it.
     places: uint64, of class and text; empty where no split is cut.
     labels: int32, a number for each class, −1 for none.
@@ -56,16 +56,17 @@ class Records:
 
     @property
     def kept(self) -> np.ndarray:
-        """Which records there is no reason against: bool [records]."""
+        """Which records have no reason against them: bool [records]."""
         return self.reasons == 0
 
 
 def screen(records: Records, settings: Screen, given: Sequence[str], *, validation: float, test: float) -> None:
-    """Decide on all records: note why they go, and into which split the others go.
+    """Decide on all records: note why some are quarantined, and into which split the others go.
 
-    In this order, each rule on what those before have kept: texts with two classes, of which none is known to be right,
-    so all of them go; repeated ones; those that near-duplicates contradict; then shares are cut off train; then what is
-    also in train goes from a validation or test that was given; at last near-duplicates, within a split and of train.
+    The rules run in this order, each on the records that those before it have kept. First go texts with two classes,
+    all of them, as no class is known to be right; then repeated texts; then records that near-duplicates contradict.
+    Then shares are cut off train. Then a validation or test that was given loses what is also in train. Last come
+    near-duplicates, within a split and of train.
 
     Args:
         given: the splits that the user gave.
@@ -101,8 +102,8 @@ def screen(records: Records, settings: Screen, given: Sequence[str], *, validati
 
 
 def _cut(records: Records, validation: float, test: float) -> None:
-    """Cut shares off train. Where a record goes depends on its own text and class alone, so neither order nor company
-    changes it."""
+    """Cut shares off train. Where a record goes depends on its own text and class alone, so neither the order nor the
+    other records change it."""
     if not validation and not test:
         return
     shares = records.places / 2.0**64
@@ -112,7 +113,7 @@ def _cut(records: Records, validation: float, test: float) -> None:
 
 
 def _group(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return of each record whether no earlier one has its text, and whether records with its text differ in class."""
+    """Return for each record whether no earlier one has its text, and whether records with its text differ in class."""
     order, (high, low) = _sort(hashes)
     first, contradicted = np.zeros((2, len(order)), bool)
     if not len(order):
@@ -129,14 +130,14 @@ def _group(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _is_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return of each hash of 128 bits (uint64 [2, n], no two of them equal) whether it is a known one."""
+    """Return for each hash of 128 bits (uint64 [2, n], no two of them equal) whether it is a known one."""
     both = np.concatenate([known, hashes], axis=1)
     first, _ = _group(both, np.zeros(both.shape[1], np.int32))
     return ~first[known.shape[1] :]
 
 
 def _sort(hashes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Return an order of hashes of 128 bits in which equal ones are neighbours, and both halves so ordered."""
+    """Return an order of hashes of 128 bits in which equal hashes are neighbours, and both halves in that order."""
     order = np.argsort(hashes[0])
     high, low = hashes[0][order], hashes[1][order]
     if ((high[1:] == high[:-1]) & (low[1:] != low[:-1])).any():  # once in 2^64 pairs

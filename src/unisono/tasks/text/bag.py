@@ -1,7 +1,7 @@
-"""A bag of features: one embedding for each, added up; then a linear or a hidden layer.
+"""A bag of features: the sum of one embedding for each; then a linear or a hidden layer.
 
-Owns its weighting, scaling and initial weights. Of how a text becomes tokens it knows this: a token is LEVELS · feature
-+ level, features are numbered by falling frequency, and level is ⌊log2⌋ of how often the feature stands in the text.
+Owns its weighting, scaling and initial weights. It relies on this form of tokens: a token is LEVELS · feature + level,
+features are numbered by falling frequency, and level is ⌊log2⌋ of how often the feature occurs in the text.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from unisono.kernels.linear import Linear
 LEVELS = 4
 
 _INITIAL_STD = 0.03
-_GAIN = 4.0  # of the bag, whose weights have length 1: what the head sees at first has a deviation of 0.12
-_COMMON = 40.0  # features that stand in nearly all texts; on news, weights are then those of counted frequencies
+_GAIN = 4.0  # of the bag, whose weights have length 1: the head's first inputs have a deviation of 0.12
+_COMMON = 40.0  # features that occur in nearly all texts; on news, this gives the weights of counted frequencies
 
 
 class BagClassifier(nn.Module):
@@ -40,7 +40,7 @@ class BagClassifier(nn.Module):
         self.head.append(Linear(model.hidden or model.width, classes))
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return logits [n, classes] for int64 ids [tokens]; sample i has those from offsets[i] on, one at least."""
+        """Return logits [n, classes] for int64 ids [tokens]; sample i begins at offsets[i] and has at least one."""
         features = ids // LEVELS
         weights = weigh(features, ids % LEVELS)
         added = F.embedding_bag(
@@ -59,7 +59,7 @@ class BagClassifier(nn.Module):
 def weigh(features: Tensor, levels: Tensor) -> Tensor:
     """Return float32 TF-IDF weights: (1 + log of how often in the text) · (1 + log(texts / texts with the feature)).
 
-    The share of texts with a feature falls about as 1 / its number (Zipf), so the number alone tells it.
+    The share of texts with a feature falls about as 1 / its number (Zipf), so it follows from the number alone.
     """
     often = 1.0 + math.log(2.0) * levels.to(torch.float32)
     return often * (1.0 + torch.log1p(features.to(torch.float32) / _COMMON))

@@ -1,7 +1,7 @@
-"""Text classification as a task: which class does a text belong to?
+"""Text classification as a task: to which class does a text belong?
 
-Owns the loss, what is measured, and the choice among the three models. The models are in modules of their
-own; texts arrive as numbers.
+Owns the loss, the measurements, and the choice among the three models. The models are in modules of their
+own; texts are numbers here.
 
 A microbatch is ragged, sample after sample: {"ids": int64 [tokens or features of all], "offsets": int64 [n], where each
 sample starts, "label": int64 [n]}.
@@ -29,12 +29,12 @@ class TextClassification(Task):
 
     Args:
         model: the recipe's table [model].
-        classes: how many there are.
+        classes: the number of classes.
         vocabulary_size, padding: the encoder's.
         max_tokens: longest sample, in tokens.
         label_smoothing: share of the target spread over all classes.
         class_weights: factor on the loss of a sample, by its class; None: 1.
-        gradient_checkpointing: recompute activations in backward, to save memory. A bag has none worth it.
+        gradient_checkpointing: recompute activations in backward, to save memory. A bag has too few for it.
 
     Raises:
         RecipeError: class_weights are not one number from 0 per class.
@@ -67,7 +67,7 @@ class TextClassification(Task):
             self._check_sizes(model)
 
     def build(self) -> nn.Module:
-        """Make the module; weights that are not read from a folder come from torch's global generator."""
+        """Make the module; weights come from a folder, or else from torch's global generator."""
         match self.model:
             case Bag():
                 return BagClassifier(self.model, self.classes, self.vocabulary_size)
@@ -100,7 +100,7 @@ class TextClassification(Task):
         return {"loss": loss, "predicted": logits.argmax(-1), "label": label}
 
     def predict(self, module: nn.Module, microbatch: Microbatch) -> dict[str, Tensor]:
-        """Return `probabilities`: how likely each class is, float [n, classes]; the microbatch needs no label."""
+        """Return `probabilities` of the classes, float [n, classes]; the microbatch needs no label."""
         return {"probabilities": _logits(module, microbatch).softmax(-1)}
 
     def _check_weights(self) -> None:
@@ -127,6 +127,6 @@ class TextClassification(Task):
 
 
 def _logits(module: nn.Module, microbatch: Microbatch) -> Tensor:
-    """Run the module; float32 at least, because a loss under autocast would else be rounded to bfloat16."""
+    """Run the module; the result is float32 at least, since autocast would round the loss to bfloat16."""
     logits = module(microbatch["ids"], microbatch["offsets"])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,6 +1,6 @@
-"""A trained text classifier at work: loaded, evaluated, predicting.
+"""A trained text classifier: how it is loaded, evaluated and used for prediction.
 
-Owns what a finished model folder of a text recipe is read as, and the columns and tables that come out.
+Owns the form in which a text recipe's model folder is read, and the columns and tables of its results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Frame = TypeVar("Frame")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Classifier:
-    """A trained text classifier. `predict(texts)`, or `predict(frame)`, is all that most will need."""
+    """A trained text classifier. `predict(texts)`, or `predict(frame)`, is enough for most uses."""
 
     module: nn.Module
     task: TextClassification
@@ -50,14 +50,14 @@ class Classifier:
     measure_model: MeasureModel
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """float64 [texts, classes]: how likely each class is for each text."""
+        """float64 [texts, classes]: the probability of each class for each text."""
         if not len(texts):
             return np.zeros((0, len(self.labels)))
         results = self.measure_model(self, self.task.predict, self.encode(texts))
         return results["probabilities"]
 
     def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> EncodedSamples:
-        """Encode new texts, mended and masked as those were that the model learned from; `labels` are class numbers."""
+        """Encode new texts, repaired and masked like those the model learned from; `labels` are class numbers."""
         treat = Examiner(self.recipe.screen, self.labels).treat
         return encode_samples(self.encoder, [treat(text)[0] for text in texts], labels)
 
@@ -66,10 +66,10 @@ class Classifier:
     @overload
     def predict(self, texts: Frame) -> Frame: ...
     def predict(self, texts: Any) -> Any:
-        """The most likely class of each text, in a list; of a frame, what `unisono.predict` gives, without workers.
+        """The most likely class of each text, in a list; for a frame, the result of `unisono.predict`, without workers.
 
         Raises:
-            DataError: one is no text (in a frame such a row gets no prediction), or the frame lacks their column.
+            DataError: a value is no text (in a frame such a row gets no prediction), or the frame lacks their column.
         """
         if is_frame(texts) or isinstance(texts, Mapping):
             frame = settle(texts)
@@ -98,7 +98,7 @@ class Classifier:
         return self.encode(rows.good_texts)
 
     def labelled(self, rows: Texts) -> tuple[Source, dict[str, int]]:
-        """The rows as samples to be scored; how many were left out for which reason."""
+        """The rows as samples to be scored; and the number of rows left out, by reason."""
         if rows.labels is None:
             raise DataError(
                 f"the data has no column {self.recipe.data.label!r} of classes, without which it cannot be "
@@ -149,7 +149,7 @@ class Classifier:
         return new
 
     def report(self, results: Results) -> dict[str, Any]:
-        """The figures, a table of the classes and the confusion matrix."""
+        """The scores, a table of the classes and the confusion matrix."""
         table = confusion(results["label"], results["predicted"], len(self.labels))
         classes = [dataclasses.asdict(scores) for scores in per_class(table, self.labels)]
         return {**summarise(results, self.task.metrics()), "classes": classes, "confusion": table.tolist()}
@@ -188,7 +188,7 @@ def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], meas
         DamagedError: a file is not readable.
     """
     encoder = load_encoder(folder)
-    if recipe.model.kind == "pretrained":  # its configuration lies beside the weights, wherever the original has gone
+    if recipe.model.kind == "pretrained":  # its configuration lies beside the weights; the original is not needed
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"folder": str(folder)})})
     task = TextClassification(
         model=recipe.model,

@@ -1,10 +1,10 @@
 """A pretrained BERT encoder, read from a folder in Hugging Face's layout, with a new classification head.
 
-Owns which folders can be used, the names and shapes of their tensors, and the `config.json` of a folder that
-is written. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
+Owns which folders can be used, the names and shapes of their tensors, and the `config.json` that is written
+to a folder. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
 
-The encoder is that of Devlin et al. (2018), with its pooler where the recipe wants it. A parameter's name is `bert.`
-and its name in transformers' BertModel, so that a folder with the trained weights opens there as well.
+The encoder is that of Devlin et al. (2018), with its pooler if the recipe says so. A parameter's name is `bert.`
+and its name in transformers' BertModel, so that transformers can open a folder with the trained weights, too.
 
 Shapes: n samples, m tokens of all samples, w = hidden_size.
 """
@@ -70,7 +70,7 @@ class PretrainedClassifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return logits [n, classes] for int64 ids [m]; sample i has those from offsets[i] on."""
+        """Return logits [n, classes] for int64 ids [m]; sample i begins at offsets[i]."""
         packing = pack(len(ids), offsets)
         if self.pooling == "mean":
             pooled = mean_over_tokens(self.bert(ids, packing), packing)
@@ -80,7 +80,7 @@ class PretrainedClassifier(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT's encoder. Dropout falls on the embeddings and the residual branches, and on attention weights where the
+    """BERT's encoder. Dropout is applied to the embeddings and the residual branches, and to attention weights if the
     recipe says so."""
 
     def __init__(self, config: BertConfig, model: Pretrained, recompute: bool) -> None:
@@ -126,7 +126,7 @@ class _Layer(nn.Module):
         self.activation = _ACTIVATIONS[config.hidden_act]()
 
     def forward(self, states: Tensor, packing: Packing, first_only: bool = False) -> Tensor:
-        """Return the states [m, w]; with `first_only`, what only the first tokens need is computed for them alone."""
+        """Return the states [m, w]; with `first_only`, only what the first tokens need is computed."""
         ask, offer, give = self.attention.get_submodule("self").children()
         dropout = self.attention_dropout if self.training else 0.0
         if first_only:
@@ -160,7 +160,7 @@ def read_classifier(model: Pretrained, classes: int, *, recompute: bool) -> Pret
     folder = Path(model.folder)
     config = read_config(folder)
     weights = _weights_path(folder)
-    with torch.device("meta"):  # shapes alone: every weight is read
+    with torch.device("meta"):  # only shapes: every weight is read later
         bert = Bert(config, model, recompute)
     bert.load_state_dict(_read_weights(weights, bert.state_dict()), assign=True)
     bert.requires_grad_(not model.freeze)
@@ -168,7 +168,7 @@ def read_classifier(model: Pretrained, classes: int, *, recompute: bool) -> Pret
 
 
 def _embedding(rows: int, width: int, *, sparse: bool = False) -> nn.Embedding:
-    """An embedding to be filled: the random start of a new one would import torch's compiler for the meta device."""
+    """An embedding without values: for the meta device, a random start would import torch's compiler."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, sparse=sparse)
 
 
@@ -215,14 +215,14 @@ def _read_table(folder: Path) -> dict[str, Any]:
 
 
 def _check_table(folder: Path, table: dict[str, Any]) -> None:
-    """Refuse what would not compute what the folder's author computed."""
+    """Refuse a configuration whose results would differ from those of the folder's author."""
     faults = []
     for field in fields(BertConfig):
         if field.type == "int" and (type(table.get(field.name)) is not int or table[field.name] < 1):
             faults.append(f"{field.name} = {table.get(field.name)!r}: allowed is a whole number from 1")
     if not faults and table["hidden_size"] % table["num_attention_heads"]:
         faults.append(f"hidden_size = {table['hidden_size']}: no multiple of num_attention_heads")
-    if table.get("hidden_act", "gelu") not in list(_ACTIVATIONS):  # a list: what is given may not be hashable
+    if table.get("hidden_act", "gelu") not in list(_ACTIVATIONS):  # a list: the value may not be hashable
         faults.append(f"hidden_act = {table['hidden_act']!r}: allowed are {', '.join(_ACTIVATIONS)}")
     positions = table.get("position_embedding_type", "absolute")
     if positions != "absolute":
@@ -251,7 +251,7 @@ def _weights_path(folder: Path) -> Path:
 
 
 def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Read the wanted tensors as float32, each in memory of its own; names may carry `bert.` in the file."""
+    """Read the needed tensors as float32, each in memory of its own; names may begin with `bert.` in the file."""
     try:
         with safe_open(path, framework="pt") as file:
             stored = {_plain(name): name for name in file.keys()}  # noqa: SIM118 (no mapping)

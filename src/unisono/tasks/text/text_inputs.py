@@ -1,6 +1,6 @@
 """From a recipe for texts to a task and its samples, and from a model folder to a classifier.
 
-Owns the kind of task that a recipe has if it names none.
+Owns the default kind of task, for recipes that name none.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def import_for_text() -> None:
-    """Import what every worker of a text recipe needs. Before workers are forked, once is enough for all, and for those
-    that replace lost ones."""
+    """Import what every worker of a text recipe needs. If this is done before workers are forked, one import serves all
+    workers, and those that replace lost ones."""
     import pyarrow.compute
     import tokenizers
 

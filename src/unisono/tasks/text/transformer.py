@@ -1,7 +1,7 @@
 """A transformer encoder that is trained from scratch.
 
 Owns its blocks, its initial weights and its head. Blocks are pre-norm, positions are learned, and the head
-sees the mean of the tokens. Nothing but parameters outlives a call.
+reads the mean of the tokens. Only parameters outlive a call.
 
 Shapes: n samples, m tokens of all samples, w = width.
 """
@@ -58,7 +58,7 @@ class TransformerClassifier(nn.Module):
                 nn.init.normal_(last.weight, std=_INITIAL_STD / (2 * model.layers) ** 0.5)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return logits [n, classes] for int64 ids [m]; sample i has those from offsets[i] on."""
+        """Return logits [n, classes] for int64 ids [m]; sample i begins at offsets[i]."""
         packing = pack(len(ids), offsets)
         states = self.dropout(self.tokens(ids) + self.positions(packing.positions))
         states = run_blocks(self.blocks, states, packing, recompute=self.recompute)
