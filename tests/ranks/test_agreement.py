@@ -23,7 +23,6 @@ from unisono.data.order import Order
 from unisono.engine.contribution import Contributor
 from unisono.engine.loop import steps
 from unisono.engine.optimizer import Optimizer
-from unisono.engine.replica import Replica
 from unisono.engine.state import TrainState
 from unisono.errors import LostPeerError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
@@ -175,12 +174,12 @@ def take_steps(exchange: Exchange, start: int) -> str:
     source.prefetchable = False
     task, settings = zoo.Classified(zoo.bag), Train(microbatches=4)
     torch.manual_seed(0)
-    replica = Replica(task.build(), rank=exchange.rank, workers=exchange.workers)
+    replica = zoo.replicate(task, exchange.rank, exchange.workers)
     order = Order(
         lengths=source.lengths, padded=True, samples_per_step=12, microbatches=4, seed=1, total_steps=4
     )  # fmt: skip
     state = TrainState(step=start, replica=replica, optimizer=Optimizer(replica, exchange, settings), exchange=exchange)
-    contributor = Contributor(replica=replica, task=task, precision="float32", seed=2)
+    contributor = Contributor(replica=replica, seed=2)
     try:
         for _ in steps(state, order, Feed(source, order, CPU), contributor, settings):
             return "added"

@@ -140,7 +140,7 @@ def choose_supervised(name: str) -> str:
 
 def needs_supervisor(recipe: Recipe, faults: tuple[Fault, ...]) -> bool:
     """Whether the job needs something that only a supervisor can do."""
-    return bool(faults) or recipe.recovery != Recovery()
+    return bool(faults) or recipe.train.audit_every > 0 or recipe.recovery != Recovery()
 
 
 def run_everywhere(
