@@ -114,6 +114,7 @@ def test_quiet_says_nothing(runs: Runs) -> None:
     assert (runs[2][1].stdout, runs[2][1].stderr) == ("", "")
 
 
+@pytest.mark.slow
 def test_the_curves_leave_the_callers_pyplot_alone(tmp_path: Path) -> None:
     """A notebook's own figures and backend. Fails if curves are drawn by pyplot, or a backend is chosen for the process."""
     make_toy(tmp_path)

@@ -88,6 +88,7 @@ def test_same_bits_on_any_number_of_workers_with_and_without_a_state(plain: dict
     assert bits(train(tmp_path / "seed", Plain(), seed=1)) != plain
 
 
+@pytest.mark.slow
 def test_lost_workers_cost_no_bit(plain: dict[str, Any], tmp_path: Path) -> None:
     faults = ["kill(worker=1, step=3, phase=contribute)", "kill(worker=0, step=6, phase=commit)"]
     for data in (Plain(), Restarting()):

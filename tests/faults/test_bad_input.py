@@ -417,6 +417,7 @@ def test_file_too_large(tmp_path: Path, warm: None, capfd: pytest.CaptureFixture
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_port_in_use(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that a cluster's script has started names address and remedy; torchrun itself names the port."""
     make_toy(tmp_path)

@@ -220,6 +220,7 @@ def test_a_writer_that_is_killed_between_two_renames_loses_nothing(
     assert_same_history(run, quiet.run)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_due_while_one_is_being_written(
     disturbed: Disturbed, quiet: Quiet, interfere: Any, tmp_path: Path
 ) -> None:

@@ -358,6 +358,7 @@ def test_bad_values(options: list[str], message: str, command: Command, quiet: Q
 # A container's /dev/shm
 
 
+@pytest.mark.slow
 def test_a_tiny_dev_shm_does_no_harm(quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
         mount_small(Path("/dev/shm"), "64k")

@@ -55,7 +55,7 @@ def err_once(monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int], sign: 
 
 
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize(("workers", "worker"), [(3, 2), (2, 0), (1, 0)])
+@pytest.mark.parametrize(("workers", "worker"), [pytest.param(3, 2, marks=pytest.mark.slow), (2, 0), (1, 0)])
 def test_an_audit_finds_who_erred(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, my_rank: Callable[[], int], workers: int, worker: int
 ) -> None:

@@ -64,6 +64,7 @@ def test_the_most_frequent_features_are_kept() -> None:
     assert [row.tolist() for row in learn(texts, 2).encode(["e", ""])] == [[0], [0]]
 
 
+@pytest.mark.slow
 @given(st.lists(st.text("ab \n", max_size=6), max_size=9), st.randoms())
 def test_what_is_learned_depends_on_the_texts_alone(texts: list[str], random: Random) -> None:
     mine = learn(texts, order=2)

@@ -147,6 +147,7 @@ def test_torchrun_leaves_a_profile(tmp_path: Path, trained: dict[int, Path]) -> 
     assert check_trace(tmp_path / "run", 2) == set(range(1, 19))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_ends_no_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import unisono.backends.torch_footprint
     import unisono.tracking.profile_report
