@@ -61,7 +61,7 @@ def test_every_verb_is_among_the_kills() -> None:
     assert {phase for kills in KILLS.values() for _, _, phase in kills} == set(verbs)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_any_verb(workers: int, disturbed: Disturbed, quiet: Any) -> None:
     kills = KILLS[workers]
     faults = [f"kill(worker={worker}, step={step}, phase={phase})" for step, worker, phase in kills]
