@@ -6,7 +6,7 @@ WORKERS ?= 2
 MINUTES ?= 3
 BIN     := .venv/bin
 
-.PHONY: demo data test test-more test-all check bench soak clean
+.PHONY: demo data test test-more test-all check bench soak clean test-processes test-parts
 
 demo: .venv/ready data/newsgroups  ## train a text classifier on 20 Newsgroups: make demo WORKERS=3 gives the same bits
 	$(BIN)/unisono train examples/text/newsgroups.toml --workers $(WORKERS)
@@ -16,8 +16,14 @@ data: .venv/ready data/newsgroups data/bbc data/tweets data/minilm  ## fetch the
 data/%: | .venv/ready
 	$(BIN)/python examples/data.py $*
 
-test: .venv/ready-dev data  ## the essence of every promise, in minutes
-	$(BIN)/python -m pytest -m "not slow"
+test: .venv/ready-dev data  ## the essence of every promise, in minutes: two halves side by side, since many tests wait
+	@$(MAKE) --no-print-directory --jobs 2 test-processes test-parts
+
+test-processes:  # half of `make test`: runs that lose workers, and forked workers
+	$(BIN)/python -m pytest -m "not slow" tests/faults tests/ranks
+
+test-parts:  # the other half
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/faults --ignore tests/ranks
 
 test-more: .venv/ready-dev data  ## what `make test` leaves out: slow tests, and more examples of each property
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=full

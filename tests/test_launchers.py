@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import unisono
 from learned import SETTINGS, STEPS, Dropped, Kept, make_columns
@@ -530,3 +531,47 @@ def test_in_a_process_group_of_the_caller(tmp_path: Path, expected: unisono.Trai
 def test_auto_counts_what_is_there() -> None:
     assert count_workers("auto", 3, "cpu") <= 3 and count_workers(5, 3, "cpu") == 5
     assert InProcess().count("auto", 8, "cpu") == 1
+
+
+def test_trainings_in_two_threads_of_one_process_wait_for_each_other(tmp_path: Path) -> None:
+    """Generators and modes are the process's: without the lock most of these runs have other weights."""
+    found: dict[str, str] = {}
+
+    def run(name: str) -> None:
+        trained = unisono.train(
+            Noisy(), {"x": torch.arange(64.0)[:, None] / 64}, workers=1, run=tmp_path / name, quiet=True, epochs=2,
+            samples_per_step=8, microbatches=4,
+        )  # fmt: skip
+        found[name] = trained.weights_sha256
+
+    threads = [threading.Thread(target=run, args=(f"run-{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(set(found.values())) == 1
+
+
+class Noisy(unisono.Task):
+    """Draws from the global generator in each microbatch, and gives other threads time to do so."""
+
+    def build(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def loss(self, module: nn.Module, microbatch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        time.sleep(1e-3)
+        noise = torch.randn(len(microbatch["x"]), 1)
+        return ((module(microbatch["x"]) - noise) ** 2).sum(), len(noise)
+
+    def measure(self, module: nn.Module, microbatch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": (module(microbatch["x"]) ** 2)[:, 0]}
+
+
+def test_a_task_that_trains_within_its_own_training_is_refused(tmp_path: Path) -> None:
+    class Nested(Noisy):
+        def loss(self, module: nn.Module, microbatch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+            unisono.train(Noisy(), {"x": torch.ones(8, 1)}, workers=1, run=tmp_path / "inner", quiet=True)
+            return super().loss(module, microbatch)
+
+    with pytest.raises(unisono.RecipeError, match="calls unisono again"):
+        unisono.train(Nested(), {"x": torch.ones(8, 1)}, workers=1, run=tmp_path / "outer", quiet=True)

@@ -73,11 +73,27 @@ def test_a_recipe_trains_a_task_of_one_s_own_and_its_model_works(place: Path, co
     assert code == 0, err
     with (place / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["a", "b", "kind", "p 0", "p 1", "unusable"]
-    assert [int(row["kind"]) for row in rows] == [int(float(row["p 1"]) > 0.5) for row in rows]
+    assert list(rows[0]) == ["a", "b", "predicted", "p 0", "p 1", "unusable"]
+    assert [int(row["predicted"]) for row in rows] == [int(float(row["p 1"]) > 0.5) for row in rows]
 
     module = unisono.load(place / "run-1", task="flowers:Flowers").module
     assert module[0].out_features == 6, "built with the settings of the run"
+
+
+def test_prediction_needs_no_target_and_spares_its_input(place: Path, command: Command) -> None:
+    """A column of labels may be there, empty in part; and the file that is read is not the one that is written."""
+    assert command("train", "flowers.toml", "-w", "1", "--run-folder", "run", "--quiet")[0] == 0
+    (place / "some.csv").write_text("a,b,kind\n0.5,0.5,1\n2,0.1,\n,3,0\n")
+    named = ("--task", "flowers:Flowers", "-w", "1")
+    assert command("predict", "run", "some.csv", "out.csv", *named)[0] == 0
+    with (place / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["predicted"]) for row in rows] == [True, True, False]
+    assert rows[2]["unusable"] == "no value in 'a'"
+    code, _, err = command("predict", "run", "some.csv", "some.csv", *named)
+    assert code == 2 and "is the input as well" in err
+    code, out, _ = command("evaluate", "run", *named, "--json")
+    assert code == 0 and 0 < json.loads(out)["samples"] < 90, "the rows that test_fraction cuts off"
 
 
 def test_settings_decide_whether_a_run_may_be_resumed(place: Path, command: Command) -> None:
@@ -102,6 +118,7 @@ def test_verify_compares_a_task_of_one_s_own(place: Path, command: Command) -> N
         ("task.kind=flowers:Nothing", "'flowers' has no 'Nothing'"),
         ("task.kind=nowhere:Flowers", "there is no module 'nowhere'"),
         ("task.kind=text_clasification", "Did you mean 'text_classification'?"),
+        ("task.kind=:Flowers", "allowed is module:Class"),
         ("task.kind=json:JSONDecoder", "allowed is a subclass of unisono.Task"),
         ("model.kind=bag", "'model' is for text recipes"),
         ("train.label_smoothing=0.1", "'train.label_smoothing' is for text recipes"),
@@ -139,7 +156,7 @@ def test_an_installed_package_brings_a_task(place: Path, command: Command, monke
     assert isinstance(model, unisono.TableModel)
     assert kinds.name_of(model.task) == "flowers"
     frame = pa.table({"a": [0.0, 2.0], "b": [0.5, 0.5]})
-    assert model.predict(frame).column_names == ["a", "b", "kind", "p 0", "p 1", "unusable"]
+    assert model.predict(frame).column_names == ["a", "b", "predicted", "p 0", "p 1", "unusable"]
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,3 +112,14 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "kernels_of_another", raising=False)
     kernels._import_all.cache_clear()
+
+
+def test_the_guide_declares_a_kernel() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", guide, re.S)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    declared = kernels._DECLARED["softsign"]
+    assert declared.describe() == "operations"
+    numbers = lambda *shape, seed=1: torch.linspace(-1, 1, math.prod(shape)).reshape(shape)  # noqa: E731
+    assert [tuple(one.shape) for one in declared.battery(numbers, torch.device("cpu"))] == [(7, 33), (5,)]

@@ -179,6 +179,9 @@ def predict(
         )
     if target is not None:
         check_target(Path(target))
+        given = isinstance(source, str | Path) and Path(source).exists()
+        if given and Path(target).exists() and Path(source).samefile(target):
+            raise DataError(f"predict: {str(target)!r} is the input as well, and would be lost. Name another output.")
     frame = settle(source)
     rows = model.read(frame)
     results, speaks = _share_out(model, rows, workers, launcher) if len(rows.usable) else ({}, True)

@@ -17,6 +17,7 @@ from unisono.config.recipe import Recipe
 from unisono.data.ingest.frames import settle
 from unisono.data.items import Collate
 from unisono.data.samplers import Sampler
+from unisono.errors import RecipeError
 from unisono.runtime.launchers.launcher import AUTO, Launcher
 from unisono.runtime.setup import check_workers
 from unisono.tasks.task import Task
@@ -83,6 +84,8 @@ def verify(
     """
     if steps:
         settings["max_steps"] = steps
+    if len(set(workers)) < 2:
+        raise RecipeError(f"verify, workers = {list(workers)}: there is nothing to compare. Give two numbers at least.")
     recipe = resolve(what, None, overrides, settings)
     for count in workers:
         check_workers(recipe, count)

@@ -74,6 +74,8 @@ class TorchBackend:
         """From the global generators of torch, NumPy and Python, which the caller has seeded; `numerics.settle` has put
         torch into the known state."""
         module = task.build()
+        if not isinstance(module, nn.Module):
+            raise ContractError(f"the task's build returned {type(module).__name__}; allowed is a torch nn.Module.")
         on_built(module)
         return cls(task, module.to(device), precision=train.precision)
 
@@ -131,7 +133,13 @@ class TorchBackend:
         if not all(part.training for part in self._parts):  # setting it again costs more than reading
             self.module.train()
         with self._autocast():
-            loss, count = self._task.loss(self.module, dict(microbatch))  # a copy: the task may remove columns
+            found = self._task.loss(self.module, dict(microbatch))  # a copy: the task may remove columns
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ContractError(
+                f"the task's loss returned {type(found).__name__}; allowed is a pair: the sum of the losses, and "
+                "how many terms it has, such as (losses.sum(), len(losses))."
+            )
+        loss, count = found
         terms = check_sum(loss, count)
         if halfway:
             halfway()

@@ -112,10 +112,13 @@ class EpochSamples:
         self.per_epoch = len(first)
         self.sha256 = hashlib.sha256(first.astype("<i8").tobytes()).hexdigest()
         self._ask(1)
-        if not np.array_equal(first, self._ask(0)):
+        self._compare(0, first)
+
+    def _compare(self, epoch: int, first: np.ndarray) -> None:
+        if not np.array_equal(first, self._ask(epoch)):
             raise DataError(
-                "sampler: asked twice for epoch 0, it gave other samples the second time. It must depend on (seed, "
-                "epoch) alone: keep no position and no generator in it, or make the generator anew from both "
+                f"sampler: asked twice for epoch {epoch}, it gave other samples the second time. It must depend on "
+                "(seed, epoch) alone: keep no position and no generator in it, or make the generator anew from both "
                 "(numpy.random.default_rng((seed, epoch)))."
             )
 
@@ -132,6 +135,7 @@ class EpochSamples:
             while len(self._kept) >= KEPT_EPOCHS:
                 self._kept.pop(min(self._kept))
             found = self._ask(epoch)
+            self._compare(epoch, found)
             self._kept[epoch] = found, count_repeats(found)
         return self._kept[epoch]
 

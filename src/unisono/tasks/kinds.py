@@ -78,7 +78,13 @@ def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     if name in PRESETS:
         return _as_kind(_import(PRESETS[name]), name)
     if name in found:
-        return _as_kind(found[name].load(), name)
+        try:
+            return _as_kind(found[name].load(), name)
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(
+                f"'task.kind' = {name!r}: the package that declares it ({found[name].value}) cannot be used: {error}. "
+                "Install it again, or repair its entry point."
+            ) from error
     if not trusted:
         raise ModelError(
             f"the model was trained with the task {name!r}, which is no preset and of no installed package. "
@@ -164,6 +170,8 @@ def _installed() -> dict[str, EntryPoint]:
 def _import(name: str) -> object:
     """The class that `module:Class` or `file.py:Class` names. Modules in the current folder are found as well."""
     module_name, _, path = name.rpartition(":")
+    if not module_name or not path:
+        raise RecipeError(f"'task.kind' = {name!r}: allowed is module:Class, or path/to/file.py:Class.")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:

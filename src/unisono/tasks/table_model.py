@@ -21,7 +21,7 @@ from unisono.data.source import Source
 from unisono.errors import DataError, ModelError
 from unisono.storage.files import load_tensors
 from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
-from unisono.tasks.tables import RecordRows, read_rows, samples_of
+from unisono.tasks.tables import RecordRows, read_rows, read_splits, samples_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import MeasureModel
 
@@ -82,12 +82,15 @@ class TableModel:
         return samples_of(self.task, rows.table.take(pa.array(kept)), rows.name), left_out
 
     def own_test(self, run: Path) -> Source:
-        """The test file that the recipe names."""
-        if not self.recipe.data.test:
+        """The test file that the recipe names, or the rows that it cuts off."""
+        data = self.recipe.data
+        if data.train and data.test_fraction:
+            return read_splits(data, self.task, lambda line: None)["test"]
+        if not data.test:
             raise DataError(
                 f"the recipe of {str(run)!r} names no test file. Name labelled data: unisono evaluate RUN DATA."
             )
-        return self.labelled(read_rows(self.recipe.data.test, self.recipe.data, self.task.columns))[0]
+        return self.labelled(read_rows(data.test, data, self.task.columns))[0]
 
     def new_columns(self, rows: RecordRows, results: Results) -> dict[str, pa.Array]:
         """A column for each result with one number per sample; for rows of numbers, one column per number (NAME 0,

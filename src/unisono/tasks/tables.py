@@ -94,8 +94,9 @@ def samples_of(task: Task, table: pa.Table, name: str, *, predict: bool = False)
             )
     if not table.num_rows:
         raise DataError(f"{name}: there is no row that can be used. Give at least one.")
-    wanted = [column for column in task.columns if column in table.column_names]
-    encoded = task.encode(table.select(wanted) if wanted else table)
+    spared = set(task.targets) if predict else set()
+    wanted = [column for column in task.columns or table.column_names if column in table.column_names]
+    encoded = task.encode(table.select([column for column in wanted if column not in spared]))
     if not isinstance(encoded, Mapping):
         raise DataError(
             f"{type(task).__name__}.encode returned {type(encoded).__name__}; allowed is a mapping of names to columns."

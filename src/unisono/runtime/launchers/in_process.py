@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +31,8 @@ from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
 LOOK_SECONDS = 0.2
+_one_at_a_time = threading.Lock()
+_inside: list[int] = []  # the thread that has the lock
 PLACE = RankAssignment(rank=0, workers=1, local_rank=0, local_workers=1)
 
 
@@ -54,7 +58,12 @@ class InProcess:
         if training.faults:
             raise RecipeError('launcher "in_process": faults are injected into workers under a supervisor. Use "fork".')
         train = training.recipe.train
-        observer, hold = training.open_observer(False), FolderHold(training.folder, train.microbatches)
+        with _alone():
+            observer, hold = training.open_observer(False), FolderHold(training.folder, train.microbatches)
+            self._train(training, observer, hold)
+
+    def _train(self, training: Training, observer: events.Observer, hold: FolderHold) -> None:
+        train = training.recipe.train
         with preserved(threads=train.threads), memory_kept(), StopRequests(hold) as requests:
             client = UnsupervisedClient([hold, observer], requests)
             built: list[BuiltModule] = []
@@ -73,7 +82,7 @@ class InProcess:
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
         """Run `act` here; afterwards this process is as before."""
-        with preserved(threads=threads), StopRequests() as requests:
+        with _alone(), preserved(threads=threads), StopRequests() as requests:
             chosen = PLACE.device(device)
             numerics.settle(threads=threads, device=chosen)
             try:
@@ -81,6 +90,27 @@ class InProcess:
             except Interrupted as error:
                 raise requests.name(error) from None
         return True
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Within, no other thread computes here: generators, threads and modes belong to the whole process. Another thread
+    waits; the same one, in a task, would wait for itself.
+
+    Raises:
+        RecipeError: this thread is within already.
+    """
+    me = threading.get_ident()
+    if _inside == [me]:
+        raise RecipeError(
+            'launcher "in_process": a task of this process calls unisono again. Use workers = 2, or launcher = "fork".'
+        )
+    with _one_at_a_time:
+        _inside.append(me)
+        try:
+            yield
+        finally:
+            _inside.clear()
 
 
 class FolderHold:

@@ -75,6 +75,8 @@ def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
     """The number of workers on this host for `wanted`; "auto": all GPUs, else all cores, at most one per
     microbatch."""
     if wanted != AUTO:
+        if isinstance(wanted, bool) or not str(wanted).strip().isdigit():
+            raise RecipeError(f'workers = {wanted!r}: allowed is a whole number from 1, or "auto".')
         return int(wanted)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     return max(1, min(gpus or count_cores(), microbatches))
@@ -87,6 +89,8 @@ def find_launcher(name: str | Launcher) -> Launcher:
         RecipeError: there is none of that name.
     """
     if not isinstance(name, str):
+        if lacks := [method for method in ("count", "train", "run") if not callable(getattr(name, method, None))]:
+            raise RecipeError(f"launcher {name!r}: it has no method {lacks[0]!r}. See docs/launchers.md.")
         return name
     if name in BUILT_IN:
         module, _, kind = BUILT_IN[name].partition(":")
@@ -95,7 +99,13 @@ def find_launcher(name: str | Launcher) -> Launcher:
     declared = entry_points(group=ENTRY_POINTS)
     for entry in declared:
         if entry.name == name:
-            found: Launcher = entry.load()()
+            try:
+                found: Launcher = entry.load()()
+            except Exception as error:
+                raise RecipeError(
+                    f"launcher {name!r}: the package that declares it ({entry.value}) cannot be used: {error}. Install "
+                    "it again, or repair its entry point."
+                ) from error
             return found
     allowed = ", ".join([AUTO, *BUILT_IN, *sorted(declared.names)])
     raise RecipeError(f"launcher {name!r}: allowed are {allowed}. Others come with packages that declare them.")
