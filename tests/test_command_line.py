@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -163,7 +164,8 @@ def test_torchrun_gives_the_same_bits(
 ) -> None:
     make_toy(tmp_path)
     agents = run_torchrun(tmp_path, *options, workers=workers)
-    told = [agent.communicate(timeout=180) for agent in agents]
+    with ThreadPoolExecutor() as pool:  # side by side: an agent that fails says why, though another waits for it
+        told = list(pool.map(lambda agent: agent.communicate(timeout=400), agents))
     assert [agent.returncode for agent in agents] == [0] * len(agents), told
     summary, expected = read_summary(tmp_path / "run"), read_summary(trained[1])
     assert summary["workers"] == workers * len(agents)

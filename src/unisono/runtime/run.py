@@ -27,11 +27,11 @@ from unisono.engine.loop import steps
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
-from unisono.errors import ContractError, DataError, Interrupted, RecipeError
+from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 from unisono.runtime.setup import Job, Ready, Run, join, run_facts
-from unisono.runtime.supervisor_client import SupervisorClient
+from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
 from unisono.tasks.metrics import summarise
 from unisono.tracking import events
@@ -348,4 +348,9 @@ def _finish(run: Run, feed: Feed) -> None:
                     )
                 )
             run.tell(events.RunEnded(folder=str(folder), summary=summary))
-    run.exchange.wait_for_all()
+    try:
+        run.exchange.wait_for_all()
+    except LostPeerError:
+        # a worker that leaves has passed this meeting, so all had come; the reset of its connections may arrive first
+        if not isinstance(run.client, UnsupervisedClient):
+            raise  # a supervisor sees whether it left or was lost
