@@ -77,9 +77,9 @@ class _Session:
 
     def share_out(self) -> dict[str, float]:
         """Give every second in a pool to one kind."""
-        locked = self.recovering + self.wasted
+        claimed = self.recovering + self.wasted
         slack = max(0.0, self.training - self.stepping)
-        borrowed = min(slack, max(0.0, locked - self.standing))
+        borrowed = min(slack, max(0.0, claimed - self.standing))
         standing, training = self.standing + borrowed, self.training - borrowed
         recovery = min(self.recovering, standing)
         data = min(self.waiting, training)
@@ -134,9 +134,9 @@ def _put(session: _Session, event: str, line: Mapping[str, Any], is_forgotten: b
             session.saving += here
             session.saved += waited - here
         case "Recovered" | "Resized" | "Corrupted":
-            run_locks = 0.0 if event == "Corrupted" else read("wasted_seconds") + read("seconds")
+            claims = 0.0 if event == "Corrupted" else read("wasted_seconds") + read("seconds")
             passed = session.pass_until(when)
-            session.standing += min(passed, run_locks) if is_forgotten else passed
+            session.standing += min(passed, claims) if is_forgotten else passed
             session.recovering += read("seconds")
             session.wasted += read("wasted_seconds")
         case "Resumed":
