@@ -238,7 +238,7 @@ def resize(
 ) -> None:
     """Change the number of workers of a running run, at its next step. The bits stay the same."""
     count = int(check_count(workers, auto=False))
-    from unisono.storage import run_lock as run_lock
+    from unisono.storage import run_lock
 
     typer.echo(f"{run}: {run_lock.ask_for_workers(run, count)}")
 

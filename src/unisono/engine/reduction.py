@@ -126,7 +126,7 @@ class Reduction:
         """Add microbatch `number`'s contribution, whose parts are then overwritten; numbers rise."""
         node, dense = Node(0, number), [contribution.parts[index] for index in self._dense]
         if node in self._targets:  # no addition writes to it
-            publish(dense, self._targets[node])
+            copy_parts(dense, self._targets[node])
             dense = []
         self._tree.add(node, dense)
         for table, rows in self._rows.items():
@@ -306,7 +306,7 @@ def add_parts_into(left: Sequence[Tensor | None], right: Sequence[Tensor | None]
             target.zero_()
 
 
-def publish(parts: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
+def copy_parts(parts: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
     """Write a node's parts into `targets`."""
     given = [(target, part) for target, part in zip(targets, parts, strict=True) if part is not None]
     absent = [target for target, part in zip(targets, parts, strict=True) if part is None]
