@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unisono.determinism.nodes import Node, fold, nodes
 from unisono.determinism.tree import Tree, fold_nodes
-from unisono.engine.reduction import add_parts, add_parts_into, publish
+from unisono.engine.reduction import add_parts, add_parts_into, copy_parts
 
 SPECIAL = np.array([0.0, -0.0, 1e-42, -1e-42, 1.17e-38, 3.4e38, -3.4e38, 1e30, -1e30, 1.0, -1.0, 1e-8], np.float32)
 
@@ -173,5 +173,5 @@ def test_absent_parts_are_zeros(into: bool) -> None:
 def test_a_node_is_laid_down_whole() -> None:
     given = parts(2)
     targets = [torch.full((67,), torch.nan) for _ in given]
-    publish(given, targets)
+    copy_parts(given, targets)
     assert [bits(part) for part in targets] == [bits(torch.zeros(67) if part is None else part) for part in given]
