@@ -13,6 +13,7 @@ from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data import prepare as stages
 from unisono.processes.forking import count_cores
+from unisono.storage.run_folder import complete
 from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def prepare(
         UserError: the recipe or the data cannot be used.
     """
     recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
+    recipe = complete(recipe)
     count = count_cores() if workers == "auto" else int(workers)
     dataset = stages.prepare(recipe, workers=count, frames=frames, notify=print_now, progress=None)
     print(

@@ -34,7 +34,7 @@ from unisono.runtime.launchers.rank_assignment import restarted_by_torchrun
 from unisono.runtime.logger_process import LoggerProcess
 from unisono.runtime.runner import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
-from unisono.storage.run_folder import choose_folder
+from unisono.storage.run_folder import choose_folder, complete
 from unisono.tasks.kinds import OpenKind, find_kind, name_of
 from unisono.tasks.own_inputs import OpenOwn
 from unisono.tasks.task import Task
@@ -152,7 +152,10 @@ def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal
     resume = resume or ("auto" if restarted_by_torchrun() else False)
     place = choose_folder(recipe.name, run, resume=resume)
     if resume == "auto" and (place / "summary.json").exists():
-        print_now(f"{place} has been trained to its end: nothing is left to do.")
+        print_now(
+            f"{place} has been trained to its end: nothing is left to do. To train it longer, resume it with more "
+            'train.epochs (not with "auto").'
+        )
         return place, None
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
@@ -253,7 +256,7 @@ def resolve(
     table = what.model_dump(mode="json", exclude_unset=True)
     for section, value in {"train": train, **tables}.items():
         table[section] = table.get(section, {}) | value
-    return recipes.check(table | ({"name": name} if name else {}))
+    return complete(recipes.check(table | ({"name": name} if name else {})))
 
 
 def _explain(what: object) -> str:

@@ -67,6 +67,7 @@ PATHS = (
     ("data", "test"),
     ("encode", "tokenizer"),
     ("model", "folder"),
+    ("train", "start_from"),
     ("tracking", "folder"),
 )
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")

@@ -217,7 +217,8 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 
 
 class Train(Section):
-    """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides bits."""
+    """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides
+    bits."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
@@ -259,6 +260,11 @@ class Train(Section):
         False,
         description="sparse embeddings: update and decay only the rows that a step touched, as torch.optim.SparseAdam "
         "does; false: all of them",
+    )
+    start_from: str = Field(
+        "",
+        description="run folder of a finished run: begin with its weights, for new data or another schedule; of the "
+        "head, the classes that both have; a text model reads the run's vocabulary; docs/longer-training.md",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")

@@ -33,6 +33,7 @@ from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 from unisono.runtime.setup import Job, Ready, Run, join, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
+from unisono.storage.run_folder import SUMMARY
 from unisono.tasks.metrics import summarise
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
@@ -93,6 +94,8 @@ def _tell_stop(run: Run, saved: bool) -> str:
 def _open_folder(run: Run) -> None:
     folder = run.job.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if run.state.lineage and (folder / SUMMARY).exists() and run.state.step < run.order.total_steps:
+        (folder / SUMMARY).rename(folder / f"summary-step-{run.state.step:08}.json")  # of the end that it goes beyond
     write_text(folder / "recipe.toml", recipes.to_toml(run.recipe, run.inputs.unused))
     write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
 
@@ -338,6 +341,7 @@ def _finish(run: Run, feed: Feed) -> None:
                 "test": test,
                 "best_step": state.best_step or None,
                 "stopped_by": _find_stopper(run),
+                "lineage": state.lineage,
                 "weights_sha256": tensors_sha256(tensors),
                 "optimizer_sha256": optimizer_sha256,
             }

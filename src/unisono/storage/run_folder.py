@@ -12,9 +12,13 @@ from pathlib import Path
 
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
-from unisono.errors import RunFolderError
+from unisono.config.sections import TEXT
+from unisono.errors import RecipeError, RunFolderError
 
 RUNS = Path("runs")
+_FREE = {("model", "dropout"), ("model", "attention_dropout"), ("model", "freeze"), ("model", "folder")}
+"""Keys of a model that may differ from those of the run that it starts from."""
+SUMMARY = "summary.json"
 FACTS = "unisono.json"
 """In a model folder: the recipe, and other facts that prediction needs."""
 
@@ -41,7 +45,7 @@ def choose_folder(name: str, given: str | Path | None, *, resume: bool | str) ->
     if resume == "auto":
         newest = _newest_number(name)
         path = Path(given) if given is not None else RUNS / f"{name}-{newest:03d}"
-        if path.exists() and (given is not None or not (path / "summary.json").exists()):
+        if path.exists() and (given is not None or not (path / SUMMARY).exists()):
             if (
                 any(not inside.name.startswith(".") for inside in path.iterdir())
                 and not (path / "recipe.toml").exists()
@@ -83,6 +87,35 @@ def read_recipe(run: str | Path) -> Recipe | None:
     if not path.is_file():
         return None
     return recipes.check(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with what it needs of the run that it starts from: the vocabulary, which must be the same, and the
+    model, where the recipe names none.
+
+    Raises:
+        RunFolderError: that run has no finished model.
+        RecipeError: the recipe wants another model or vocabulary.
+    """
+    if not recipe.train.start_from or recipe.task.kind != TEXT:
+        return recipe
+    run = recipe.train.start_from
+    before = read_recipe(model_folder(run).parent)
+    if before is None or before.task.kind != TEXT:
+        raise RecipeError(f"'train.start_from' = {run!r}: its model is no text classifier. Name a run of one.")
+    table = recipe.model_dump(mode="json", exclude_unset=True)
+    model = before.model.model_dump(mode="json")
+    if "folder" in model:
+        model["folder"] = str(model_folder(run))  # where the run found its encoder may be gone
+    for section, known in (("model", model), ("encode", before.encode.model_dump(mode="json"))):
+        for key, value in table.get(section, {}).items():
+            if value != known.get(key) and (section, key) not in _FREE:
+                raise RecipeError(
+                    f"'{section}.{key}' = {value!r}: the run in 'train.start_from' has {known.get(key)!r}, and its "
+                    "weights belong to that. Leave the key out, or train without start_from."
+                )
+        table[section] = known | table.get(section, {})
+    return recipes.check(table)
 
 
 def _newest_number(name: str) -> int:
