@@ -217,8 +217,7 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 
 
 class Train(Section):
-    """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides
-    bits."""
+    """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides bits."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
