@@ -133,12 +133,14 @@ def test_a_warm_start_begins_with_the_weights(ended: Path, tmp_path: Path) -> No
     assert facts["steps"] == 4
 
 
-def test_the_first_weights_are_in_the_numerics(ended: Path, tmp_path: Path) -> None:
+def test_the_first_weights_are_in_the_numerics(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = train(tmp_path / "other", epochs=1, seed=5)
     train(tmp_path / "new", epochs=1, start_from=str(ended))
     moved = tmp_path / "moved"
     shutil.copytree(ended, moved)
-    train(tmp_path / "new", epochs=1, start_from=str(moved), resume=True)
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "new", epochs=1, start_from=Path("moved"), resume=True).summary["resumes"] == 1
+    assert f'start_from = "{moved}"' in (tmp_path / "new" / "recipe.toml").read_text()
     with pytest.raises(NumericsError, match="start_from"):
         train(tmp_path / "new", epochs=1, start_from=str(other.folder), resume=True)
 

@@ -246,6 +246,8 @@ def resolve(
         key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery", "tracking")
     }
     train = {key: value for key, value in settings.items() if key not in tables}
+    if isinstance(start := train.get("start_from"), str | Path) and str(start):
+        train["start_from"] = str(Path(start).resolve())
     if isinstance(what, Task):
         task = {"kind": name_of(what), **what.settings()}
         return recipes.check({"name": name or type(what).__name__, "task": task, "train": train, **tables})
