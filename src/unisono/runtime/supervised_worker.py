@@ -30,7 +30,7 @@ from unisono.processes.forking import end_with_parent, flush_output
 from unisono.processes.progress_table import FINISH, PHASES, RUNNING, ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
-from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.launchers.rank_assignment import RankAssignment, receive_assignment
 from unisono.runtime.signals import ASKING
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.runtime.worker import guarded, keep_memory
@@ -190,11 +190,11 @@ def _serve(spec: WorkerSpec, workload: Workload) -> None:
     _leave_group(progress_writer)
     while True:
         spec.channel.send({"waiting": why})
-        assignment, listener = spec.channel.receive()
-        if "leave" in assignment:
+        assignment = receive_assignment(spec.channel)
+        if assignment is None:
             return
         try:
-            if _take_part(RankAssignment(**assignment, listener=listener), progress_writer, workload, device, client):
+            if _take_part(assignment, progress_writer, workload, device, client):
                 break
             why = ""
         except LostPeerError as error:

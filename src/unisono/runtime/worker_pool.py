@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import ChildProcess, fork
 from unisono.processes.progress_table import ProgressTable
 from unisono.runtime.channel import Channel, Message, pair
+from unisono.runtime.launchers.rank_assignment import give_assignments
 from unisono.runtime.restart_budget import End
 from unisono.runtime.signals import ASKING
 from unisono.runtime.supervised_worker import DUMP, WorkerSpec, Workload, serve
@@ -127,21 +127,9 @@ class WorkerPool:
 
     def assignment(self, generation: int, chosen: Sequence[WorkerHandle]) -> None:
         """Give the chosen workers rank assignments in a new group."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(len(chosen))
-            port = listener.getsockname()[1] if len(chosen) > 1 else 0
-            for rank, handle in enumerate(chosen):
-                handle.rank, handle.generation, handle.waiting = rank, generation, False
-                assignment: Message = {
-                    "rank": rank,
-                    "workers": len(chosen),
-                    "local_rank": rank,
-                    "local_workers": len(chosen),
-                    "port": port,
-                    "generation": generation,
-                }
-                handle.channel.send(assignment, listener.fileno() if port and rank == 0 else -1)
+        for rank, handle in enumerate(chosen):
+            handle.rank, handle.generation, handle.waiting = rank, generation, False
+        give_assignments([handle.channel for handle in chosen], generation)
 
     def release(self, handles: Iterable[WorkerHandle]) -> None:
         """Release waiting workers: they are not needed any more."""
