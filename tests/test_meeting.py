@@ -8,19 +8,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 import unisono
 from learned import SETTINGS, Dropped, make_columns
 from unisono.errors import LostPeerError
-from unisono.exchange import shared_memory
+from unisono.exchange import meeting
 from unisono.exchange.meeting import SocketMeeting
 from unisono.tracking import ledger
 
@@ -91,3 +89,110 @@ def test_no_port_is_opened_and_garbage_for_one_changes_nothing(tmp_path: Path, l
         run = train(tmp_path / "run", workers=2, launcher=launcher, faults=FAULTS)
     assert run.summary["recoveries"] == 2 and run.weights_sha256 == expected.weights_sha256
     assert ports == set()
+
+
+# A name server that does not answer costs nothing only where none is asked. Torch and gloo ask in C.
+LOOK_UPS = r"""
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static void note(const char *name) {
+    int file = open(getenv("LOOK_UPS"), O_WRONLY | O_CREAT | O_APPEND, 0600);
+    if (file >= 0) { if (write(file, name, strlen(name)) < 0) {} close(file); }
+}
+int getaddrinfo(const char *a, const char *b, const void *c, void *d) { if (a) note("getaddrinfo "), note(a); return -3; }
+int getnameinfo(const void *a, unsigned b, char *c, unsigned d, char *e, unsigned f, int flags) {
+    if (!(flags & 1)) note("getnameinfo "); return -3; }
+void *gethostbyname(const char *a) { note("gethostbyname "); return 0; }
+void *gethostbyaddr(const void *a, unsigned b, int c) { note("gethostbyaddr "); return 0; }
+"""
+TRAIN = """
+import sys
+from learned import SETTINGS, Dropped, make_columns
+import unisono
+from unisono.exchange import shared_memory
+if sys.argv[2] == "sockets":
+    shared_memory.can_share = lambda meeting: False
+faults = ["kill(worker=1, step=2, phase=update)"]
+run = unisono.train(Dropped(), make_columns(), run=sys.argv[1], workers=2, faults=faults, quiet=True, **SETTINGS)
+print(run.weights_sha256, run.summary["recoveries"])
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("way", ["memory", pytest.param("sockets", marks=pytest.mark.slow)])
+def test_no_name_is_looked_up_on_one_host(tmp_path: Path, way: str) -> None:
+    """Neither at the start nor after a loss; nor where workers share no memory, and gloo connects them."""
+    (tmp_path / "look_ups.c").write_text(LOOK_UPS, encoding="utf-8")
+    library, found = tmp_path / "look_ups.so", tmp_path / "found"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "look_ups.c"], check=True)
+    variables = {**os.environ, "LD_PRELOAD": str(library), "LOOK_UPS": str(found)}
+    ended = subprocess.run(
+        [sys.executable, "-c", TRAIN, tmp_path / "run", way],
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    expected = train(tmp_path / "expected", workers=1).weights_sha256
+    assert ended.stdout.split() == [expected, "1"], ended.stderr
+    assert not found.exists(), found.read_text()
+    command = [sys.executable, "-c", "import socket\ntry: socket.gethostbyname('localhost')\nexcept OSError: pass"]
+    subprocess.run(command, env=variables, check=True)
+    assert found.exists()  # it would have been noticed
+
+
+def meet(*acts: Callable[[SocketMeeting], Any]) -> list[Any]:
+    """What each worker, a thread, returned or raised; worker 0 has a socket to each of the others."""
+    pairs = [socket.socketpair() for _ in acts[1:]]
+    descriptors = [[near.detach() for near, _ in pairs], *([far.detach()] for _, far in pairs)]
+    found: list[Any] = [None] * len(acts)
+
+    def work(rank: int) -> None:
+        meeting = SocketMeeting(descriptors[rank], rank)
+        try:
+            found[rank] = acts[rank](meeting)
+        except LostPeerError as error:
+            found[rank] = error
+        finally:
+            meeting.close()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(acts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_all_hear_all_words_in_order() -> None:
+    def act(rank: int) -> Callable[[SocketMeeting], Any]:
+        return lambda meeting: [meeting.gather(what, f"{rank}\n{what * 100_000}") for what in ("ü", "b")]
+
+    words = [[f"{rank}\n{what * 100_000}" for rank in range(4)] for what in ("ü", "b")]
+    assert meet(*map(act, range(4))) == [words] * 4
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_all_leave_when_one_does(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: with no deadline they would wait for ever otherwise."""
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", None)
+
+    def act(rank: int) -> Callable[[SocketMeeting], Any]:
+        return lambda meeting: meeting.gather("a", "1") and (rank == lost or meeting.gather("b", "2"))
+
+    found = meet(*map(act, range(3)))
+    assert found.pop(lost) is True and all(isinstance(one, LostPeerError) for one in found)
+
+
+def test_who_does_not_come_in_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 0.05)
+    left = threading.Event()
+
+    def act(meeting: SocketMeeting) -> Any:
+        try:
+            return meeting.gather("a", "1")
+        finally:
+            left.set()
+
+    assert isinstance(meet(act, lambda meeting: left.wait())[0], LostPeerError)

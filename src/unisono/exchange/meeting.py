@@ -58,7 +58,7 @@ class SocketMeeting:
         self._ends = [socket.socket(fileno=descriptor) for descriptor in descriptors]
         for end in self._ends:
             end.settimeout(JOIN_SECONDS)
-        self._files = [end.makefile("rw", encoding="utf-8", newline="\n") for end in self._ends]
+        self._files = [end.makefile("rb") for end in self._ends]
 
     def gather(self, what: str, word: str) -> list[str]:
         try:
@@ -74,17 +74,15 @@ class SocketMeeting:
             raise LostPeerError(f"another worker has gone: {error or type(error).__name__} ({what})") from error
 
     def close(self) -> None:
-        for end in self._ends:
+        for end, file in zip(self._ends, self._files, strict=True):
+            file.close()
             end.close()
-        for file in self._files:
-            file.detach()  # what it could not send is dropped
 
     def _send(self, number: int, words: Any) -> None:
-        self._files[number].write(json.dumps(words) + "\n")
-        self._files[number].flush()
+        self._ends[number].sendall(json.dumps(words).encode() + b"\n")
 
     def _receive(self, number: int) -> Any:
         line = self._files[number].readline()
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             raise LostPeerError("another worker has gone: it has left the meeting")
         return json.loads(line)
