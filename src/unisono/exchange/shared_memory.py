@@ -23,7 +23,7 @@ from unisono.errors import LostPeerError
 from unisono.exchange.meeting import Meeting
 from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.padding import gather_padded
-from unisono.exchange.pipes import Pipes
+from unisono.exchange.pipes import Pipes, open_end
 
 SMALL_BYTES = 65_536  # below, a message costs less than shared memory
 
@@ -123,10 +123,7 @@ class Shared:
     def _read(self, worker: int, file: int, dtype: torch.dtype) -> Tensor:
         """The whole of another worker's buffer, mapped here."""
         if (worker, file) not in self._maps:
-            try:
-                handle = os.open(f"/proc/{self._pipes.pids[worker]}/fd/{file}", os.O_RDWR)
-            except OSError as error:
-                raise LostPeerError(f"another worker has gone: {error}") from error
+            handle = open_end(self._pipes.pids[worker], file, os.O_RDWR)
             self._maps[worker, file] = mmap.mmap(handle, os.fstat(handle).st_size)
             os.close(handle)
         return torch.frombuffer(self._maps[worker, file], dtype=dtype)
@@ -165,7 +162,7 @@ def _meet(meeting: Meeting, what: str, numbers: list[int]) -> list[list[int]]:
 
 def _can_open(pid: int, file: int) -> bool:
     try:
-        os.close(os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR))
-    except OSError:
+        os.close(open_end(pid, file, os.O_RDWR))
+    except LostPeerError:
         return False
     return True

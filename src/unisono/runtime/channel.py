@@ -73,7 +73,9 @@ class Channel:
 
     def drain(self) -> list[Message]:
         """Return what has arrived, without waiting."""
-        while select.select([self._socket], [], [], 0)[0]:
+        arrivals = select.poll()  # select takes no descriptor above 1023
+        arrivals.register(self._socket, select.POLLIN)
+        while arrivals.poll(0):
             try:
                 content = self._socket.recv(CHUNK_BYTES)
             except ConnectionResetError:

@@ -68,7 +68,8 @@ _PLAIN = ("slot", "memory", "threads", "device", "workers", "parent")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
     """What a worker's process gets at its start. memory: file of the run's snapshot. workers: their number. report,
-    stacks: unnamed files, for the error that it raises, and for its stacks."""
+    stacks: unnamed files, for the error that it raises, and for its stacks. inherited: of other workers, what a copy
+    of the supervisor has to close."""
 
     slot: int
     channel: Channel
@@ -81,6 +82,7 @@ class WorkerSpec:
     stacks: TextIO
     parent: int
     faults: tuple[Fault, ...] = ()
+    inherited: tuple[Channel | TextIO, ...] = ()
 
     def descriptors(self) -> list[int]:
         """The files that its process must have inherited."""
@@ -165,6 +167,8 @@ class SupervisedClient:
 def serve(spec: WorkerSpec, open_workload: Callable[[], Workload]) -> None:
     """Serve as a worker, until all is done or the supervisor releases it."""
     end_with_parent(spec.parent)
+    for one in spec.inherited:
+        one.close()
     gc.freeze()  # inherited objects are never garbage: a collection after a loss need not visit them
     faulthandler.enable(spec.stacks)
     faulthandler.register(DUMP, spec.stacks, all_threads=True)

@@ -58,6 +58,10 @@ class WorkerHandle:
         self.asking = False
         self.channel.send(message)
 
+    def files(self) -> tuple[Channel | TextIO, ...]:
+        """What the supervisor has open for this worker."""
+        return self.channel, self.report, self.stacks
+
     @property
     def number(self) -> int:
         """The number used in messages: its rank, or before it has one the rank that it will probably have."""
@@ -118,6 +122,7 @@ class WorkerPool:
                 stacks=stacks,
                 parent=os.getpid(),
                 faults=self._faults,
+                inherited=tuple(one for handle in self.handles.values() for one in handle.files()),
             )
             try:
                 process = self._start(spec, self._workload)

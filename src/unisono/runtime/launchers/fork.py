@@ -31,6 +31,7 @@ from unisono.processes.forking import (
     fork,
     rest_threads,
 )
+from unisono.processes.limits import explain, files_allowed
 from unisono.runtime.channel import Channel, pair
 from unisono.runtime.launchers.devices import check_gpus
 from unisono.runtime.launchers.launcher import Training, count_workers
@@ -63,7 +64,16 @@ class Fork:
 
 
 def supervise(training: Training, start: StartWorker) -> None:
-    """Train in processes of this host that `start` starts."""
+    """Train in processes of this host that `start` starts.
+
+    Raises:
+        RecipeError: this host does not allow so many.
+    """
+    with files_allowed(training.workers):
+        _supervise(training, start)
+
+
+def _supervise(training: Training, start: StartWorker) -> None:
     observer = training.open_observer(True)
     try:
         Supervisor(
@@ -83,7 +93,7 @@ def supervise(training: Training, start: StartWorker) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActSpec:
     """What a process that runs an `Act` gets at its start. channel: on which its rank assignment comes. scratch: the
-    folder for the error that it raises."""
+    folder for the error that it raises. inherited: what a copy of this process has to close."""
 
     rank: int
     channel: Channel
@@ -91,6 +101,7 @@ class ActSpec:
     device: str
     scratch: Path
     parent: int
+    inherited: tuple[Channel, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """The same in plain values, for a process that has inherited the channel."""
@@ -130,7 +141,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
     """
     check_gpus(workers, device)
     flush_output()
-    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+    with files_allowed(workers), tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         forget_kernel_buffers()
         children: list[ChildProcess] = []
         channels: list[Channel] = []
@@ -142,10 +153,12 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
                     channels.append(mine)
                     spec = ActSpec(
                         rank=rank, channel=theirs, threads=threads, device=device, scratch=Path(scratch),
-                        parent=os.getpid(),
+                        parent=os.getpid(), inherited=tuple(channels),
                     )  # fmt: skip
                     try:
                         children.append(start(spec, act))
+                    except OSError as error:
+                        raise WorkerError(f"worker {rank} cannot be started: {explain(error) or error}") from error
                     finally:
                         theirs.close()
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -161,6 +174,8 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
 def serve_act(spec: ActSpec, open_act: Callable[[], Act]) -> None:
     """Run an `Act` in this process, as one of several."""
     end_with_parent(spec.parent)
+    for channel in spec.inherited:
+        channel.close()
 
     def main() -> None:
         act = open_act()
@@ -249,4 +264,4 @@ def _rebuild(report: dict[str, Any]) -> Exception:
     kind = getattr(errors, report["kind"], None)
     if report["known"] and isinstance(kind, type) and issubclass(kind, (UserError, errors.DivergedError, Interrupted)):
         return kind(report["message"])
-    return WorkerError(f"worker {report['rank']} failed:\n{report['traceback']}")
+    return WorkerError(f"worker {report['rank']} failed: {report['limit'] or chr(10) + report['traceback']}")

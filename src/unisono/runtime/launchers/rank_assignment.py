@@ -22,6 +22,7 @@ from unisono.errors import UnisonoError
 from unisono.exchange.meeting import JOIN_SECONDS, Meeting, SocketMeeting, StoreMeeting
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
+from unisono.processes.limits import allow_files
 from unisono.runtime.channel import Channel
 from unisono.runtime.launchers import devices
 
@@ -87,6 +88,7 @@ class RankAssignment:
             "timeout_seconds": TIMEOUT_SECONDS,
             "generation": self.generation,
         }
+        allow_files(self.local_workers, refuse=False)
         meeting = self._meeting()
         try:
             devices.agree(meeting, devices.describe(device))
