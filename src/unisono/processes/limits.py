@@ -11,22 +11,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unisono.errors import RecipeError
+from unisono.errors import RecipeError, WorkerError
 
 FILES_EACH = 7  # that a worker, or the process that starts workers, has open for each worker, at most
 FILES_BESIDE = 64  # for all else that unisono opens: memory, datasets, the run folder
-NO_THREAD = "can't start new thread"
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "could not create a primitive")
 
 
 @contextmanager
-def files_allowed(workers: int) -> Iterator[None]:
-    """Within, `allow_files` is in force; afterwards the limit is as before."""
+def within_limits(workers: int) -> Iterator[None]:
+    """Within, `allow_files` is in force; afterwards the limit is as before.
+
+    Raises:
+        RecipeError: the system allows fewer files.
+        WorkerError: what is done within needs more than another limit allows; says which.
+    """
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         if workers > 1:
             allow_files(workers)
         yield
+    except (OSError, MemoryError) as error:
+        if why := explain(error):
+            raise WorkerError(why) from error
+        raise
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -62,10 +71,10 @@ def explain(error: BaseException) -> str:
     text, number = str(error), error.errno if isinstance(error, OSError) else None
     if number == errno.EMFILE:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f"too many open files: the system allows {allowed} in a process (ulimit -n). Raise it, or use fewer workers."
+        return f"too many open files: a process may have {allowed} (ulimit -n). Raise it, or use fewer workers."
     if number == errno.ENFILE:
         return "too many open files in the whole system (sysctl fs.file-max). Close some, or use fewer workers."
-    if number == errno.EAGAIN or NO_THREAD in text:
+    if number == errno.EAGAIN or any(sign in text for sign in NO_THREAD):
         allowed = _name(resource.RLIMIT_NPROC)
         return (
             f"no further process or thread can be started: the system allows this user {allowed} (ulimit -u), and a "

@@ -27,6 +27,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
 from unisono.processes.fault_injection import Fault, parse
 from unisono.processes.forking import end_with_parent, flush_output
+from unisono.processes.limits import explain
 from unisono.processes.progress_table import FINISH, PHASES, RUNNING, ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
@@ -231,6 +232,8 @@ def _take_part(
     try:
         exchange: Exchange = Watched(assignment.join(device), progress_writer)
     except RuntimeError as error:  # the error of a store or a backend when others do not come
+        if explain(error):
+            raise
         raise LostPeerError(f"the workers could not meet: {error}") from error
     progress_writer.leave()
     try:

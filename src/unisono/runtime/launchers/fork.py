@@ -31,7 +31,7 @@ from unisono.processes.forking import (
     fork,
     rest_threads,
 )
-from unisono.processes.limits import explain, files_allowed
+from unisono.processes.limits import within_limits
 from unisono.runtime.channel import Channel, pair
 from unisono.runtime.launchers.devices import check_gpus
 from unisono.runtime.launchers.launcher import Training, count_workers
@@ -69,7 +69,7 @@ def supervise(training: Training, start: StartWorker) -> None:
     Raises:
         RecipeError: this host does not allow so many.
     """
-    with files_allowed(training.workers):
+    with within_limits(training.workers):
         _supervise(training, start)
 
 
@@ -141,7 +141,7 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
     """
     check_gpus(workers, device)
     flush_output()
-    with files_allowed(workers), tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+    with within_limits(workers), tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         forget_kernel_buffers()
         children: list[ChildProcess] = []
         channels: list[Channel] = []
@@ -157,8 +157,6 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
                     )  # fmt: skip
                     try:
                         children.append(start(spec, act))
-                    except OSError as error:
-                        raise WorkerError(f"worker {rank} cannot be started: {explain(error) or error}") from error
                     finally:
                         theirs.close()
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
