@@ -120,8 +120,9 @@ print(run.weights_sha256, run.summary["recoveries"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize("way", ["memory", pytest.param("sockets", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["memory", "sockets"])
 def test_no_name_is_looked_up_on_one_host(tmp_path: Path, way: str) -> None:
     """Neither at the start nor after a loss; nor where workers share no memory, and gloo connects them."""
     (tmp_path / "look_ups.c").write_text(LOOK_UPS, encoding="utf-8")

@@ -70,7 +70,7 @@ def explain(error: BaseException) -> str:
     """Which limit has caused an error, what it allows, and what to do; "": none that is known."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
     if number == errno.EMFILE:
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        allowed = _name(resource.RLIMIT_NOFILE)
         return f"too many open files: a process may have {allowed} (ulimit -n). Raise it, or use fewer workers."
     if number == errno.ENFILE:
         return "too many open files in the whole system (sysctl fs.file-max). Close some, or use fewer workers."

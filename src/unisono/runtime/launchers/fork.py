@@ -190,15 +190,15 @@ def serve_act(spec: ActSpec, open_act: Callable[[], Act]) -> None:
 def _watch(children: Sequence[ChildProcess], channels: Sequence[Channel]) -> None:
     """Give out rank assignments when all wait for one. Return when all have ended, or soon after one has failed."""
     deadline: float | None = None
-    running, ready = list(children), 0
-    late: list[Any] = list(channels)
+    running, late, ready = list(children), list(channels), 0
     while running and (deadline is None or time.monotonic() < deadline):
-        for found in wait([*(child.sentinel for child in running), *late], timeout=0.2 if deadline else None):
-            if found in late:
-                late.remove(found)
-                ready += bool(found.drain())  # nothing comes from a worker that has ended
-                if ready == len(channels):
-                    give_assignments(channels)
+        watched: list[Any] = [*(child.sentinel for child in running), *late]
+        said: list[Any] = wait(watched, timeout=0.2 if deadline else None)
+        for channel in [one for one in late if one in said]:
+            late.remove(channel)
+            ready += bool(channel.drain())  # nothing comes from a worker that has ended
+            if ready == len(channels):
+                give_assignments(channels)
         running = [child for child in running if child.exitcode is None]
         if deadline is None and any(child.exitcode for child in children):
             deadline = time.monotonic() + GRACE_SECONDS
