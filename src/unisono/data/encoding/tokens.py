@@ -83,6 +83,16 @@ class SubwordEncoder:
         (folder / "encoder.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
+    def describe(self, folder: Path) -> None:
+        """Write `tokenizer_config.json`, with which transformers uses the folder's `tokenizer.json` as it is: the limit
+        of tokens, and the padding. Other special tokens stay unnamed: within a text they are words like others."""
+        fields = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_tokens,
+            "pad_token": self._tokenizer.id_to_token(self.padding),
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
     @classmethod
     def load(cls, folder: Path, fields: Mapping[str, Any]) -> Self:
         """Make the encoder whose `save` wrote the fields and the folder.

@@ -13,6 +13,7 @@ import numpy as np
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
+from unisono.data.encoding.tokens import SubwordEncoder
 from unisono.errors import RecipeError
 from unisono.tasks.kinds import TaskKind
 from unisono.tasks.run_inputs import RunInputs, write_facts
@@ -56,7 +57,9 @@ def open_text(
         if isinstance(recipe.model, Pretrained):
             from unisono.tasks.text.pretrained import write_config
 
-            write_config(Path(recipe.model.folder), folder, dataset.labels)
+            write_config(recipe.model, folder, dataset.labels)
+            if isinstance(dataset.encoder, SubwordEncoder):
+                dataset.encoder.describe(folder)
 
     return RunInputs(
         task=text_task(recipe, dataset, train),
