@@ -23,13 +23,15 @@ from unisono.data.ingest.frames import add_columns, is_frame, settle, take_colum
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
 from unisono.engine.evaluation import measure_all
-from unisono.errors import DataError, ModelError
+from unisono.engine.replica import tensors_sha256
+from unisono.errors import DamagedError, DataError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
-from unisono.storage.files import whole_file
+from unisono.storage.files import read_facts, whole_file
+from unisono.storage.model_files import REMEDY, check_files, read_model_facts
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
@@ -56,20 +58,29 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
         DamagedError: a file is not readable.
     """
     folder = model_folder(run)
-    path = folder / FACTS
-    if not path.is_file():
-        raise ModelError(
-            f"{str(folder)!r} holds no model of unisono (no {FACTS}). Restore the folder as it was written."
-        )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        table = dict(facts["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(path)!r} is damaged ({error}). Restore the folder as it was written.") from None
-    recipe = recipes.check(table)
+    facts = read_model_facts(folder / FACTS)
+    recipe = recipes.check(facts["recipe"])
+    check_files(folder, facts)
     named = task or recipe.task.kind
     kind = kind_of(named) if isinstance(named, type) else find_kind(named, trusted=task is not None)
-    return kind.load(folder, recipe, facts, measure_model)
+    model = kind.load(folder, recipe, facts, measure_model)
+    _compare_with_summary(folder.parent / "summary.json", model)
+    return model
+
+
+def _compare_with_summary(path: Path, model: TrainedModel) -> None:
+    """Refuse a model whose weights are not those that its run reported. A folder without a run has no such report."""
+    if not path.exists():
+        return
+    try:
+        reported = json.loads(read_facts(path)).get("weights_sha256")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{str(path)!r} is damaged ({error}). {REMEDY}") from None
+    if reported is not None and tensors_sha256(model.module.state_dict()) != reported:
+        raise DamagedError(
+            f"{str(path.parent)!r}: the weights in the folder model are not those in summary.json: their "
+            f"weights_sha256 is not {reported}. {REMEDY}"
+        )
 
 
 def _load_to_compute(run: str | Path, task: TaskName) -> Any:

@@ -7,12 +7,12 @@ Owns names and the choice of a folder. The modules that write the files define w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.errors import RunFolderError
+from unisono.storage.model_files import read_model_facts
 
 RUNS = Path("runs")
 FACTS = "unisono.json"
@@ -68,7 +68,9 @@ def old_folder(name: str, given: str | Path | None) -> Path:
 
 
 def model_folder(run: str | Path) -> Path:
-    """The finished model of a run."""
+    """The finished model of a run; `run` may be the model's folder itself."""
+    if (Path(run) / FACTS).is_file():
+        return Path(run)
     path = Path(run) / "model"
     if not path.is_dir():
         raise RunFolderError(
@@ -79,10 +81,8 @@ def model_folder(run: str | Path) -> Path:
 
 def read_recipe(run: str | Path) -> Recipe | None:
     """The recipe of a run's finished text classifier; None where there is no such model."""
-    path = Path(run) / "model" / "unisono.json"
-    if not path.is_file():
-        return None
-    return recipes.check(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    known = [path for path in (Path(run) / FACTS, Path(run) / "model" / FACTS) if path.is_file()]
+    return recipes.check(read_model_facts(known[0])["recipe"]) if known else None
 
 
 def _newest_number(name: str) -> int:

@@ -16,6 +16,7 @@ from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.ngrams import NGrams
 from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
+from unisono.storage.files import read_facts
 
 VERSION = 2
 """Raise it whenever the same text and settings begin to give other numbers."""
@@ -80,8 +81,8 @@ def load_encoder(folder: Path) -> Encoder:
     """
     path = folder / "encoder.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(read_facts(path))
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote."
         raise ModelError(message) from None
     if not isinstance(fields, dict):

@@ -20,12 +20,14 @@ import numpy as np
 
 from unisono.data.encoding.words import Words
 from unisono.errors import DataError, ModelError
+from unisono.storage.files import read_facts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read whenever the library would start threads
 
+MOST_TOKENIZER_BYTES = 2**30
 KINDS = ("wordpiece", "bpe", "tokenizer")
 _PADDING, _UNKNOWN, _FIRST, _LAST = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
@@ -101,13 +103,19 @@ class SubwordEncoder:
             ModelError: a field or `tokenizer.json` is missing or unusable.
         """
         kind, max_tokens, padding = (fields.get(name) for name in ("kind", "max_tokens", "padding"))
-        if kind not in KINDS or type(max_tokens) is not int or type(padding) is not int:
+        numbers = (type(max_tokens) is int and 0 < max_tokens < 2**31, type(padding) is int and 0 <= padding < 2**31)
+        if kind not in KINDS or not all(numbers):
             kinds = ", ".join(KINDS)
             raise ModelError(f"{folder}/encoder.json: needed are kind ({kinds}), max_tokens, padding. Export it again.")
         try:
             encoder = cls(read_tokenizer(folder / "tokenizer.json"), kind=kind, max_tokens=max_tokens)
         except DataError as error:
             raise ModelError(str(error)) from None
+        if padding >= encoder.vocabulary_size:
+            raise ModelError(
+                f"{folder}/encoder.json: padding = {padding}; allowed are numbers below {encoder.vocabulary_size}, the "
+                "size of tokenizer.json. Export it again."
+            )
         encoder.padding = padding
         return encoder
 
@@ -126,7 +134,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(read_facts(path, MOST_TOKENIZER_BYTES))
     except OSError as error:
         raise DataError(f"{str(path)!r}: cannot be read: {error.strerror}. Give a tokenizer.json.") from None
     except Exception as error:  # the library raises bare Exceptions

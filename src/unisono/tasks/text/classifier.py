@@ -23,7 +23,8 @@ from unisono.data.screening.rules import Examiner
 from unisono.data.source import Source
 from unisono.data.store import open_dataset
 from unisono.errors import DataError, ModelError
-from unisono.storage.files import load_tensors
+from unisono.storage.model_files import REMEDY, load_weights
+from unisono.storage.run_folder import FACTS
 from unisono.tasks.metrics import Results, confusion, per_class, summarise
 from unisono.tasks.text.classification import TextClassification
 from unisono.tasks.trained_model import MeasureModel
@@ -185,32 +186,37 @@ def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], meas
 
     Raises:
         ModelError: weights and encoder do not belong together.
-        DamagedError: a file is not readable.
+        DamagedError: a file is not readable, or the weights are no numbers.
     """
+    labels, dataset = facts.get("labels"), facts.get("dataset")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise ModelError(f"{str(folder)!r}: 'labels' = {labels!r:.99}; allowed are the names of the classes. {REMEDY}")
+    if twice := [label for number, label in enumerate(labels) if label in labels[:number]]:
+        raise ModelError(f"{str(folder)!r}: the class {twice[0]!r} is in 'labels' twice. {REMEDY}")
+    if not isinstance(dataset, str):
+        raise ModelError(f"{str(folder)!r}: 'dataset' = {dataset!r:.99}; allowed is a SHA-256. {REMEDY}")
     encoder = load_encoder(folder)
     if recipe.model.kind == "pretrained":  # its configuration lies beside the weights; the original is not needed
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"folder": str(folder)})})
     task = TextClassification(
         model=recipe.model,
-        classes=len(facts["labels"]),
+        classes=len(labels),
         vocabulary_size=encoder.vocabulary_size,
         padding=encoder.padding,
         max_tokens=recipe.encode.max_tokens,
     )
-    module = task.build()
     try:
-        module.load_state_dict(load_tensors(folder / "model.safetensors"))
-    except RuntimeError as error:  # names or shapes that differ
-        raise ModelError(
-            f"{str(folder)!r}: weights and encoder do not belong together: {error}. "
-            "Restore the folder as it was written."
-        ) from None
+        module = task.build()
+    except (RuntimeError, MemoryError, OverflowError) as error:  # of sizes that no memory holds
+        raise ModelError(f"{str(folder)!r}: its model cannot be built: {error}. {REMEDY}") from None
+    asked_by = f"the recipe, the encoder and the {len(labels)} classes in {FACTS}"
+    load_weights(module, folder / "model.safetensors", asked_by)
     return Classifier(
         module=module.eval(),
         task=task,
         encoder=encoder,
-        labels=tuple(facts["labels"]),
+        labels=tuple(labels),
         recipe=recipe,
-        dataset=facts["dataset"],
+        dataset=dataset,
         measure_model=measure_model,
     )

@@ -30,6 +30,7 @@ from unisono.kernels.dropout import Dropout
 from unisono.kernels.gelu import Gelu
 from unisono.kernels.linear import Linear, project
 from unisono.kernels.packing import Packing, pack
+from unisono.storage.files import read_facts
 
 PREFIX = "bert."
 
@@ -41,6 +42,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 _OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in folders converted from TensorFlow
 NOT_A_CLASSIFIER = 2.0
+_MOST = {"num_hidden_layers": 1000}  # modules are made one by one, before the weights show that there are fewer
 _FILES = "config.json, model.safetensors and tokenizer.json"
 
 
@@ -215,8 +217,8 @@ def _read_table(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"model.folder = {str(folder)!r}: no such folder. Give one with {_FILES}.")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = json.loads(read_facts(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: missing or no JSON ({error}). Give a folder with {_FILES}.") from None
     if not isinstance(table, dict):
         raise ModelError(f"{path}: holds a {type(table).__name__}, allowed is an object. Fetch it again.")
@@ -229,6 +231,8 @@ def _check_table(folder: Path, table: dict[str, Any]) -> None:
     for field in fields(BertConfig):
         if field.type == "int" and (type(table.get(field.name)) is not int or table[field.name] < 1):
             faults.append(f"{field.name} = {table.get(field.name)!r}: allowed is a whole number from 1")
+        elif field.type == "int" and table[field.name] > _MOST.get(field.name, 2**31):
+            faults.append(f"{field.name} = {table[field.name]}: allowed are {_MOST.get(field.name, 2**31)} at most")
     if not faults and table["hidden_size"] % table["num_attention_heads"]:
         faults.append(f"hidden_size = {table['hidden_size']}: no multiple of num_attention_heads")
     if table.get("hidden_act", "gelu") not in list(_ACTIVATIONS):  # a list: the value may not be hashable
