@@ -80,6 +80,10 @@ def test_each_run_of_one_process_verifies_again(tmp_path: Path, count: Count) ->
     for number in range(2):
         unisono.train(recipe, workers=1, run=tmp_path / str(number), quiet=True)
         assert (found := count())["train.arrow"] == found["input"] == 1
+        for workers in (1, 3):
+            unisono.evaluate(tmp_path / str(number), workers=workers, quiet=True)
+            assert (found := count())["test.arrow"] == 1
+            assert not found["input"]
 
 
 @pytest.mark.parametrize("harm", ["in place", "replaced"])

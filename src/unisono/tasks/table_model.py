@@ -19,6 +19,7 @@ from unisono.data.ingest.frames import add_columns, is_frame, settle
 from unisono.data.own_sources import open_source
 from unisono.data.source import Source
 from unisono.errors import DataError, ModelError
+from unisono.exchange.protocol import Exchange
 from unisono.storage.model_files import load_weights
 from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
 from unisono.tasks.tables import RecordRows, read_rows, read_splits, samples_of
@@ -61,11 +62,11 @@ class TableModel:
         needed = [name for name in self.task.columns if name not in self.task.targets]
         return read_rows(source, self.recipe.data.model_copy(update={"format": "auto"}), needed)
 
-    def samples(self, rows: RecordRows) -> Source:
+    def samples(self, rows: RecordRows, exchange: Exchange | None = None) -> Source:
         """The usable rows as samples, without the columns to be predicted."""
         return samples_of(self.task, rows.table.take(pa.array(rows.usable)), rows.name, predict=True)
 
-    def labelled(self, rows: RecordRows) -> tuple[Source, dict[str, int]]:
+    def labelled(self, rows: RecordRows, exchange: Exchange | None = None) -> tuple[Source, dict[str, int]]:
         """The rows as samples to be scored; and the number of rows left out, by reason."""
         targets = [name for name in self.task.targets if name in rows.table.column_names]
         left_out: dict[str, int] = {}
