@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import numpy as np
 
@@ -103,8 +103,7 @@ class SubwordEncoder:
             ModelError: a field or `tokenizer.json` is missing or unusable.
         """
         kind, max_tokens, padding = (fields.get(name) for name in ("kind", "max_tokens", "padding"))
-        numbers = (type(max_tokens) is int and 0 < max_tokens < 2**31, type(padding) is int and 0 <= padding < 2**31)
-        if kind not in KINDS or not all(numbers):
+        if kind not in KINDS or not _is_count(max_tokens) or not _is_count(padding):
             kinds = ", ".join(KINDS)
             raise ModelError(f"{folder}/encoder.json: needed are kind ({kinds}), max_tokens, padding. Export it again.")
         try:
@@ -127,6 +126,10 @@ class SubwordEncoder:
         words = text.split(" ", self.max_tokens)
         shorter = text[: len(text) - len(words[-1]) - 1]
         return text if len(words) <= self.max_tokens or shorter[-1:].isspace() else shorter
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
