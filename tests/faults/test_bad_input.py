@@ -320,7 +320,7 @@ def test_features_that_are_not_the_models_own(
             np.save(model / "features.npy", np.array([{}]), allow_pickle=True)
     code, _, err = command("predict", "run", "toy.csv", "out.csv")
     assert (code, "Traceback" in err, "allow_pickle" in err) == (2, False, False), err
-    assert ("do not belong together" if what == "another run's" else "features.npy") in err
+    assert "features.npy" in err
     assert not (unfinished.parents[2] / "out.csv").exists()
 
 

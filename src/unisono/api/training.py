@@ -6,6 +6,7 @@ Owns the public signatures and the results that they return. The work is done in
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,17 +226,18 @@ def run_job(
             dispatcher.loggers = (LoggerProcess if may_fork else Deliveries)(job.recipe, dispatcher.warn)
         return dispatcher
 
-    chosen.train(
-        Training(
-            runner=Runner(job, open_inputs),
-            recipe=job.recipe,
-            folder=job.folder,
-            workers=count,
-            open_observer=open_observer,
-            may_stop=bool(observers),
-            faults=injected,
+    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+        chosen.train(
+            Training(
+                runner=Runner(job, open_inputs, Path(scratch) / "hashes.json"),
+                recipe=job.recipe,
+                folder=job.folder,
+                workers=count,
+                open_observer=open_observer,
+                may_stop=bool(observers),
+                faults=injected,
+            )
         )
-    )
 
 
 def resolve(

@@ -80,7 +80,8 @@ def prepare(
         _make_store(folder.parent)
         with hold(folder.with_name(f".{folder.name}.work.lock")):
             if not folder.exists():
-                return _make(recipe, inputs, key, folder, share, notify)
+                made = _make(recipe, inputs, key, folder, share, notify)
+                return made if workers == 1 else store.open_dataset(folder)  # verified here, once for all workers
     notify(f"dataset {folder}: prepared before")
     dataset = store.open_dataset(folder)
     if recipe.data.strict and dataset.quarantined:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,24 @@ if TYPE_CHECKING:
 PART, OLD = ".part", ".old"
 """Endings of names: of a folder that is being written, and of one that is being replaced. Both names begin with a
 dot."""
+MOST_FACTS_BYTES = 64 * 2**20
+"""The largest file of facts that is read, such as a recipe or a manifest."""
+
+
+def read_facts(path: Path, most_bytes: int = MOST_FACTS_BYTES) -> str:
+    """The text of a small file. A pipe or a device would keep the reader waiting, or fill the memory.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
+    return content.decode()
 
 
 @contextmanager
@@ -148,10 +167,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+        raise DamagedError(f"{str(path)!r} is no regular file. Restore it as it was written.")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DamagedError(f"{str(path)!r} is damaged: {error}.") from error
+        raise DamagedError(f"{str(path)!r} is damaged: {error}. Restore it as it was written.") from error
 
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:

@@ -7,13 +7,13 @@ Owns names and the choice of a folder. The modules that write the files define w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
 from unisono.errors import RecipeError, RunFolderError
+from unisono.storage.model_files import read_model_facts
 
 RUNS = Path("runs")
 _FREE = {("model", "dropout"), ("model", "attention_dropout"), ("model", "freeze"), ("model", "folder")}
@@ -72,7 +72,9 @@ def old_folder(name: str, given: str | Path | None) -> Path:
 
 
 def model_folder(run: str | Path) -> Path:
-    """The finished model of a run."""
+    """The finished model of a run; `run` may be the model's folder itself."""
+    if (Path(run) / FACTS).is_file():
+        return Path(run)
     path = Path(run) / "model"
     if not path.is_dir():
         raise RunFolderError(
@@ -83,10 +85,8 @@ def model_folder(run: str | Path) -> Path:
 
 def read_recipe(run: str | Path) -> Recipe | None:
     """The recipe of a run's finished text classifier; None where there is no such model."""
-    path = Path(run) / "model" / "unisono.json"
-    if not path.is_file():
-        return None
-    return recipes.check(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    known = [path for path in (Path(run) / FACTS, Path(run) / "model" / FACTS) if path.is_file()]
+    return recipes.check(read_model_facts(known[0])["recipe"]) if known else None
 
 
 def complete(recipe: Recipe) -> Recipe:
@@ -100,13 +100,14 @@ def complete(recipe: Recipe) -> Recipe:
     if not recipe.train.start_from or recipe.task.kind != TEXT:
         return recipe
     run = recipe.train.start_from
-    before = read_recipe(model_folder(run).parent)
+    folder = model_folder(run)
+    before = read_recipe(run)
     if before is None or before.task.kind != TEXT:
         raise RecipeError(f"'train.start_from' = {run!r}: its model is no text classifier. Name a run of one.")
     table = recipe.model_dump(mode="json", exclude_unset=True)
     model = before.model.model_dump(mode="json")
     if "folder" in model:
-        model["folder"] = str(model_folder(run))  # where the run found its encoder may be gone
+        model["folder"] = str(folder)  # where the run found its encoder may be gone
     for section, known in (("model", model), ("encode", before.encode.model_dump(mode="json"))):
         for key, value in table.get(section, {}).items():
             if value != known.get(key) and (section, key) not in _FREE:

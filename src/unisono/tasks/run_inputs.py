@@ -6,7 +6,6 @@ train.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from unisono.data.columns import Columns
 from unisono.data.samplers import EpochSamples
 from unisono.data.source import Source
 from unisono.errors import RecipeError
+from unisono.storage.model_files import write_model_facts
 from unisono.storage.run_folder import FACTS
 from unisono.tasks.metrics import directions
 from unisono.tasks.task import Task
@@ -96,5 +96,5 @@ class RunInputs:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts about a model that `unisono.load` reads first."""
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the facts about a model that `unisono.load` reads first; after all other files, whose hashes they hold."""
+    write_model_facts(folder / FACTS, facts)

@@ -16,6 +16,8 @@ from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.ngrams import FEATURES, NGrams
 from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
+from unisono.storage.files import read_facts
+from unisono.storage.run_folder import model_folder
 
 VERSION = 2
 """Raise it whenever the same text and settings begin to give other numbers."""
@@ -84,8 +86,8 @@ def load_encoder(folder: Path) -> Encoder:
     """
     path = folder / "encoder.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(read_facts(path))
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote."
         raise ModelError(message) from None
     if not isinstance(fields, dict):
@@ -95,7 +97,7 @@ def load_encoder(folder: Path) -> Encoder:
 
 def _started_from(recipe: Recipe) -> Path:
     """The model folder whose encoder is used again."""
-    return Path(recipe.train.start_from) / "model"
+    return model_folder(recipe.train.start_from)
 
 
 def _hash_encoder(folder: Path) -> str:

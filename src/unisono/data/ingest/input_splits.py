@@ -141,6 +141,12 @@ def read_input_split(
                     yield from rows.read_tsv(lines, input_split.source, input_split.columns)
 
 
+def list_files(input_split: InputSplit) -> list[str]:
+    """The files that an input split is read from."""
+    place = input_split.location.rstrip("/")
+    return [f"{place}/{name}" for name, _ in input_split.files] if input_split.kind == "folder" else [place]
+
+
 def hash_input_split(input_split: InputSplit) -> str:
     """SHA-256 that identifies an input split's content: kind, columns, and bytes.
 
