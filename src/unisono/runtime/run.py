@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +28,11 @@ from unisono.engine.trace import Traced
 from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
+from unisono.runtime.launchers.rank_assignment import count_peers
 from unisono.runtime.setup import Job, Ready, Run, join, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient
 from unisono.storage.files import save_tensors, whole_folder, write_text
-from unisono.storage.run_folder import SUMMARY
+from unisono.storage.run_folder import SUMMARY, begin
 from unisono.tasks.metrics import summarise
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
@@ -93,17 +92,14 @@ def _tell_stop(run: Run, saved: bool) -> str:
 
 def _open_folder(run: Run) -> None:
     folder = run.job.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    if run.job.resume != "no" or not count_peers():  # else it is made already
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        begin(folder)
     if run.state.lineage and (folder / SUMMARY).exists() and run.state.step < run.order.total_steps:
         (folder / SUMMARY).rename(folder / f"summary-step-{run.state.step:08}.json")  # of the end that it goes beyond
     write_text(folder / "recipe.toml", recipes.to_toml(run.recipe, run.inputs.unused))
     write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
-
-
-def remove_begun(folder: Path) -> None:
-    """Remove a run folder in which nothing has happened yet; one with more in it stays."""
-    if folder.exists() and {path.name for path in folder.iterdir()} <= {"recipe.toml", "fingerprint.json"}:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _announce(run: Run) -> None:

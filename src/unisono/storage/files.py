@@ -6,10 +6,12 @@ Owns temporary names, fsync, rename, checksums. Does not depend on what the file
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +26,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART, OLD = ".part", ".old"
-"""Endings of names: of a folder that is being written, and of one that is being replaced. Both names begin with a
-dot."""
+"""Endings of names: of what is being written, and of a folder that is being replaced. Both names begin with a dot."""
+MOST_FACTS_BYTES = 64 * 2**20
+"""The largest file of facts that is read, such as a recipe or a manifest."""
+
+
+def read_facts(path: Path, most_bytes: int = MOST_FACTS_BYTES) -> str:
+    """The text of a small file. A pipe or a device would keep the reader waiting, or fill the memory.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
+    return content.decode()
 
 
 @contextmanager
@@ -37,10 +56,11 @@ def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -
         RunFolderError: the disk is full, or the place cannot be written.
     """
     parent = folder.parent
-    temporary = parent / f".{folder.name}{PART}"
+    temporary = _name_part(folder)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in parent.glob(f".{glob.escape(folder.name)}*{PART}"):  # by a writer that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         at("sync")
@@ -70,7 +90,7 @@ def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; for others it disappears at once and wholly. An unfinished removal leaves a leftover."""
-    hidden = folder.with_name(f".{folder.name}{PART}")
+    hidden = _name_part(folder)
     with suppress(OSError):  # it stays, whole
         folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -98,7 +118,8 @@ def boot_id() -> str:
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary file's path beside `path`; on success fsync it and rename it there; else remove it.
+    """Yield the path of a new, empty file beside `path`; on success fsync it and rename it there; else remove it. Its
+    name cannot be known before, so it is no other file, nor a link to one.
 
     durable: false leaves out the fsync. The file is then whole or absent for all readers while the machine is up, and
     may have any content after a power loss; see `boot_id`.
@@ -106,8 +127,9 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}{PART}")
+    temporary = _name_part(path)
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield temporary
         if durable:
             sync(temporary)
@@ -115,7 +137,8 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the place itself may be gone, and the error says so
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -173,17 +196,18 @@ def open_sealed(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(read_facts(path))
         sha256, files = facts.pop("sha256"), dict(facts["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        known = {file: (int(entry["bytes"]), str(entry["sha256"])) for file, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
             f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}."
         ) from error
     if facts_sha256(facts) != sha256:
         raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. Delete the folder {str(folder)!r}.")
     remedy = f"Delete the folder {str(folder)!r}; an older one beside it is used then."
-    for file, expected in files.items():
-        check_file(folder / file, expected["bytes"], expected["sha256"], remedy)
+    for file, (size_bytes, file_sha) in known.items():
+        check_file(folder / file, size_bytes, file_sha, remedy)
     return facts
 
 
@@ -218,6 +242,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _name_part(path: Path) -> Path:
+    """A name that nobody has used yet, for what becomes `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PART}")
 
 
 def _unwritable(path: Path, error: Exception) -> RunFolderError:
