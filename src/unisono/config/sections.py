@@ -352,8 +352,8 @@ class Recovery(Section):
     hang_factor: float = Field(
         20.0,
         ge=0,
-        description="a worker that makes no progress for so many times the longest step (one second at least) is lost; "
-        "0: never",
+        description="a worker that makes no progress for so many times the longest step (one second at least) is lost, "
+        "and one that is not ready so many minutes after its start; 0: never",
     )
     grace_seconds: float = Field(
         30.0, gt=0, description="after SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and write a checkpoint"

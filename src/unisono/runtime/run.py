@@ -37,6 +37,12 @@ from unisono.tasks.metrics import summarise
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
 
+CHANGED = (
+    "the data was written into while it was trained on, so the weights belong to no data that still exists. Leave it "
+    "alone until training has ended, or give a copy of it (frame.copy(), array.copy(), a copied file); a prepared "
+    "dataset that is not what it was is deleted, and prepared again. Checkpoints from before are whole."
+)
+
 
 def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> bool:
     """Train, test and export; leave everything in `job.folder`. Every worker of a group calls this.
@@ -167,6 +173,7 @@ def _attend(run: Run, seconds: float, data_seconds: float) -> None:
     """Do what follows a committed step: report, evaluate, save. Doing it again changes nothing."""
     state, lengths = run.state, run.inputs.train.lengths
     assert state.last is not None
+    _refuse_overwritten(run)
     run.progress.at("report", state.step - 1)
     step = run.order.step(state.step - 1)
     run.tell(
@@ -291,14 +298,19 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
         run.tell(events.Notice(message=f"the profile was not written: {error}", warning=True))
 
 
+def _refuse_overwritten(run: Run) -> None:
+    """Refuse to go on after the dataset's files were written into. Only where they were touched are they read."""
+    if run.inputs.touched():
+        run.progress.at("prepare", run.state.step - 1)  # it may take long, and has no deadline
+        if run.inputs.overwritten():
+            raise DataError(CHANGED)
+
+
 def _refuse_changed_data(run: Run) -> None:
-    """Refuse data in shared memory that was changed during training: then the hash is not that of the data seen."""
+    """Refuse data that was changed during training: then the hash is not that of the data seen."""
     changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]))
     if changed.item():
-        raise DataError(
-            "the data was written into while it was trained on, so the weights belong to no data that still exists. "
-            "Give a copy of it (frame.copy(), array.copy()), or leave it alone until training has ended."
-        )
+        raise DataError(CHANGED)
 
 
 def _finish(run: Run, feed: Feed) -> None:

@@ -237,7 +237,7 @@ class Supervisor:
         if self._error is None and (found := self._hang_detector.find()):
             told = self._hang_detector.describe(found, self._step)
             self._terminate(handle for handle, _ in found)
-            self._lose(Loss(step=self._step, what=told))
+            self._lose(Loss(step=self._step, what=told), fresh=any(handle.generation < 0 for handle, _ in found))
 
     def _handle_signals(self) -> None:
         """A signal has requested the end."""

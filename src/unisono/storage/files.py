@@ -15,6 +15,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +234,58 @@ def check_file(path: Path, size_bytes: int, sha256: str, remedy: str) -> None:
     else:
         return
     raise DamagedError(f"{str(path)!r} {fault}. {remedy}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What the system notes when a file is written: another stamp may mean other bytes, the same one means the same."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    written_ns: int
+    changed_ns: int
+
+    @staticmethod
+    def of(path: Path) -> FileStamp:
+        """The stamp of the file at a path."""
+        return FileStamp.from_stat(path.stat())
+
+    @staticmethod
+    def from_stat(found: os.stat_result) -> FileStamp:
+        """The stamp in what the system says of a file."""
+        return FileStamp(
+            device=found.st_dev,
+            inode=found.st_ino,
+            size_bytes=found.st_size,
+            written_ns=found.st_mtime_ns,
+            changed_ns=found.st_ctime_ns,
+        )
+
+
+class WatchedFile:
+    """An open file, of which one can ask whether its bytes are still those with this SHA-256. It is the open file that
+    counts, also where another one has its name now."""
+
+    def __init__(self, path: Path, stamp: FileStamp, sha256: str) -> None:
+        self._file = path.open("rb")
+        self._stamp = stamp
+        self._sha256 = sha256
+
+    def changed(self) -> bool:
+        """Whether the bytes have changed. They are read only where the stamp is another one."""
+        if not self.touched():
+            return False
+        now = FileStamp.from_stat(os.fstat(self._file.fileno()))
+        self._file.seek(0)
+        changed = hashlib.file_digest(self._file, "sha256").hexdigest() != self._sha256
+        if not changed:
+            self._stamp = now
+        return changed
+
+    def touched(self) -> bool:
+        """Whether the stamp is another one: written, linked, renamed or only touched."""
+        return FileStamp.from_stat(os.fstat(self._file.fileno())) != self._stamp
 
 
 def sync(path: Path) -> None:
