@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ from unisono.engine.loop import steps
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
-from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError
+from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import count_peers
 from unisono.runtime.setup import Job, Ready, Run, join, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient
+from unisono.storage.checkpoints import name_checkpoint
+from unisono.storage.elsewhere import write_or_rescue
 from unisono.storage.files import save_tensors, whole_folder, write_text
 from unisono.storage.run_folder import SUMMARY, begin
 from unisono.tasks.metrics import summarise
@@ -86,9 +89,11 @@ def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient
 
 def _tell_stop(run: Run, saved: bool) -> str:
     if saved:
+        is_here = name_checkpoint(run.job.folder / "checkpoints", run.state.step).is_dir()
+        where = f"`--run-folder {run.job.folder} --resume`" if is_here else "the folder that the last warning names"
         return (
             f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
-            f"command and `--run-folder {run.job.folder} --resume`, on any number of workers."
+            f"command and {where}, on any number of workers."
         )
     return (
         f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: the "
@@ -267,7 +272,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
 def _save(run: Run) -> None:
     run.progress.at("save", run.state.step - 1)
     facts = run_facts(run.job, run.ready, run.order.total_steps)
-    run.client.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
+    run.client.save(run.state, facts, run.job.folder, run.recipe.checkpoint.keep)
     run.saved_step = run.state.step
 
 
@@ -313,6 +318,13 @@ def _refuse_changed_data(run: Run) -> None:
         raise DataError(CHANGED)
 
 
+def _export(run: Run, tensors: dict[str, torch.Tensor], place: Path) -> None:
+    """Write the model into a run folder, or another one."""
+    with whole_folder(place / "model") as part:
+        save_tensors(part / "model.safetensors", tensors)
+        run.inputs.export(part)
+
+
 def _finish(run: Run, feed: Feed) -> None:
     """Evaluate and test, write model/, report the summary."""
     state, folder = run.state, run.job.folder
@@ -332,9 +344,7 @@ def _finish(run: Run, feed: Feed) -> None:
         if run.exchange.rank == 0:
             run.client.settle()  # a checkpoint that fills the disk frees the space before the model needs it
             tensors = state.replica.tensors()
-            with whole_folder(folder / "model") as part:
-                save_tensors(part / "model.safetensors", tensors)
-                run.inputs.export(part)
+            place, why = write_or_rescue(folder, lambda place: _export(run, tensors, place))
             summary = {
                 "name": run.recipe.name,
                 "steps": state.step,
@@ -359,6 +369,9 @@ def _finish(run: Run, feed: Feed) -> None:
                         step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False
                     )
                 )
+            if why:
+                write_text(place / SUMMARY, json.dumps(summary, indent=1) + "\n")
+                raise RunFolderError(f"{why} The model and its summary are in {str(place)!r} instead, and are whole.")
             run.tell(events.RunEnded(folder=str(folder), summary=summary))
     try:
         run.exchange.wait_for_all()

@@ -108,7 +108,7 @@ class Supervisor:
             self._run_lock = RunLock(self._folder)
         with StopSignals() as self._interrupts:
             train, keep = self._recipe.train, self._recipe.checkpoint.keep
-            self._checkpoint_writer = CheckpointWriter(self._folder / "checkpoints", keep, self._memory, self._tell)
+            self._checkpoint_writer = CheckpointWriter(self._folder, keep, self._memory, self._tell)
             self._pool = WorkerPool(
                 self._workload,
                 self._start,
@@ -264,8 +264,8 @@ class Supervisor:
         if not self._checkpoint_writer.write_now(seconds):
             return f"Step {step} could not be saved. {LAST_CHECKPOINT}"
         return (
-            f"Everything up to step {step} is saved. Go on with the same command and `--run-folder {self._folder} "
-            "--resume`, on any number of workers."
+            f"Everything up to step {step} is saved. Go on with the same command and `--run-folder "
+            f"{self._checkpoint_writer.place} --resume`, on any number of workers."
         )
 
     def _named(self, message: str) -> Interrupted:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from unisono.errors import DamagedError
+from unisono.storage.elsewhere import write_or_rescue
 from unisono.storage.files import (
     load_tensors,
     open_sealed,
@@ -79,6 +80,21 @@ def write(content: Content, folder: Path, *, keep: int, at: Callable[[str], None
         at("retire")
         remove_folder(old)
     return path
+
+
+def write_somewhere(content: Content, run: Path, *, keep: int) -> tuple[Path, str]:
+    """Write a state into `run/checkpoints`, or where that cannot be written into another folder, which keeps one.
+    Return the checkpoint's path, and why it is elsewhere; "": it is not.
+
+    Raises:
+        RunFolderError: no place can be written.
+    """
+
+    def write_to(place: Path) -> None:
+        write(content, place / "checkpoints", keep=keep if place == run else 1)
+
+    place, why = write_or_rescue(run, write_to)
+    return name_checkpoint(place / "checkpoints", int(content.facts["step"])), why
 
 
 def name_checkpoint(folder: Path, step: int) -> Path:
