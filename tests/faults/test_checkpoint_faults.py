@@ -161,7 +161,7 @@ def test_the_last_good_checkpoint_outlives_a_full_disk(
     ).keys()
     checkpoints.verify(run / "checkpoints" / steps(6)[0])
     tried = [number for number in range(19) for told in read_warnings(run) if f"{steps(number)[0]}' cannot" in told]
-    assert tried == [9, 12, 13], "those that were due, and the last one"
+    assert tried in ([9, 12, 13], [9, 13]), "those that were due, unless given up for the last one"
 
 
 def test_a_folder_that_vanishes_while_training(disturbed: Disturbed, quiet: Quiet, interfere: Any) -> None:

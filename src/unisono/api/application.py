@@ -23,14 +23,14 @@ from unisono.data.ingest.frames import add_columns, is_frame, settle, take_colum
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
 from unisono.engine.evaluation import measure_all
-from unisono.errors import DataError, ModelError
+from unisono.errors import DataError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
 from unisono.storage.files import whole_file
-from unisono.storage.run_folder import FACTS, model_folder, read_recipe
+from unisono.storage.run_folder import model_folder, read_model_facts, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
@@ -56,17 +56,8 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
         DamagedError: a file is not readable.
     """
     folder = model_folder(run)
-    path = folder / FACTS
-    if not path.is_file():
-        raise ModelError(
-            f"{str(folder)!r} holds no model of unisono (no {FACTS}). Restore the folder as it was written."
-        )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        table = dict(facts["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(path)!r} is damaged ({error}). Restore the folder as it was written.") from None
-    recipe = recipes.check(table)
+    facts = read_model_facts(folder)
+    recipe = recipes.check(facts["recipe"])
     named = task or recipe.task.kind
     kind = kind_of(named) if isinstance(named, type) else find_kind(named, trusted=task is not None)
     return kind.load(folder, recipe, facts, measure_model)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from unisono.config.small_files import read_small
 from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encoding.encode import load_encoder
 from unisono.data.encoding.encoder import Encoder
@@ -275,8 +276,8 @@ def _map_samples(path: Path, sha256: str, file: WatchedFile) -> EncodedSamples:
 def _read_manifest(path: Path) -> dict[str, Any]:
     damaged = DamagedError(f"{str(path)!r} is damaged: not what was written. {REMEDY}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        manifest = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError):
         raise damaged from None
     if not isinstance(manifest, dict):
         raise damaged

@@ -116,6 +116,9 @@ def verify(path: Path) -> Saved:
     facts = open_sealed(path, "state.json")
     if facts.get("format") != FORMAT:
         raise DamagedError(f"{str(path)!r} has format {facts.get('format')!r}; this version reads {FORMAT}.")
+    step, tables = facts.get("step"), [facts.get(name, {}) for name in ("recipe", "fingerprint")]
+    if not isinstance(step, int) or step < 0 or not all(isinstance(table, dict) for table in tables):
+        raise DamagedError(f"{str(path / 'state.json')!r} is not what was written. Delete the folder {str(path)!r}.")
     return Saved(folder=path, facts=facts)
 
 

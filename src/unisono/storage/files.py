@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from unisono.config.small_files import read_small
 from unisono.errors import DamagedError, RunFolderError
 
 if TYPE_CHECKING:
@@ -28,24 +28,6 @@ if TYPE_CHECKING:
 
 PART, OLD = ".part", ".old"
 """Endings of names: of what is being written, and of a folder that is being replaced. Both names begin with a dot."""
-MOST_FACTS_BYTES = 64 * 2**20
-"""The largest file of facts that is read, such as a recipe or a manifest."""
-
-
-def read_facts(path: Path, most_bytes: int = MOST_FACTS_BYTES) -> str:
-    """The text of a small file. A pipe or a device would keep the reader waiting, or fill the memory.
-
-    Raises:
-        OSError: it cannot be read, is no regular file, or is larger.
-        UnicodeDecodeError: it is not UTF-8.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
-    return content.decode()
 
 
 @contextmanager
@@ -172,6 +154,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():
+        raise DamagedError(f"{str(path)!r} is no regular file. Restore it as it was written.")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -197,7 +181,7 @@ def open_sealed(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     try:
-        facts: dict[str, Any] = json.loads(read_facts(path))
+        facts: dict[str, Any] = json.loads(read_small(path))
         sha256, files = facts.pop("sha256"), dict(facts["files"])
         known = {file: (int(entry["bytes"]), str(entry["sha256"])) for file, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

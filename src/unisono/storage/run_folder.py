@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
-from unisono.errors import RecipeError, RunFolderError
+from unisono.config.small_files import read_small
+from unisono.errors import ModelError, RecipeError, RunFolderError
 from unisono.storage.run_lock import ANSWER, RUNNING, WANTED
 
 RUNS = Path("runs")
@@ -145,10 +147,30 @@ def model_folder(run: str | Path) -> Path:
 
 def read_recipe(run: str | Path) -> Recipe | None:
     """The recipe of a run's finished text classifier; None where there is no such model."""
-    path = Path(run) / "model" / "unisono.json"
-    if not path.is_file():
-        return None
-    return recipes.check(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    folder = Path(run) / "model"
+    return recipes.check(read_model_facts(folder)["recipe"]) if (folder / FACTS).exists() else None
+
+
+def read_model_facts(folder: Path) -> dict[str, Any]:
+    """The facts of a model folder: its recipe, as plain tables, and what else its task has written.
+
+    Raises:
+        ModelError: there are none, or they are damaged.
+    """
+    path = folder / FACTS
+    if not path.exists():
+        raise ModelError(
+            f"{str(folder)!r} holds no model of unisono (no {FACTS}). Restore the folder as it was written."
+        )
+    try:
+        facts: dict[str, Any] = json.loads(read_small(path))
+        sound = isinstance(facts["recipe"], dict) and all(isinstance(name, str) for name in facts.get("labels", ()))
+        fault = "" if sound else "its entries are not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise ModelError(f"{str(path)!r} is damaged ({fault}). Restore the folder as it was written.")
+    return facts
 
 
 def complete(recipe: Recipe) -> Recipe:

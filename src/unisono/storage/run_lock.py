@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unisono.config.small_files import read_small
 from unisono.errors import RecipeError, RunFolderError
 from unisono.storage.file_lock import HeldFile, Timeout, is_held
-from unisono.storage.files import read_facts, write_text
+from unisono.storage.files import write_text
 
 RUNNING, WANTED, ANSWER = ".running", ".wanted-", ".answer-"
 MOST_REQUEST_BYTES = 4096
@@ -191,7 +192,7 @@ def _remove(folder: Path, *prefixes: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads("" if path.is_symlink() else read_facts(path, MOST_REQUEST_BYTES))
+        found = json.loads("" if path.is_symlink() else read_small(path, MOST_REQUEST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
+from unisono.config.small_files import read_small
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.ngrams import FEATURES, NGrams
 from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_bpe, train_wordpiece
@@ -84,8 +85,8 @@ def load_encoder(folder: Path) -> Encoder:
     """
     path = folder / "encoder.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote."
         raise ModelError(message) from None
     if not isinstance(fields, dict):

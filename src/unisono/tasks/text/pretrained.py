@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unisono.config.sections import Pretrained
+from unisono.config.small_files import read_small
 from unisono.errors import ModelError
 from unisono.kernels.attention import attend, attend_once, mean_over_tokens, run_blocks
 from unisono.kernels.dropout import Dropout
@@ -206,8 +207,8 @@ def _read_table(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"model.folder = {str(folder)!r}: no such folder. Give one with {_FILES}.")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: missing or no JSON ({error}). Give a folder with {_FILES}.") from None
     if not isinstance(table, dict):
         raise ModelError(f"{path}: holds a {type(table).__name__}, allowed is an object. Fetch it again.")
