@@ -158,7 +158,7 @@ class Holder:
 def write_model(run: Path, labels: list[str], **tensors: Tensor) -> str:
     (run / "model").mkdir(parents=True)
     save_file(tensors, run / "model" / "model.safetensors")
-    (run / "model" / "unisono.json").write_text(json.dumps({"labels": labels}))
+    (run / "model" / "unisono.json").write_text(json.dumps({"recipe": {}, "labels": labels}))
     return str(run)
 
 

@@ -18,6 +18,7 @@ from unisono.data.samples import EncodedSamples, SampleChunk, hash_content, join
 from unisono.data.store import Dataset, open_dataset, read_quarantine, write_dataset
 from unisono.errors import DamagedError, DataError
 from unisono.storage.file_lock import hold
+from unisono.storage.files import FileStamp, WatchedFile, file_sha256
 
 ENCODER = NGrams.learn([["one two three", "two three", "中"]], 50, words=10, order=1, lowercase=True)
 
@@ -208,3 +209,46 @@ def test_the_lock_admits_one(tmp_path: Path) -> None:
         children.append(child)
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     assert counter.read_text() == "100"
+
+
+# ---- files that are written into while they are mapped
+
+
+def test_a_file_that_is_written_into_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abcd")
+    watched = WatchedFile(path, FileStamp.of(path), file_sha256(path))
+    assert not watched.touched() and not watched.changed()
+    os.utime(path, ns=(1, 1))
+    assert watched.touched() and not watched.changed()
+    assert not watched.touched(), "read once"
+    with path.open("r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(1, 1))  # as if nothing had happened
+    assert watched.touched() and watched.changed() and watched.changed()
+
+
+def test_a_file_that_is_cut_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abcd")
+    watched = WatchedFile(path, FileStamp.of(path), file_sha256(path))
+    os.truncate(path, 2)
+    assert watched.changed()
+
+
+def test_a_file_that_is_replaced_stays_mapped(tmp_path: Path) -> None:
+    """The open file counts: another one of its name harms nobody."""
+    path = tmp_path / "file"
+    path.write_bytes(b"abcd")
+    watched = WatchedFile(path, FileStamp.of(path), file_sha256(path))
+    (tmp_path / "other").write_bytes(b"xyz")
+    (tmp_path / "other").rename(path)
+    assert not watched.changed()
+
+
+def test_a_file_that_is_written_into_between_check_and_mapping_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abcd")
+    stamp, sha256 = FileStamp.of(path), file_sha256(path)
+    path.write_bytes(b"abce")
+    assert WatchedFile(path, stamp, sha256).changed()

@@ -19,6 +19,7 @@ import torch
 
 from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
+from unisono.config.small_files import read_small
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
@@ -30,7 +31,7 @@ from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
-from unisono.storage.files import read_facts, whole_file
+from unisono.storage.files import whole_file
 from unisono.storage.model_files import REMEDY, check_files, read_model_facts
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
@@ -73,7 +74,7 @@ def _compare_with_summary(path: Path, model: TrainedModel) -> None:
     if not path.exists():
         return
     try:
-        reported = json.loads(read_facts(path)).get("weights_sha256")
+        reported = json.loads(read_small(path)).get("weights_sha256")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{str(path)!r} is damaged ({error}). {REMEDY}") from None
     if reported is not None and tensors_sha256(model.module.state_dict()) != reported:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,11 +33,12 @@ from unisono.runtime.launchers.launcher import (
     needs_supervisor,
     refuse_within_import,
 )
-from unisono.runtime.launchers.rank_assignment import restarted_by_torchrun
+from unisono.runtime.launchers.rank_assignment import count_peers, restarted_by_torchrun
 from unisono.runtime.logger_process import LoggerProcess
 from unisono.runtime.runner import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
-from unisono.storage.run_folder import choose_folder, complete
+from unisono.runtime.signals import noted
+from unisono.storage.run_folder import choose_folder, complete, removed_if_empty
 from unisono.tasks.kinds import OpenKind, find_kind, name_of
 from unisono.tasks.own_inputs import OpenOwn
 from unisono.tasks.task import Task
@@ -132,12 +135,12 @@ def train(
     refuse_within_import()
     recipe = resolve(what, name, overrides, settings)
     inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
-    place, mode = _choose_start(recipe, run, resume)
-    if mode is not None:
-        options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
-        job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
-        reporter = Reporter(place, quiet=quiet, as_json=as_json)
-        run_job(job, inputs, workers=workers, reporter=reporter, observers=observers, faults=faults, launcher=launcher)
+    with noted(), _place(recipe, run, resume) as (place, mode):
+        if mode is not None:
+            options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
+            job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
+            begin = partial(run_job, reporter=Reporter(place, quiet=quiet, as_json=as_json), observers=observers)
+            begin(job, inputs, workers=workers, faults=faults, launcher=launcher)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -148,10 +151,20 @@ def _read_summary(place: Path) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _place(
+    recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]
+) -> Iterator[tuple[Path, Resume | None]]:
+    """Within, the run has its folder, which is removed afterwards if nothing came into it; and how it begins."""
+    place, mode = _choose_start(recipe, run, resume)
+    with removed_if_empty(place):
+        yield place, mode
+
+
 def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Resume | None]:
     """The run folder, and whether to resume its run; None if that has been trained to its end."""
     resume = resume or ("auto" if restarted_by_torchrun() else False)
-    place = choose_folder(recipe.name, run, resume=resume)
+    place = choose_folder(recipe.name, run, resume=resume, make=not count_peers())
     if resume == "auto" and (place / "summary.json").exists():
         print_now(
             f"{place} has been trained to its end: nothing is left to do. To train it longer, resume it with more "

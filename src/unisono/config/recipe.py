@@ -31,6 +31,7 @@ from unisono.config.sections import (
     Train,
     Transformer,
 )
+from unisono.config.small_files import read_small
 from unisono.errors import RecipeError
 
 
@@ -95,12 +96,12 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_small(path))
     except FileNotFoundError:
         raise RecipeError(
             f"recipe {str(path)!r}: no such file. Give the path of a TOML recipe; examples/text has some."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {str(path)!r}: not readable as TOML: {error}") from None
     _anchor(table, path.resolve().parent)
     table.setdefault("name", path.stem)
@@ -192,6 +193,8 @@ def _anchor(table: dict[str, Any], folder: Path) -> None:
     for section, key in PATHS:
         value = table.get(section)
         if isinstance(value, dict) and isinstance(value.get(key), str) and value[key] and not is_url(value[key]):
+            if "\0" in value[key]:
+                continue  # it is refused below
             value[key] = str((folder / Path(value[key]).expanduser()).resolve())
 
 

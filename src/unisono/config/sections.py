@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -38,7 +38,16 @@ TEXT = "text_classification"
 class Section(BaseModel):
     """One table of the recipe: unknown keys, wrong types and later changes are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_used(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("allowed is a text without the character NUL")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError("allowed is a number below 2^63")
+        return value
 
 
 class TaskTable(Section):
@@ -176,8 +185,8 @@ class Bag(Section):
     """A bag of word n-grams, weighted by rarity: an embedding for each, added up; then a linear or a hidden layer."""
 
     kind: Literal["bag"] = "bag"
-    width: int = Field(32, ge=1, description="numbers per embedding")
-    hidden: int = Field(0, ge=0, description="width of a hidden layer; 0: none")
+    width: int = Field(32, ge=1, le=1_048_576, description="numbers per embedding")
+    hidden: int = Field(0, ge=0, le=1_048_576, description="width of a hidden layer; 0: none")
     dropout: Rate = Field(0.0, description="dropout on the summed embedding and the hidden layer")
 
 
@@ -185,10 +194,10 @@ class Transformer(Section):
     """A transformer encoder, trained from scratch."""
 
     kind: Literal["transformer"] = "transformer"
-    layers: int = Field(4, ge=1, description="encoder blocks")
-    width: int = Field(256, ge=1, description="size of the hidden states")
+    layers: int = Field(4, ge=1, le=10_000, description="encoder blocks")
+    width: int = Field(256, ge=1, le=1_048_576, description="size of the hidden states")
     heads: int = Field(4, ge=1, description="attention heads; divides width")
-    feedforward: int = Field(1024, ge=1, description="inner size of the feed-forward layers")
+    feedforward: int = Field(1024, ge=1, le=1_048_576, description="inner size of the feed-forward layers")
     dropout: Rate = Field(0.1, description="dropout everywhere in the encoder")
 
     @model_validator(mode="after")
@@ -219,7 +228,7 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 class Train(Section):
     """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides bits."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
+    epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
     samples_per_step: int = Field(64, ge=1, description="global batch size: samples in one step")
     drop_last: bool = Field(
@@ -352,8 +361,8 @@ class Recovery(Section):
     hang_factor: float = Field(
         20.0,
         ge=0,
-        description="a worker that makes no progress for so many times the longest step (one second at least) is lost; "
-        "0: never",
+        description="a worker that makes no progress for so many times the longest step (one second at least) is lost, "
+        "and one that is not ready so many minutes after its start; 0: never",
     )
     grace_seconds: float = Field(
         30.0, gt=0, description="after SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and write a checkpoint"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unisono.data.encoding.encoder import Encoder
+from unisono.storage.files import WatchedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ class EncodedSamples:
         lengths: int32 [samples], each at least 1.
         labels: int64 [samples], or None.
         sha256: hash of the content, see `hash_content`.
+        file: where they are mapped from; None: they lie in memory of this process.
     """
 
     padded = False
@@ -53,7 +55,9 @@ class EncodedSamples:
         lengths: np.ndarray,
         labels: np.ndarray | None,
         sha256: str,
+        file: WatchedFile | None = None,
     ) -> None:
+        self.file = file
         self.lengths = lengths
         self.labels = labels
         self.sha256 = sha256

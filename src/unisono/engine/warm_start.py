@@ -19,6 +19,7 @@ from unisono.backends.backend import Backend
 from unisono.engine.replica import tensors_sha256
 from unisono.errors import ModelError
 from unisono.storage.files import load_tensors
+from unisono.storage.model_files import read_model_facts
 from unisono.storage.run_folder import FACTS, SUMMARY, model_folder
 from unisono.tasks.task import Task
 
@@ -51,7 +52,7 @@ def start_from(run: str, backend: Backend, task: Task, labels: Sequence[str]) ->
     """
     folder = model_folder(run)
     given = load_tensors(folder / "model.safetensors")
-    before: list[str] = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("labels", [])
+    before: list[str] = read_model_facts(folder / FACTS).get("labels", [])
     classes = [(place, before.index(name)) for place, name in enumerate(labels) if name in before]
     mine = backend.tensors()
     with torch.no_grad():

@@ -18,6 +18,10 @@ from unisono.processes.forking import describe_end
 from unisono.tracking import events
 
 MOST_BACKOFF_SECONDS = 60.0
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: " (out of memory? dmesg tells)",
+    signal.SIGBUS: " (a file that it maps was made shorter, or /dev/shm is full?)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
             cause = f"{end.report['kind']}: {end.report['message']}"
             trace = trace or ("" if limit else str(end.report["traceback"]))
         elif end.code < 0:
-            hint = " (out of memory? dmesg tells)" if end.code == -signal.SIGKILL else ""
+            hint = _HINTS.get(-end.code, "")
             told.append(f"{who} {describe_end(end.code)}{hint}")
             trace = trace or end.stacks
         else:

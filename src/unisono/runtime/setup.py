@@ -155,7 +155,12 @@ def make_ready(
     inputs.check(recipe)
     keys.seed_all(key := keys.key(train.seed, "build"))
     kind = find_backend(inputs.task.backend)
-    backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
+    try:
+        backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # torch has no kind of its own for it
+            raise RecipeError(f"the model does not fit into memory: {error}. Make it smaller.") from error
+        raise
     start = train.start_from
     warm = start_from(start, backend, inputs.task, inputs.labels) if start else None
     data = {**inputs.data, **backend.fingerprint(), **(warm.fingerprint if warm else {})}

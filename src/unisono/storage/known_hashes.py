@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from unisono.storage.files import read_facts, whole_file
+from unisono.config.small_files import read_small
+from unisono.storage.files import whole_file
 
 FRESH_SECONDS = 0.1
 """A file changed so lately may change again without a new time: the clock of files has steps of some milliseconds."""
@@ -59,4 +60,4 @@ def take_over(path: Path) -> None:
     """Know what another worker of this run knew, and nothing else."""
     _known.clear()
     if path.is_file():
-        _known.update(json.loads(read_facts(path)))
+        _known.update(json.loads(read_small(path)))

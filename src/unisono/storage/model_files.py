@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unisono.config.small_files import read_small
 from unisono.errors import DamagedError, ModelError
-from unisono.storage.files import check_file, file_sha256, load_tensors, read_facts
+from unisono.storage.files import check_file, file_sha256, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,10 +39,10 @@ def read_model_facts(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: they are missing, or not what was written.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(f"{str(path.parent)!r} holds no model of unisono (no {path.name}). {REMEDY}")
     try:
-        facts = json.loads(read_facts(path))
+        facts = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{str(path)!r} is damaged ({error}). {REMEDY}") from None
     for key, value in ("the file", facts), ("'recipe'", facts.get("recipe") if isinstance(facts, dict) else None):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
+from unisono.config.small_files import read_small
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.ngrams import FEATURES, NGrams
 from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
-from unisono.storage.files import read_facts
 from unisono.storage.run_folder import model_folder
 
 VERSION = 2
@@ -86,7 +86,7 @@ def load_encoder(folder: Path) -> Encoder:
     """
     path = folder / "encoder.json"
     try:
-        fields = json.loads(read_facts(path))
+        fields = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         message = f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote."
         raise ModelError(message) from None

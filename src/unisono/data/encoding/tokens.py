@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import numpy as np
 
+from unisono.config.small_files import read_small
 from unisono.data.encoding.words import Words
 from unisono.errors import DataError, ModelError
-from unisono.storage.files import read_facts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -137,7 +137,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(read_facts(path, MOST_TOKENIZER_BYTES))
+        return Tokenizer.from_str(read_small(path, MOST_TOKENIZER_BYTES))
     except OSError as error:
         raise DataError(f"{str(path)!r}: cannot be read: {error.strerror}. Give a tokenizer.json.") from None
     except Exception as error:  # the library raises bare Exceptions

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unisono.config.sections import Pretrained
+from unisono.config.small_files import read_small
 from unisono.errors import ModelError
 from unisono.kernels.attention import attend, attend_once, mean_over_tokens, run_blocks
 from unisono.kernels.dropout import Dropout
 from unisono.kernels.gelu import Gelu
 from unisono.kernels.linear import Linear, project
 from unisono.kernels.packing import Packing, pack
-from unisono.storage.files import read_facts
 
 PREFIX = "bert."
 
@@ -217,7 +217,7 @@ def _read_table(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"model.folder = {str(folder)!r}: no such folder. Give one with {_FILES}.")
     try:
-        table = json.loads(read_facts(path))
+        table = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: missing or no JSON ({error}). Give a folder with {_FILES}.") from None
     if not isinstance(table, dict):
