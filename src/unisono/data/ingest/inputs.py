@@ -42,6 +42,12 @@ SEEN = (
     "test_fraction",
     "max_record_bytes",
     "max_depth",
+    "delimiter",
+    "quote",
+    "escape",
+    "comment",
+    "encoding",
+    "max_lines",
 )
 """Keys of [data] that decide a dataset, besides the bytes of its files."""
 
@@ -54,6 +60,8 @@ class Input:
     kind: str
     parts: tuple[InputSplit | ColumnBatch, ...]
     sha256: str
+    notes: tuple[str, ...] = ()
+    """What a user should know about how it is read."""
 
 
 def find_inputs(data: Data, frames: Mapping[str, object], share: Share) -> dict[str, Input]:
@@ -120,7 +128,7 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
     if split in frames:
         name = f"{split} frame"
         blocks = [
-            tuple(cut_by_size(block, data.text)) for block in cut_column_batch(read_frame(frames[split], data, name))
+            tuple(cut_by_size(block, data.texts)) for block in cut_column_batch(read_frame(frames[split], data, name))
         ]
 
         def hash_block(number: int) -> str:
@@ -141,4 +149,5 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
         for input_split, digest in zip(parts, share.map(hash_input_split, parts), strict=True)
     ]
     name = location if is_dataset(location) else Path(hide_secrets(location)).name
-    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources))
+    notes = tuple(note for input_split in parts for note in input_split.notes)
+    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources), notes=notes)
