@@ -98,6 +98,11 @@ def test_quotes_of_tsv_that_are_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="from line 2 is whole only if quotes enclose fields"):
         read_records(path, Data())
     assert len(read_records(path, Data(quote="none"))) == 3
+    path.write_text('text\tlabel\n"so\tx\nfine\ty\n5"\tx\n')  # three rows, or one
+    with pytest.raises(DataError, match="from line 2 on several lines are one row if quotes enclose fields"):
+        read_records(path, Data())
+    assert [record.label for record in read_records(path, Data(quote="none"))] == ["x", "y", "x"]
+    assert [record.label for record in read_records(path, Data(quote='"'))] == ["x"]
 
 
 def test_quotes_of_tsv_that_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ class Data(Section):
     strict: bool = Field(False, description="true: a quarantined record is an error")
     store: str = Field(
         "runs/datasets",
+        pattern=r"^[^\x00]+$",
         description="folder where encoded datasets are kept, each under the hash of what it was made from",
     )
 

@@ -277,17 +277,19 @@ def _find_delimiter(lines: Sequence[str], kind: str, data: Data) -> str:
 def _find_quote(lines: Sequence[str], delimiter: str, whole: bool, told: str, data: Data) -> tuple[str, bool, str]:
     """Whether the fields of a TSV file are enclosed in quotes, as pandas and Excel write them, or quotes are text.
 
-    They enclose fields if only so the rows have the right number of fields, and all rows have it.
+    They enclose fields if only so the rows have the right number of fields, and all rows have it. They are text if a
+    quote stands where none can, or if each line is a row anyway.
 
     Returns:
         The quote, or "". Whether that is certain. A note.
 
     Raises:
-        DataError: some rows are right only with the one, others only with the other.
+        DataError: some rows are right only with the one, others only with the other; or all are right with both, but
+        not the same rows.
     """
     if not any(line.startswith('"') or f'{delimiter}"' in line for line in lines):
         return "", whole, ""
-    width, place, helped, spoilt, broken = len(data.columns), 0, 0, False, False
+    width, place, helped, joined, spoilt, broken = len(data.columns), 0, 0, 0, False, False
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     try:
         for row in reader:
@@ -297,14 +299,17 @@ def _find_quote(lines: Sequence[str], delimiter: str, whole: bool, told: str, da
                 spoilt = True
             elif row and any(len(line.split(delimiter)) != width for line in taken):
                 helped = helped or place - len(taken) + 1
+            elif len(taken) > 1:
+                joined = joined or place - len(taken) + 1
     except csv.Error as error:
         broken = whole or "unexpected end of data" not in str(error)
     if helped and not (spoilt or broken):
         return '"', True, ""
+    remedy = "Set data.quote = '\"' if quotes enclose fields, or data.quote = 'none' if they are text."
     if helped:
-        raise DataError(
-            f"{told}: the row from line {helped} is whole only if quotes enclose fields, but other rows are not. Set "
-            "data.quote = '\"' if they enclose fields, or data.quote = 'none' if they are text."
-        )
+        told = f"{told}: the row from line {helped} is whole only if quotes enclose fields, but other rows are not"
+        raise DataError(f"{told}. {remedy}")
+    if joined and not (spoilt or broken):
+        raise DataError(f"{told}: from line {joined} on several lines are one row if quotes enclose fields. {remedy}")
     note = "" if broken else f"{told}: quotes are read as text; if they enclose fields, set data.quote = '\"'"
     return "", whole or broken, note

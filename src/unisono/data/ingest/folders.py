@@ -72,9 +72,7 @@ def group_files(files: Sequence[SourceFile], input_split_bytes: int) -> Iterator
 def read_folder(location: str, name: str, files: Sequence[tuple[str, int]], data: Data) -> Iterator[ColumnBatch]:
     """One record per file; its class is its first folder below `location`."""
     if len(data.texts) != 1:
-        raise DataError(
-            f"{name!r}: a folder has one text per file, but data.text = {list(data.texts)}. Name one column."
-        )
+        raise DataError(f"{name!r}: a folder has a text per file, but data.text = {list(data.texts)}. Name one column.")
     group: list[tuple[str, int]] = []
     size = 0
     for number, file in enumerate(files, 1):

@@ -93,6 +93,13 @@ def find_input_splits(
     """
     location = str(location)
     location = location.removeprefix("file://") if location.startswith("file:///") else location
+    if "\0" in location:
+        raise DataError(f"{location!r}: a zero character is in it, so it is no path. Give another one.")
+    with explain(location):
+        return _find_input_splits(location, data, input_split_bytes)
+
+
+def _find_input_splits(location: str, data: Data, input_split_bytes: int) -> list[InputSplit]:
     if hub.is_dataset(location):
         return _cut_dataset(location, input_split_bytes)
     told, note = tell(location), ""
