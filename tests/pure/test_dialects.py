@@ -55,6 +55,15 @@ def test_delimiter_that_is_given(tmp_path: Path) -> None:
     assert read(path, "a;x\nb, c;y\n", header_lines=0, columns=("text", "label")) == [("a", "x"), ("b, c", "y")]
 
 
+def test_columns_that_a_task_needs_show_the_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x;y,z\n1;2\n")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"x;y,z\n1;2\n"))
+    for name in ("a.csv", "a.csv.gz"):
+        assert list(read_file(tmp_path / name, Data(), ("x",)).columns) == ["x", "y,z"]
+    (tmp_path / "a.jsonl").write_text('{"turns": [{"by": "a"}], "y": 1}\n')  # one record, no document
+    assert list(read_file(tmp_path / "a.jsonl", Data(), ("turns", "y")).columns) == ["turns", "y"]
+
+
 def test_delimiter_is_the_usual_one_unless_another_is_certain(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     assert read(path, 'text,label,a;b\n"x;y",z,1\n') == [("x;y", "z")]

@@ -195,7 +195,7 @@ def is_url(location: str) -> bool:
 def _read(path: Path) -> str:
     """The text of a recipe, without a byte-order mark."""
     if path.exists() and not path.is_file():
-        raise RecipeError(f"recipe {str(path)!r}: not readable: it is not a regular file. Give the path of a TOML recipe.")
+        raise RecipeError(f"recipe {str(path)!r}: not readable: not a regular file. Give the path of a TOML recipe.")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:

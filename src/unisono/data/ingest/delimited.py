@@ -55,7 +55,7 @@ def read_document(blocks: Iterator[bytes], name: str, told: str, data: Data) -> 
         for value, text in cut_document(blocks, told, data.max_record_bytes):
             if len(text) > data.max_record_bytes:
                 value = FieldFault(reason=TOO_LARGE, raw=decode_head(text[:HEAD_BYTES].encode(errors="replace")))
-            elif _is_deep(text, data.max_depth):
+            elif text.count("{") + text.count("[") > data.max_depth and measure_depth(text) > data.max_depth:
                 value = FieldFault(reason=TOO_DEEP, raw=text)
             yield value if isinstance(value, dict | FieldFault) else FieldFault(reason="no object", raw=text), len(text)
 
@@ -64,6 +64,7 @@ def read_document(blocks: Iterator[bytes], name: str, told: str, data: Data) -> 
 
 def _cut_jsonl(lines: Iterable[bytes | Long], data: Data) -> Iterator[tuple[dict[object, object] | FieldFault, int]]:
     """The object of each line, with the line's bytes."""
+    depth = data.max_depth
     for line in lines:
         if isinstance(line, Long):
             yield FieldFault(reason=TOO_LARGE, raw=decode_head(line.head)), 0
@@ -71,8 +72,10 @@ def _cut_jsonl(lines: Iterable[bytes | Long], data: Data) -> Iterator[tuple[dict
         text = decode(line)
         if not text or text.isspace():
             continue
-        deep = _is_deep(text, data.max_depth)
-        yield FieldFault(reason=TOO_DEEP, raw=text) if deep else _parse(text), len(line)
+        if text.count("{") + text.count("[") > depth and measure_depth(text) > depth:
+            yield FieldFault(reason=TOO_DEEP, raw=text), len(line)
+        else:
+            yield _parse(text), len(line)
 
 
 def _stand_rows(cut: Iterable[tuple[dict[object, object] | FieldFault, int]], name: str) -> Iterator[ColumnBatch]:
@@ -92,10 +95,6 @@ def _stand_rows(cut: Iterable[tuple[dict[object, object] | FieldFault, int]], na
             rows, faults, names, size = [], {}, set(), 0
     if rows:
         yield ColumnBatch(name=name, rows=len(rows), columns=transpose(rows), faults=faults)
-
-
-def _is_deep(text: str, depth: int) -> bool:
-    return text.count("{") + text.count("[") > depth and measure_depth(text) > depth
 
 
 def _parse(text: str) -> dict[object, object] | FieldFault:
@@ -250,8 +249,8 @@ class _Feed:
         self.number += 1
         if self.consumed:
             self._count_lines()
-        else:
-            while self._comment and (line.head if isinstance(line, Long) else line).startswith(self._comment):
+        elif self._comment:
+            while (line.head if isinstance(line, Long) else line).startswith(self._comment):
                 line = next(self._lines)
                 self.number += 1
             self.start = self.number

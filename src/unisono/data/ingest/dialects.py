@@ -76,13 +76,14 @@ def take_head(stream: Stream) -> tuple[bytes, bool, Iterator[bytes]]:
     return b"".join(blocks)[:HEAD_BYTES], size <= HEAD_BYTES, read()
 
 
-def find_dialect(head: bytes, whole: bool, kind: str, told: str, data: Data) -> Dialect:
+def find_dialect(head: bytes, whole: bool, kind: str, told: str, data: Data, wanted: Sequence[str] = ()) -> Dialect:
     """Decide how a file is written, from its first bytes.
 
     Args:
         head: the first HEAD_BYTES of the file (unpacked).
         whole: whether that is all of it.
         told: the file's name in messages.
+        wanted: the columns that are needed; none: those with the text and the class.
 
     Raises:
         DataError: what the recipe leaves to be found is not certain, or what it says contradicts the file.
@@ -91,7 +92,7 @@ def find_dialect(head: bytes, whole: bool, kind: str, told: str, data: Data) -> 
     errors = "surrogateescape" if encoding == "utf-8" else "replace"  # reading refuses what cannot be decoded
     text = codecs.getincrementaldecoder(encoding)(errors).decode(head, whole).removeprefix("\ufeff")
     if kind == "jsonl":
-        document = is_document(text, whole, (*data.texts, data.label))
+        document = is_document(text, whole, wanted or (*data.texts, data.label))
         return Dialect(encoding=encoding, utf8_seen=utf8_seen, document=document)
     lines = text.split("\n")
     if not whole and len(lines) > 1:
@@ -101,7 +102,7 @@ def find_dialect(head: bytes, whole: bool, kind: str, told: str, data: Data) -> 
     lines = [line for line in lines if not (data.comment and line.startswith(data.comment))]
     delimiter = data.delimiter
     if delimiter == "auto":
-        delimiter = separator[1] if separator else _find_delimiter(lines, kind, data)
+        delimiter = separator[1] if separator else _find_delimiter(lines, kind, data, wanted)
     quote, quote_seen, note = '"', True, ""
     if data.quote != "auto":
         quote = "" if data.quote == "none" else data.quote
@@ -186,27 +187,26 @@ def tell_broken(told: str, byte: int, line: int) -> str:
     )
 
 
-def check_utf8(blocks: Iterator[bytes], told: str, count_before: Callable[[], int] = int) -> Iterator[bytes]:
-    """Pass blocks on. `count_before`: returns the number of lines before the first block.
+def check_utf8(blocks: Iterator[bytes], told: str, count_lines: Callable[[int], int]) -> Iterator[bytes]:
+    """Pass blocks on. `count_lines`: returns how many lines end before a byte of them, by reading them again.
 
     Raises:
         DataError: a byte is not UTF-8, and so a sign of another encoding.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
+    offset, kept = 0, b""
     for block in blocks:
-        if not block.isascii() or decoder.getstate()[0]:
-            kept = decoder.getstate()[0]
+        if kept or not block.isascii():
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                bad = kept + block
-                line += count_before() + bad.count(b"\n", 0, error.start)
-                raise DataError(tell_broken(told, bad[error.start], line)) from None
-        line += block.count(b"\n")
+                line = count_lines(offset - len(kept) + error.start) + 1
+                raise DataError(tell_broken(told, (kept + block)[error.start], line)) from None
+            kept = decoder.getstate()[0]
+        offset += len(block)
         yield block
-    if left := decoder.getstate()[0]:
-        raise DataError(tell_broken(told, left[0], line + count_before()))
+    if kept:
+        raise DataError(tell_broken(told, kept[0], count_lines(offset) + 1))
 
 
 def transcode(blocks: Iterator[bytes], encoding: str, told: str) -> Iterator[bytes]:
@@ -251,7 +251,7 @@ def _split_header(line: str, delimiter: str, quote: str) -> list[str]:
         return []
 
 
-def _find_delimiter(lines: Sequence[str], kind: str, data: Data) -> str:
+def _find_delimiter(lines: Sequence[str], kind: str, data: Data, wanted: Sequence[str]) -> str:
     """The usual one of the format, or the only other one by which the header has the columns that are wanted."""
     usual = "\t" if kind == "tsv" else ","
     quote = {"auto": '"', "none": ""}.get(data.quote, data.quote)
@@ -263,8 +263,8 @@ def _find_delimiter(lines: Sequence[str], kind: str, data: Data) -> str:
         found = [one for one in DELIMITERS if counts[one] == {len(data.columns)}]
         return found[0] if len(found) == 1 else usual
     names = {one: _split_header(some[0], one, quote) for one in DELIMITERS}
-    for wanted in ((*data.texts, data.label), data.texts):
-        found = [one for one in DELIMITERS if wanted and set(wanted) <= set(names[one])]
+    for some_of_them in (wanted,) if wanted else ((*data.texts, data.label), data.texts):
+        found = [one for one in DELIMITERS if set(some_of_them) <= set(names[one])]
         if found:
             return found[0] if len(found) == 1 else usual
     found = [one for one in DELIMITERS if len(names[one]) > 1]  # no column is as wanted: messages should name them

@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from unisono.config.sections import Data
 from unisono.data.ingest import delimited as rows
@@ -29,6 +31,7 @@ from unisono.data.ingest.lines import (
     MARK,
     Long,
     Stream,
+    count_lines,
     cut_lines,
     escape,
     own_blocks,
@@ -62,6 +65,8 @@ class InputSplit:
     """The columns' names, where they are known before reading: cut lines, Parquet, datasets."""
     dialect: Dialect = PLAIN
     """Cut lines: how they are written. A stream shows it when it is read."""
+    wanted: tuple[str, ...] = ()
+    """Streams: the columns that are needed, by which a delimiter is known; none: the text and the class."""
     notes: tuple[str, ...] = ()
     """What a user should know about the source; with its first input split."""
     groups: tuple[int, int] = (0, 0)
@@ -81,12 +86,12 @@ class InputSplit:
 
 
 def find_input_splits(
-    location: str | Path, data: Data, *, input_split_bytes: int = INPUT_SPLIT_BYTES
+    location: str | Path, data: Data, wanted: Sequence[str] = (), *, input_split_bytes: int = INPUT_SPLIT_BYTES
 ) -> list[InputSplit]:
     """Cut what a location names (a path, folder, pattern, URL or dataset) into input splits, in order.
 
     Reads lists and sizes, the header of TSV and the footer of Parquet. An empty list, or input splits without a row,
-    mean a source without records.
+    mean a source without records. `wanted`: see `InputSplit`.
 
     Raises:
         DataError: there is nothing, its format is unknown, or its header is not what the recipe says.
@@ -96,10 +101,10 @@ def find_input_splits(
     if "\0" in location:
         raise DataError(f"{location!r}: a zero character is in it, so it is no path. Give another one.")
     with explain(location):
-        return _find_input_splits(location, data, input_split_bytes)
+        return _find_input_splits(location, data, tuple(wanted), input_split_bytes)
 
 
-def _find_input_splits(location: str, data: Data, input_split_bytes: int) -> list[InputSplit]:
+def _find_input_splits(location: str, data: Data, wanted: tuple[str, ...], input_split_bytes: int) -> list[InputSplit]:
     if hub.is_dataset(location):
         return _cut_dataset(location, input_split_bytes)
     told, note = tell(location), ""
@@ -112,7 +117,7 @@ def _find_input_splits(location: str, data: Data, input_split_bytes: int) -> lis
         files = locations.find_files(location)
         if locations.is_pattern(location):
             files, note = folders.leave_out(files, told)
-    pieces = [input_split for file in files for input_split in _cut_file(file, data, input_split_bytes)]
+    pieces = [input_split for file in files for input_split in _cut_file(file, data, wanted, input_split_bytes)]
     return [replace(pieces[0], notes=(note, *pieces[0].notes)), *pieces[1:]] if pieces and note else pieces
 
 
@@ -136,18 +141,24 @@ def read_input_split(
         yield from folders.read_folder(input_split.location, input_split.source, input_split.files, data)
     else:
         _refuse_change(input_split)
-        with open_file(input_split.location, ranged=input_split.ranged) as file:
-            told = tell(input_split.location)
+        told = tell(input_split.location)
+        with _open_content(input_split, data) as file:
             if input_split.kind == "parquet":
                 yield from tables.read_parquet(
                     file, input_split.source, told, data, range(*input_split.groups), columns
                 )
             elif input_split.stream:
-                packed = input_split.compression
-                stream = Unpacked(file, packed, told, data.max_expansion) if packed else file
-                yield from _read_stream(input_split, stream, told, data)
+                yield from _read_stream(input_split, file, told, data)
             else:
                 yield from _read_lines(input_split, file, told, data)
+
+
+@contextmanager
+def _open_content(input_split: InputSplit, data: Data) -> Iterator[Any]:
+    """The file of an input split, unpacked if it is compressed."""
+    with open_file(input_split.location, ranged=input_split.ranged) as file:
+        packed = input_split.compression
+        yield Unpacked(file, packed, tell(input_split.location), data.max_expansion) if packed else file
 
 
 def hash_input_split(input_split: InputSplit) -> str:
@@ -194,15 +205,15 @@ def hash_stream(file: Stream, size: int | None) -> str:
     return result.hexdigest()
 
 
-def read_file(location: str | Path, data: Data) -> ColumnBatch:
-    """Read all of a location, as one column batch.
+def read_file(location: str | Path, data: Data, wanted: Sequence[str] = ()) -> ColumnBatch:
+    """Read all of a location, as one column batch. `wanted`: see `InputSplit`.
 
     Raises:
         DataError: it is missing, unreadable, empty or damaged, or its header is not what the recipe says.
     """
     column_batches = [
         column_batch
-        for input_split in find_input_splits(location, data)
+        for input_split in find_input_splits(location, data, wanted)
         for column_batch in read_input_split(input_split, data)
     ]
     if not column_batches:
@@ -219,7 +230,7 @@ def _refuse_change(input_split: InputSplit) -> None:
                 )
 
 
-def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[InputSplit]:
+def _cut_file(file: SourceFile, data: Data, wanted: tuple[str, ...], input_split_bytes: int) -> list[InputSplit]:
     name, told = escape(file.name), tell(file.location)
     inner, compression = find_compression(hide_secrets(file.location).rpartition("/")[2])
     kind = find_suffix_format(inner, told, data)
@@ -236,6 +247,7 @@ def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[Inpu
         compression=compression,
         version=file.version,
         ranged=file.ranged,
+        wanted=wanted,
     )
     if kind == "parquet":
         return _cut_parquet(whole, told, input_split_bytes)
@@ -243,7 +255,7 @@ def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[Inpu
         return [whole]
     with open_file(whole.location) as stream:
         head, all_of_it, _ = take_head(stream)
-        dialect = find_dialect(head, all_of_it, kind, told, data)
+        dialect = find_dialect(head, all_of_it, kind, told, data, wanted)
         whole = replace(whole, notes=(dialect.note,) if dialect.note else ())
         if dialect.streamed:
             return [whole]
@@ -292,10 +304,9 @@ def _take_header(
 
 def _read_lines(input_split: InputSplit, file: BinaryIO, told: str, data: Data) -> Iterator[ColumnBatch]:
     """Read the lines of an input split that is cut by bytes."""
-    start, first = input_split.start, input_split.first
-    blocks = own_blocks(file, start, input_split.stop, first=first)
+    blocks = own_blocks(file, input_split.start, input_split.stop, first=input_split.first)
     if not input_split.dialect.utf8_seen:
-        blocks = check_utf8(blocks, told, lambda: _count_lines(input_split.location, start - 1 + first) + 1 - first)
+        blocks = check_utf8(blocks, told, partial(_count_lines, input_split, data))
     lines = cut_lines(blocks, data.max_record_bytes)
     if input_split.kind == "jsonl":
         yield from rows.read_jsonl(lines, input_split.source, data)
@@ -303,14 +314,14 @@ def _read_lines(input_split: InputSplit, file: BinaryIO, told: str, data: Data) 
         yield from rows.read_plain(lines, input_split.source, input_split.columns, input_split.dialect)
 
 
-def _count_lines(location: str, stop: int) -> int:
-    """The newlines in the first `stop` bytes of a file."""
-    count = 0
-    with open_file(location) as file:
-        while stop > 0 and (block := file.read(min(stop, 2**20))):
-            count += block.count(b"\n")
-            stop -= len(block)
-    return count
+def _count_lines(input_split: InputSplit, data: Data, offset: int) -> int:
+    """The lines of the file that end before the byte `offset` of what is read of it."""
+    start, first = input_split.start, input_split.first
+    with _open_content(input_split, data) as stream:
+        if input_split.stream:
+            return count_lines(read_blocks(stream), offset)
+        before = count_lines(read_blocks(stream), start - 1 + first) + 1 - first
+        return before + count_lines(own_blocks(stream, start, input_split.stop, first=first), offset)
 
 
 def _cut_parquet(whole: InputSplit, told: str, input_split_bytes: int) -> list[InputSplit]:
@@ -361,11 +372,11 @@ def _read_stream(input_split: InputSplit, stream: Stream, told: str, data: Data)
     """Read a file from its beginning to its end: byte-order mark, header, rows."""
     kind, name = input_split.kind, input_split.source
     head, whole, blocks = take_head(stream)
-    dialect = find_dialect(head, whole, kind, told, data)
+    dialect = find_dialect(head, whole, kind, told, data, input_split.wanted)
     if dialect.encoding != "utf-8":
         blocks = transcode(blocks, dialect.encoding, told)
     elif not dialect.utf8_seen:
-        blocks = check_utf8(blocks, told)
+        blocks = check_utf8(blocks, told, partial(_count_lines, input_split, data))
     blocks = strip_mark(blocks)
     if dialect.document:
         yield from rows.read_document(blocks, name, told, data)

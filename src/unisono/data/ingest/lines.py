@@ -56,6 +56,17 @@ def strip_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
+def count_lines(blocks: Iterable[bytes], stop: int) -> int:
+    """The newlines in the first `stop` bytes."""
+    count = 0
+    for block in blocks:
+        if stop <= 0:
+            break
+        count += block.count(b"\n", 0, stop)
+        stop -= len(block)
+    return count
+
+
 def own_blocks(file: SeekableStream, start: int, stop: int, *, first: bool) -> Iterator[bytes]:
     """The lines whose first byte lies in [start, stop), in blocks.
 
