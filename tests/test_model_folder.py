@@ -207,7 +207,7 @@ HARMS = {
     "hashes of another kind": (change_facts('{"recipe": {}, "files": [1]}'), "hashes are damaged"),
     "outside": (change_facts('{"recipe": {}, "files": {"../a": {"bytes": 1, "sha256": ""}}}'), "not in the folder"),
     "endless facts": (endless, "unisono.json"),
-    "pipe as facts": (pipe("unisono.json"), "no unisono.json"),
+    "pipe as facts": (pipe("unisono.json"), "no regular file"),
     "pipe as weights": (pipe("model.safetensors"), "model.safetensors"),
     "pipe as encoder": (pipe("encoder.json"), "encoder.json"),
     "pipe as features": (pipe("features.npy"), "features.npy"),

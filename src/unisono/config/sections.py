@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from unisono.config.dialect_types import ColumnNames, Comment, Delimiter, Encoding, Escape, Quote
+
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -77,15 +79,36 @@ class Data(Section):
     )
     validation: str = Field("", description="the same for evaluation while training; empty: see validation_fraction")
     test: str = Field("", description="the same for the test after training; empty: see test_fraction")
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+    format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "folder"] = Field(
         "auto", description="auto goes by the file's name"
     )
-    text: str = Field("text", description="name of the column with the text")
+    text: ColumnNames = Field(
+        "text",
+        description='name of the column with the text, or a list of names (["subject", "body"]): their texts are '
+        "joined by a blank line; a.b is field b of column a",
+    )
     label: str = Field("label", description="name of the column with the class")
     header_lines: int = Field(
         1, ge=0, le=100, description="CSV, TSV: lines before the first record; the first of them names the columns"
     )
     columns: Names = Field((), description="CSV, TSV: the columns' names, instead of those in the header")
+    delimiter: Delimiter = Field(
+        "auto",
+        description="CSV, TSV: what stands between two fields: a character, or tab; auto: comma or tab, or the one of "
+        ", ; | and tab by which the header has the columns",
+    )
+    quote: Quote = Field(
+        "auto", description='CSV, TSV: what encloses a field: a character, or none; auto: "; for TSV only where certain'
+    )
+    escape: Escape = Field("", description="CSV, TSV: a character that makes the next one text: \\; empty: none")
+    comment: Comment = Field("", description="CSV, TSV: lines that begin with it are left out; empty: none")
+    encoding: Encoding = Field(
+        "auto",
+        description="of text files: utf-8, cp1252, utf-16 …; auto: by a byte-order mark, else UTF-8, and nothing else",
+    )
+    max_lines: int = Field(
+        1_000, ge=1, description="CSV, TSV: a record of more lines is an error: often a quote that is not closed"
+    )
     labels: Names = Field((), description="the classes, in order; empty: those of the training records, sorted")
     validation_fraction: Rate = Field(
         0.0, description="share of the training records kept for validation, cut by a hash of their content"
@@ -105,8 +128,14 @@ class Data(Section):
     strict: bool = Field(False, description="true: a quarantined record is an error")
     store: str = Field(
         "runs/datasets",
+        pattern=r"^[^\x00]+$",
         description="folder where encoded datasets are kept, each under the hash of what it was made from",
     )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns with the text."""
+        return (self.text,) if isinstance(self.text, str) else self.text
 
 
 class Screen(Section):

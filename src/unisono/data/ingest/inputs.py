@@ -49,6 +49,12 @@ SEEN = (
     "test_fraction",
     "max_record_bytes",
     "max_depth",
+    "delimiter",
+    "quote",
+    "escape",
+    "comment",
+    "encoding",
+    "max_lines",
 )
 """Keys of [data] that decide a dataset, besides the bytes of its files."""
 
@@ -61,6 +67,8 @@ class Input:
     kind: str
     parts: tuple[InputSplit | ColumnBatch, ...]
     sha256: str
+    notes: tuple[str, ...] = ()
+    """What a user should know about how it is read."""
 
 
 def find_inputs(data: Data, frames: Mapping[str, object], share: Share) -> dict[str, Input]:
@@ -127,7 +135,7 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
     if split in frames:
         name = f"{split} frame"
         blocks = [
-            tuple(cut_by_size(block, data.text)) for block in cut_column_batch(read_frame(frames[split], data, name))
+            tuple(cut_by_size(block, data.texts)) for block in cut_column_batch(read_frame(frames[split], data, name))
         ]
 
         def hash_block(number: int) -> str:
@@ -147,7 +155,8 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
         [input_split.source, digest] for input_split, digest in zip(parts, _hash_parts(parts, share), strict=True)
     ]
     name = location if is_dataset(location) else Path(hide_secrets(location)).name
-    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources))
+    notes = tuple(note for input_split in parts for note in input_split.notes)
+    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources), notes=notes)
 
 
 def _hash_parts(parts: Sequence[InputSplit], share: Share) -> list[str]:
