@@ -77,7 +77,9 @@ class Data(Section):
         1, ge=0, le=100, description="CSV, TSV: lines before the first record; the first of them names the columns"
     )
     columns: Names = Field((), description="CSV, TSV: the columns' names, instead of those in the header")
-    labels: Names = Field((), description="the classes, in order; empty: those of the training records, sorted")
+    labels: Names = Field(
+        (), description="the classes, in order; empty: those of the training records, sorted, numbers by their value"
+    )
     validation_fraction: Rate = Field(
         0.0, description="share of the training records kept for validation, cut by a hash of their content"
     )

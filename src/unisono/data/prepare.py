@@ -32,7 +32,15 @@ from unisono.data.ingest.input_splits import read_input_split
 from unisono.data.ingest.inputs import Input, find_inputs, make_key
 from unisono.data.ingest.read import find_column
 from unisono.data.ingest.staging import StagedRecords, stage
-from unisono.data.screening.decisions import Decisions, load_records, refuse, refuse_absent_labels, show, tell_counts
+from unisono.data.screening.decisions import (
+    Decisions,
+    load_records,
+    refuse,
+    refuse_absent_labels,
+    settle_classes,
+    show,
+    tell_counts,
+)
 from unisono.data.screening.report_page import render
 from unisono.data.screening.rules import Examiner, describe_treatments
 from unisono.data.screening.screen import SPLITS, screen
@@ -151,7 +159,8 @@ class _Stages:
         staged = self._stage()
         given = [split for split, _ in self._parts]
         records, classes = load_records(staged, given, cut=self._cut, near_ones=self._near)
-        refuse_absent_labels(classes, data.labels)
+        classes, wanted = settle_classes(records, classes, data.labels)
+        refuse_absent_labels(classes, wanted)
         shares = {"validation": data.validation_fraction, "test": data.test_fraction}
         screen(records, self._recipe.screen, tuple(self._inputs), **shares)
         decided = Decisions(staged, given, records, classes)
@@ -162,7 +171,7 @@ class _Stages:
                 refuse(decided.counts, next(decided.list_quarantined()))
         splits = [split for split in SPLITS if split in self._inputs or shares.get(split)]
         _refuse_empty_splits(decided, splits)
-        labels = decided.choose_labels(data.labels)
+        labels = decided.choose_labels(wanted)
         encoder = self._learn(decided)
         told = ", ".join(f"{decided.count_kept(split)} {split}" for split in splits)
         self._notify(f"encoding {told} records")

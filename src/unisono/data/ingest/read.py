@@ -1,8 +1,8 @@
 """Records: the text and the class of each row of the user's input.
 
-Owns what counts as a text, as a class, and as a missing one. Places and formats are in `input_splits.py`; records are
-judged in `screening/screen.py`. Each row becomes one record, in order; a row that cannot be used has its
-reason in its record.
+Owns what counts as a text, as a class, and as a missing one. How a class is spelled is in `labels.py`. Places and
+formats are in `input_splits.py`; records are judged in `screening/screen.py`. Each row becomes one record, in order; a
+row that cannot be used has its reason in its record.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow as pa
 from unisono.config.sections import Data
 from unisono.data.ingest.column_batch import Column, ColumnBatch, Foreign, check_names, list_values
 from unisono.data.ingest.input_splits import find_input_splits, read_file, read_input_split
+from unisono.data.ingest.labels import list_labels, spell_label, spell_value
 from unisono.data.ingest.lines import escape
 from unisono.data.ingest.parquet import read_frame
 from unisono.errors import DataError
@@ -116,12 +117,11 @@ def take_records(
         DataError: the column of the texts or of the classes is missing, and not lenient.
     """
     if lenient:
-        texts, labels = (
-            list_values(column_batch.columns.get(column, [None] * column_batch.rows))
-            for column in (data.text, data.label)
-        )
+        nothing: list[object] = [None] * column_batch.rows
+        texts = list_values(column_batch.columns.get(data.text, nothing))
+        labels = list_labels(column_batch.columns.get(data.label, nothing))
     else:
-        texts, labels = find_column(column_batch, data.text, "text"), find_column(column_batch, data.label, "label")
+        texts, labels = find_column(column_batch, data.text, "text"), find_labels(column_batch, data.label)
     for row, (given_text, given_label) in enumerate(zip(texts, labels, strict=True)):
         file = column_batch.files[row] if column_batch.files else column_batch.name
         number = first_row + row
@@ -130,8 +130,8 @@ def take_records(
             yield Record(file=file, row=number, text=as_text(fault.raw)[0], label=None, fault=fault.reason)
             continue
         text, text_fault = as_text(given_text)
-        label, label_fault = as_text(given_label)
-        yield Record(file=file, row=number, text=text, label=label.strip() or None, fault=text_fault or label_fault)
+        label, label_fault = as_label(given_label)
+        yield Record(file=file, row=number, text=text, label=label, fault=text_fault or label_fault)
 
 
 def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
@@ -150,7 +150,7 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
         faults.append(fault or ("" if text.strip() else "empty"))
     labels = None
     if data.label in column_batch.columns:
-        labels = tuple(as_text(value)[0].strip() or None for value in find_column(column_batch, data.label, "label"))
+        labels = tuple(as_label(value)[0] for value in find_labels(column_batch, data.label))
     names = [escape(name) for name in column_batch.columns]
     check_names(column_batch.name, names)
     columns = dict(zip(names, column_batch.columns.values(), strict=True))
@@ -159,6 +159,17 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
 
 def find_column(column_batch: ColumnBatch, name: str, key: str) -> list[object]:
     """Return the values of a column, named by data.`key`. Raises DataError if there is none."""
+    _check_column(column_batch, name, key)
+    return list_values(column_batch.columns[name])
+
+
+def find_labels(column_batch: ColumnBatch, name: str) -> list[object]:
+    """Return the values of the column of classes. Raises DataError if there is none."""
+    _check_column(column_batch, name, "label")
+    return list_labels(column_batch.columns[name])
+
+
+def _check_column(column_batch: ColumnBatch, name: str, key: str) -> None:
     if name not in column_batch.columns:
         names = list(column_batch.columns)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -167,7 +178,12 @@ def find_column(column_batch: ColumnBatch, name: str, key: str) -> list[object]:
         there = ", ".join(map(repr, names))
         message = f"{column_batch.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
         raise DataError(message)
-    return list_values(column_batch.columns[name])
+
+
+def as_label(value: object) -> tuple[str | None, str]:
+    """Return a value as the name of a class, None where it is missing, and what is wrong with it."""
+    text, fault = as_text(spell_value(value))
+    return spell_label(text) or None, fault
 
 
 def as_text(value: object) -> tuple[str, str]:

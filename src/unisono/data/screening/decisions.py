@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from unisono.data.arrow import as_array, as_numbers, find_nulls
 from unisono.data.encoding.parts import Fates, list_quarantined
+from unisono.data.ingest.labels import sort_labels, spell_booleans, spell_label
 from unisono.data.ingest.staging import HASHES, PLACE, StagedRecords
 from unisono.data.screening import near_duplicates as near
 from unisono.data.screening.screen import KEPT, SPLITS, TRAIN, Records
@@ -73,6 +74,19 @@ def load_records(
     return records, list(classes)
 
 
+def settle_classes(
+    records: Records, classes: Sequence[str], wanted: Sequence[str]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Give every class its one spelling, and number the records' classes so; return all classes by number, and those
+    wanted."""
+    asked = [spell_label(name) for name in wanted]
+    other = spell_booleans({*classes, *asked})
+    spelled = [other.get(name, name) for name in classes]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(spelled))}
+    records.labels = np.array([*(numbers[name] for name in spelled), -1], np.int32)[records.labels]
+    return list(numbers), tuple(other.get(name, name) for name in asked)
+
+
 def _number(strings: pa.Array, known: dict[str, int], missing: int) -> np.ndarray:
     """Return a number for each string, the same for equal ones; new strings are added to those known."""
     encoded = strings.dictionary_encode()
@@ -120,14 +134,14 @@ class Decisions:
             for split in range(len(SPLITS))
         ]
         there = [{self._classes[number]: int(n) for number, n in enumerate(found) if n} for found in of_splits]
-        self.labels = labels = tuple(wanted) or tuple(sorted(there[TRAIN]))
+        self.labels = labels = tuple(wanted) or tuple(sort_labels(there[TRAIN]))
         if len(set(labels)) < len(labels):
             raise DataError(f"data.labels = {list(labels)}: a label is named twice. Name each once.")
         if len(labels) < 2:
             only = repr(labels[0])
             raise DataError(f"there is one class only, {only}. Give records of two classes or more; see data.label.")
         for split in range(1, len(SPLITS)):
-            alone = sorted(set(there[split]) - set(labels))
+            alone = sort_labels(set(there[split]) - set(labels))
             if alone:
                 raise DataError(
                     f"{SPLITS[split]} has class {alone[0]!r} ({there[split][alone[0]]} records), training has not. "
@@ -202,7 +216,7 @@ def refuse_absent_labels(found: Sequence[str], wanted: Sequence[str]) -> None:
     if absent:
         near_ones = difflib.get_close_matches(absent[0], found, n=1, cutoff=0.5)
         guess = f" Did you mean {near_ones[0]!r}?" if near_ones else ""
-        there = ", ".join(map(repr, sorted(found)[:20])) or "none"
+        there = ", ".join(map(repr, sort_labels(found)[:20])) or "none"
         raise DataError(
             f"data.labels: no record has label {absent[0]!r}.{guess} There are: {there}. Correct data.labels."
         )

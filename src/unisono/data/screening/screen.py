@@ -15,7 +15,7 @@ import numpy as np
 from unisono.config.sections import Screen
 from unisono.data.screening import near_duplicates as near
 
-VERSION = 2
+VERSION = 3
 """Raise it whenever a rule, or the cut, begins to decide differently."""
 
 SPLITS = ("train", "validation", "test")
