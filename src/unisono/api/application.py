@@ -19,6 +19,7 @@ import torch
 
 from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
+from unisono.config.wording import count, hide_secrets
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
@@ -175,7 +176,8 @@ def predict(
     model = _load_to_compute(run, task)
     if target is None and isinstance(source, str | Path):
         raise DataError(
-            f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."
+            f"predict({str(run)!r}, {hide_secrets(str(source))!r}): a file needs another one to be written. Name it, "
+            "or give a frame."
         )
     if target is not None:
         check_target(Path(target))
@@ -193,8 +195,8 @@ def predict(
             write_table(add_columns(rows.table, new), part, Path(target).suffix)
         unusable = len(rows.faults) - len(rows.usable)
         print_now(
-            f"{len(rows.faults):,} rows written to {target}"
-            + (f", {unusable} of them without a prediction (see column unusable)" if unusable else "")
+            f"{count(len(rows.faults), 'row')} written to {target}"
+            + (f", {unusable:,} of them without a prediction (see column unusable)" if unusable else "")
         )
     return len(rows.faults)
 
@@ -264,4 +266,8 @@ def measure_model(
 
 def _describe(model: TrainedModel, found: Mapping[str, Any]) -> list[str]:
     first, *rest = model.describe(found)
-    return [first, *(f"left out: {number} rows, {reason}" for reason, number in found["left_out"].items()), *rest]
+    return [
+        first,
+        *(f"left out: {count(number, 'row')} ({reason})" for reason, number in found["left_out"].items()),
+        *rest,
+    ]

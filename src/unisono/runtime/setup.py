@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unisono.backends.backend import Backend
 from unisono.backends.backend_registry import find_backend
-from unisono.config.recipe import Recipe
+from unisono.config.recipe import Recipe, to_table
 from unisono.config.sections import TEXT
 from unisono.data.order import Order, count_steps
 from unisono.data.streams import SampleStream
@@ -372,7 +372,7 @@ def _resume(run: Run, saved: checkpoints.Saved) -> list[str]:
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]. A task that
     is no preset has its own keys in [task]."""
-    dump = recipe.model_dump(mode="json")
+    dump = to_table(recipe)  # a run goes on with other credentials
     for key in ("device", "audit_every", "loader_workers"):
         dump["train"].pop(key)
     dump["model"].pop("folder", None)

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from unisono.config.sections import Data
+from unisono.config.wording import hide_secrets
 from unisono.data.ingest import delimited as rows
 from unisono.data.ingest import hub, locations
 from unisono.data.ingest import parquet as tables
@@ -37,7 +38,7 @@ from unisono.data.ingest.lines import (
     refuse_utf16,
     strip_mark,
 )
-from unisono.data.ingest.locations import SourceFile, explain, hide_secrets, open_file, tell
+from unisono.data.ingest.locations import SourceFile, explain, open_file, tell
 from unisono.errors import DataError
 
 INPUT_SPLIT_BYTES = 8 * 2**20

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Data
+from unisono.config.wording import hide_secrets
 from unisono.data import store
 from unisono.data.encoding import encode
 from unisono.data.ingest.column_batch import (
@@ -24,7 +25,6 @@ from unisono.data.ingest.column_batch import (
 )
 from unisono.data.ingest.hub import is_dataset
 from unisono.data.ingest.input_splits import INPUT_SPLIT_BYTES, InputSplit, find_input_splits, hash_input_split
-from unisono.data.ingest.locations import hide_secrets
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import Record, take_records
 from unisono.data.screening import rules, screen

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unisono.config.recipe import is_url
+from unisono.config.wording import MASK, hide_all_secrets, hide_secrets
 from unisono.errors import DataError
 
 MAGIC = re.compile(r"[*?\[]")
@@ -161,32 +162,25 @@ def explain(location: str) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{told}: no such file. Check its name, and that it was not removed meanwhile.") from None
     except ImportError as error:
-        raise DataError(f"{told}: {error}. Install what reads it: pip install 'unisono[remote]'.") from None
+        raise DataError(
+            f"{told}: {hide_all_secrets(str(error))}. Install what reads it: pip install 'unisono[remote]'."
+        ) from None
     except PermissionError as error:
-        raise DataError(f"{told}: access is denied: {error}.{_CREDENTIALS if is_url(location) else ''}") from None
+        fault = hide_all_secrets(str(error))
+        raise DataError(f"{told}: access is denied: {fault}.{_CREDENTIALS if is_url(location) else ''}") from None
     except OSError as error:
-        raise DataError(f"{told}: cannot be read: {error.strerror or error}.") from None
+        raise DataError(f"{told}: cannot be read: {hide_all_secrets(error.strerror or str(error))}.") from None
     except Exception as error:
         if not is_url(location) or isinstance(error, (AssertionError, MemoryError)):
             raise
         kind = type(error).__name__  # botocore, aiohttp …: each store's library has errors of its own
         hint = _CREDENTIALS if "Credentials" in kind else " Is the server up? Try again."
-        raise DataError(f"{told}: cannot be read: {kind}: {error}.{hint}") from None
+        raise DataError(f"{told}: cannot be read: {kind}: {hide_all_secrets(str(error))}.{hint}") from None
 
 
 def tell(location: str) -> str:
     """A location as messages show it: quoted, and without credentials."""
     return repr(hide_secrets(location))
-
-
-def hide_secrets(location: str) -> str:
-    """A URL without user, password and query (in which signed URLs carry their signature); a path as it is."""
-    if not is_url(location):
-        return location
-    scheme, separator, rest = location.partition("://")
-    place, slash, path = rest.partition("/")
-    path = path.partition("?")[0] if scheme.startswith("http") else path
-    return scheme + separator + place.rpartition("@")[2] + slash + path
 
 
 def _connect(location: str) -> tuple[Any, str]:
@@ -195,11 +189,17 @@ def _connect(location: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ModuleNotFoundError:
         raise ImportError("fsspec is not installed") from None
+    if MASK in location:
+        raise DataError(
+            f"{tell(location)}: its credentials were left out ({MASK}) where the recipe was kept. Give the whole URL "
+            "again: --set data.train=URL; to evaluate, unisono evaluate RUN URL."
+        )
     try:
         system, path = url_to_fs(location)
     except ValueError as error:  # an unknown protocol
         raise DataError(
-            f"{tell(location)}: {error}. Allowed are paths, s3://, https:// and what fsspec knows."
+            f"{tell(location)}: {hide_all_secrets(str(error))}. Allowed are paths, s3://, https:// and what fsspec "
+            "knows."
         ) from None
     return system, path
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unisono.config.recipe import Recipe
+from unisono.config.recipe import Recipe, to_table
 from unisono.config.sections import Pretrained
 from unisono.errors import RecipeError
 from unisono.tasks.kinds import TaskKind
@@ -51,7 +51,7 @@ def open_text(
 
     def export(folder: Path) -> None:
         dataset.encoder.save(folder)
-        facts = {"labels": list(dataset.labels), "recipe": recipe.model_dump(mode="json"), "dataset": dataset.sha256}
+        facts = {"labels": list(dataset.labels), "recipe": to_table(recipe), "dataset": dataset.sha256}
         write_facts(folder, facts)
         if isinstance(recipe.model, Pretrained):
             from unisono.tasks.text.pretrained import write_config
