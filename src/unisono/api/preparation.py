@@ -46,7 +46,7 @@ def prepare(
     )
     if dataset.quarantined:
         reasons = [
-            f"{number} {reason} ({split})"
+            f"{number:,} {reason} ({split})"
             for split, found in dataset.quarantined.items()
             for reason, number in found.items()
         ]

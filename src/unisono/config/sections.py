@@ -86,6 +86,11 @@ class Data(Section):
     test_fraction: Rate = Field(
         0.0, description="share of the training records kept for the test, cut by a hash of their content"
     )
+    stratify: bool = Field(
+        False,
+        description="true: validation_fraction and test_fraction are shares of each class, at least one record of it; "
+        "false: of all records, so a rare class may be missing in a split",
+    )
     max_record_bytes: int = Field(
         16 * 2**20, ge=1024, le=2**30, description="a larger record is quarantined, and never held in memory whole"
     )
@@ -163,7 +168,7 @@ class Encode(Section):
     vocabulary_size: int = Field(
         16_000, ge=64, description="wordpiece, bpe: entries of the vocabulary trained on the training texts"
     )
-    max_tokens: int = Field(256, ge=2, description="longer texts are cut; for ngrams the limit is on words")
+    max_tokens: int = Field(256, ge=2, description="longer texts are cut, which is said; ngrams: so many words")
     lowercase: bool = Field(True, description="ngrams, wordpiece, bpe: fold case (and accents, for wordpiece)")
     ngrams: int = Field(2, ge=1, le=5, description="ngrams: longest run of words that is one feature")
     prefix: int = Field(

@@ -29,6 +29,8 @@ class SampleChunk:
     """int32 [samples]"""
     labels: np.ndarray | None
     """int32 [samples], or None"""
+    cut: int = 0
+    """Texts of which the encoder read a beginning only; known where they were encoded."""
 
 
 class EncodedSamples:
@@ -53,7 +55,9 @@ class EncodedSamples:
         lengths: np.ndarray,
         labels: np.ndarray | None,
         sha256: str,
+        cut: int = 0,
     ) -> None:
+        self.cut = cut
         self.lengths = lengths
         self.labels = labels
         self.sha256 = sha256
@@ -93,16 +97,18 @@ def encode_samples(
         lengths=chunk.lengths,
         labels=None if chunk.labels is None else chunk.labels.astype(np.int64),
         sha256=hash_content([chunk]),
+        cut=chunk.cut,
     )
 
 
 def make_chunk(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None) -> SampleChunk:
     """Encode texts, in order."""
-    rows = encoder.encode(texts)
+    rows, cut = encoder.encode_marked(texts)
     return SampleChunk(
         ids=np.concatenate(rows) if rows else np.empty(0, np.int32),
         lengths=np.fromiter(map(len, rows), np.int32, len(rows)),
         labels=None if labels is None else np.asarray(labels, np.int32),
+        cut=int(np.count_nonzero(cut)),
     )
 
 

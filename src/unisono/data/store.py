@@ -53,6 +53,10 @@ class Dataset:
     """Samples by split."""
     quarantined: Mapping[str, Mapping[str, int]]
     """Records left out, by split, then by reason."""
+    cut: Mapping[str, int]
+    """Texts of which the encoder read a beginning only, by split."""
+    remarks: Sequence[str]
+    """What a user should know of it; a line that begins with "warning: " is a warning."""
     manifest: Mapping[str, Any]
 
     @cached_property
@@ -87,9 +91,9 @@ def write_dataset(
     """Write a dataset under a temporary name, then rename it; if it already exists, it is opened.
 
     `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of
-    the manifest; `quarantined`, the counts by split and reason, is one of them. `pages` are further text files, by
-    name. Chunks are read twice. `do` calls functions and returns their results in order; it may use processes of its
-    own.
+    the manifest; `quarantined`, the counts by split and reason, is one of them, `cut` and `remarks` may be. `pages` are
+    further text files, by name. Chunks are read twice. `do` calls functions and returns their results in order; it may
+    use processes of its own.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.
@@ -140,6 +144,8 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> Dataset:
         sha256=manifest["sha256"],
         counts={name: entry["samples"] for name, entry in manifest["splits"].items()},
         quarantined=manifest["quarantined"],
+        cut=manifest.get("cut", {}),
+        remarks=manifest.get("remarks", ()),
         manifest=manifest,
     )
 

@@ -40,6 +40,7 @@ SEEN = (
     "labels",
     "validation_fraction",
     "test_fraction",
+    "stratify",
     "max_record_bytes",
     "max_depth",
 )
