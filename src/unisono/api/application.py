@@ -35,7 +35,7 @@ from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
-from unisono.tracking.terminal import print_now
+from unisono.tracking.terminal import print_now, warn_now
 
 WORKERS_AT_MOST = 65_536
 
@@ -114,6 +114,8 @@ def evaluate(
         if not _run(model, act, workers, launcher):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    if "remark" in found:
+        warn_now(found["remark"])
     if not quiet:
         print_now(json.dumps(found) if as_json else "\n".join(_describe(model, found)))
     return found
@@ -219,7 +221,10 @@ def _predict_part(
     assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
 ) -> None:  # fmt: skip
     """An `Act`: one worker's part of `predict`, which process `caller` has called."""
-    found = measure_model(model, model.task.predict, model.samples(rows), exchange, device)
+    samples = model.samples(rows)
+    found = measure_model(model, model.task.predict, samples, exchange, device)
+    if assignment.rank == 0 and (remark := model.remark(samples)):
+        warn_now(remark)
     if assignment.rank == 0 or os.getpid() == caller:  # under torchrun only one worker writes to the folder
         path.with_suffix(".json").write_text(json.dumps(list(found)), encoding="utf-8")
         np.savez(path, *found.values())
@@ -233,7 +238,10 @@ def _evaluate_part(
     source, left_out = (model.own_test(run), {}) if data is None else model.labelled(model.read(data))
     results = measure_model(model, model.task.measure, source, exchange, device)
     if assignment.rank == 0:
-        report.write_text(json.dumps({**model.report(results), "left_out": left_out}), encoding="utf-8")
+        facts = {**model.report(results), "left_out": left_out}
+        if remark := model.remark(source):
+            facts["remark"] = remark
+        report.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _run(model: TrainedModel, act: Act, workers: str | int, launcher: str | Launcher) -> bool:

@@ -69,7 +69,7 @@ class Dataset:
         if name not in self.manifest["splits"]:
             return None
         entry = self.manifest["splits"][name]
-        return _map_samples(self.folder / entry["file"], entry["sha256"])
+        return _map_samples(self.folder / entry["file"], entry["sha256"], self.cut.get(name, 0))
 
 
 def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -244,7 +244,7 @@ def read_chunk(batch: pa.RecordBatch) -> SampleChunk:
     return SampleChunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
 
 
-def _map_samples(path: Path, sha256: str) -> EncodedSamples:
+def _map_samples(path: Path, sha256: str, cut: int) -> EncodedSamples:
     """Map a split's file as one int32 array, so that samples of any record batch are gathered at once."""
     whole = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(whole))
@@ -263,6 +263,7 @@ def _map_samples(path: Path, sha256: str) -> EncodedSamples:
         lengths=np.concatenate(lengths),
         labels=np.concatenate(labels),
         sha256=sha256,
+        cut=cut,
     )
 
 

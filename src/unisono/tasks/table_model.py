@@ -85,6 +85,10 @@ class TableModel:
             )
         return samples_of(self.task, rows.table.take(pa.array(kept)), rows.name), left_out
 
+    def remark(self, samples: Source) -> str:
+        """Nothing: the task has encoded them."""
+        return ""
+
     def own_test(self, run: Path) -> Source:
         """The test file that the recipe names, or the rows that it cuts off."""
         data = self.recipe.data

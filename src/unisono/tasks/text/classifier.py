@@ -125,6 +125,18 @@ class Classifier:
             )
         return self.encode([rows.texts[row] for row in kept], list(kept.values())), left_out
 
+    def remark(self, samples: Source) -> str:
+        """How many of the texts were cut."""
+        cut = samples.cut if isinstance(samples, EncodedSamples) else 0
+        if not cut:
+            return ""
+        share, limit = f"{100 * cut / len(samples):.1f} %", self.recipe.encode.max_tokens
+        unit = count(limit, "word" if self.recipe.model.kind == "bag" else "token")
+        return (
+            f"{cut:,} of {count(len(samples), 'text')} ({share}) cut after {unit}, as the model was trained "
+            "(encode.max_tokens): the rest of them is not read"
+        )
+
     def own_test(self, run: Path) -> Source:
         """The test samples of the run's own dataset."""
         folder = Path(self.recipe.data.store)
