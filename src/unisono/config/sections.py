@@ -91,6 +91,9 @@ class Data(Section):
         description="true: validation_fraction and test_fraction are shares of each class, at least one record of it; "
         "false: of all records, so a rare class may be missing in a split",
     )
+    follow_links: bool = Field(
+        False, description="folder per class: true: links that lead out of the folder are followed, wherever they lead"
+    )
     max_record_bytes: int = Field(
         16 * 2**20, ge=1024, le=2**30, description="a larger record is quarantined, and never held in memory whole"
     )

@@ -43,6 +43,8 @@ from unisono.errors import DataError
 
 INPUT_SPLIT_BYTES = 8 * 2**20
 INPUT_SPLIT_FILES = 4_096
+LEADS_OUT = -1
+LINK = "a link out of the folder (see data.follow_links)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ class InputSplit:
     groups: tuple[int, int] = (0, 0)
     """Parquet: row groups [first, last)."""
     files: tuple[tuple[str, int], ...] = ()
-    """Folder: names of files within `location`, and their sizes."""
+    """Folder: names of files within `location`, and their sizes; LEADS_OUT of a link that is not followed."""
     version: str = ""
     """The file's version when it was found (local: size and time of change); a dataset's fingerprint."""
     digest: str = ""
@@ -95,7 +97,7 @@ def find_input_splits(
     if hub.is_dataset(location):
         return _cut_dataset(location, input_split_bytes)
     if locations.is_folder(location):
-        return _cut_folder(location, input_split_bytes)
+        return _cut_folder(location, data, input_split_bytes)
     return [
         input_split
         for file in locations.find_files(location)
@@ -164,6 +166,8 @@ def hash_input_split(input_split: InputSplit) -> str:
         result.update(json.dumps([input_split.version, input_split.start, input_split.stop]).encode())
     elif input_split.kind == "folder":
         for name, size in input_split.files:
+            if size == LEADS_OUT:
+                continue
             with open_file(f"{input_split.location.rstrip('/')}/{name}") as file:
                 result.update(hash_stream(file, size).encode())
     else:
@@ -291,15 +295,15 @@ def _cut_parquet(whole: InputSplit, told: str, input_split_bytes: int) -> list[I
     ]
 
 
-def _cut_folder(location: str, input_split_bytes: int) -> list[InputSplit]:
+def _cut_folder(location: str, data: Data, input_split_bytes: int) -> list[InputSplit]:
     """Put the files of a folder into groups by their sizes."""
     pieces: list[InputSplit] = []
     group: list[tuple[str, int]] = []
     size = 0
-    files = locations.list_folder(location)
+    files = locations.list_folder(location, follow_links=data.follow_links)
     name = escape(hide_secrets(location).rstrip("/").rpartition("/")[2])
     for number, file in enumerate(files, 1):
-        group.append((file.name, file.size))
+        group.append((file.name, LEADS_OUT if file.leads_out else file.size))
         size += file.size
         if size >= input_split_bytes or len(group) == INPUT_SPLIT_FILES or number == len(files):
             pieces.append(InputSplit(source=name, kind="folder", location=location, stop=size, files=tuple(group)))
@@ -320,13 +324,20 @@ def _read_folder(input_split: InputSplit, data: Data) -> Iterator[ColumnBatch]:
 
 
 def _stand_files(input_split: InputSplit, files: list[tuple[str, int]], data: Data) -> ColumnBatch:
-    heads = locations.read_heads(input_split.location, files, data.max_record_bytes + 1)
+    links = [row for row, (_, size) in enumerate(files) if size == LEADS_OUT]
+    found = iter(
+        locations.read_heads(
+            input_split.location, [one for one in files if one[1] != LEADS_OUT], data.max_record_bytes + 1
+        )
+    )
+    heads = [b"" if size == LEADS_OUT else next(found) for _, size in files]
     names = [name for name, _ in files]
     faults = {
         row: FieldFault(reason=rows.TOO_LARGE, raw=decode_head(head))
         for row, head in enumerate(heads)
         if len(head) > data.max_record_bytes
     }
+    faults |= {row: FieldFault(reason=LINK, raw="") for row in links}
     texts = [None if row in faults else decode_file(head) for row, head in enumerate(heads)]
     labels = [name.split("/")[0] if "/" in name and row not in faults else None for row, name in enumerate(names)]
     shown = [escape(name) for name in names]

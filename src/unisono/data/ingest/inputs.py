@@ -41,6 +41,7 @@ SEEN = (
     "validation_fraction",
     "test_fraction",
     "stratify",
+    "follow_links",
     "max_record_bytes",
     "max_depth",
 )

@@ -51,6 +51,8 @@ class SourceFile:
     """Local: size and time of change. Remote: the store's own mark of the version, '' where it has none."""
     ranged: bool = True
     """Whether reading can begin at any byte."""
+    leads_out: bool = False
+    """In a folder: whether it is a link to a place outside, to a file or a folder. Its size is 0."""
 
 
 def is_folder(location: str) -> bool:
@@ -94,11 +96,14 @@ def find_files(location: str) -> list[SourceFile]:
     return [_local(one, one.relative_to(root).as_posix()) for one in files]
 
 
-def list_folder(location: str) -> list[SourceFile]:
+def list_folder(location: str, *, follow_links: bool = False) -> list[SourceFile]:
     """Return the files below a folder, sorted by path. Hidden files are left out.
 
     Links to folders are followed; a folder that several lead to is read once, under its own name if it lies below
     `location`.
+
+    Args:
+        follow_links: also out of the folder; else such a link is returned as it is, marked.
     """
     if is_url(location):
         with explain(location):
@@ -108,7 +113,9 @@ def list_folder(location: str) -> list[SourceFile]:
         files = [_remote(system, path, info, path[len(root) :].lstrip("/")) for path, info in found.items()]
     else:
         with explain(location):
-            files = [_local(path, path.relative_to(location).as_posix()) for path in _walk_files(Path(location))]
+            root = Path(location)
+            inside = None if follow_links else root.resolve()
+            files = [_local(path, path.relative_to(root).as_posix(), inside) for path in _walk_files(root, inside)]
     visible = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
     return sorted(visible, key=lambda file: file.name.split("/"))
 
@@ -250,7 +257,9 @@ def _has_ranges(system: Any, path: str, size: int) -> bool:
         return False
 
 
-def _local(path: Path, name: str) -> SourceFile:
+def _local(path: Path, name: str, inside: Path | None = None) -> SourceFile:
+    if _leads_out(path, inside):
+        return SourceFile(location=str(path), name=name, size=0, version="", leads_out=True)
     facts = path.stat()
     regular = stat.S_ISREG(facts.st_mode)
     version = f"{facts.st_size} {facts.st_mtime_ns}"
@@ -277,8 +286,14 @@ def _match(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
                 yield from _match(folder / name, parts[1:])
 
 
-def _walk_folders(root: Path) -> Iterator[Path]:
-    """`root` and all visible folders below, each once: real folders first, then those that links lead to."""
+def _leads_out(path: Path, inside: Path | None) -> bool:
+    """Whether a path is a link out of the folder `inside`, which is resolved; None: any place is inside."""
+    return inside is not None and path.is_symlink() and not path.resolve().is_relative_to(inside)
+
+
+def _walk_folders(root: Path, inside: Path | None = None) -> Iterator[Path]:
+    """`root` and all visible folders below, each once: real folders first, then those that links lead to, if these are
+    inside."""
     visited: set[tuple[int, int]] = set()
     waiting, links = [root], deque[Path]()
     while waiting or links:
@@ -289,13 +304,16 @@ def _walk_folders(root: Path) -> Iterator[Path]:
         visited.add((facts.st_dev, facts.st_ino))
         yield folder
         for path in sorted(folder.iterdir(), reverse=True):
-            if not path.name.startswith(".") and _is_folder(path):
+            if not path.name.startswith(".") and _is_folder(path) and not _leads_out(path, inside):
                 (links if path.is_symlink() else waiting).append(path)
 
 
-def _walk_files(root: Path) -> Iterator[Path]:
-    for folder in _walk_folders(root):
-        yield from (path for path in folder.iterdir() if _is_file(path))
+def _walk_files(root: Path, inside: Path | None) -> Iterator[Path]:
+    """Files, and links that lead out."""
+    for folder in _walk_folders(root, inside):
+        yield from (
+            path for path in folder.iterdir() if _is_file(path) or (_is_folder(path) and _leads_out(path, inside))
+        )
 
 
 def _is_folder(path: Path) -> bool:
