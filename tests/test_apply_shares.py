@@ -82,7 +82,7 @@ def test_each_worker_encodes_its_share_and_reads_nothing(
     """Fails if a worker encodes all texts, or reads the file itself."""
     log = tmp_path / "log.txt"
 
-    def encode(self: NGrams, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode(self: NGrams, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
         with log.open("a") as file:
             file.write("".join(f"{os.getpid()}\n" for _ in texts))
         return honest(self, texts)
@@ -91,8 +91,8 @@ def test_each_worker_encodes_its_share_and_reads_nothing(
         assert os.getpid() == caller
         return reader(*arguments)
 
-    honest, reader, caller = NGrams.encode, classifier.read_texts, os.getpid()
-    monkeypatch.setattr(NGrams, "encode", encode)
+    honest, reader, caller = NGrams.encode_marked, classifier.read_texts, os.getpid()
+    monkeypatch.setattr(NGrams, "encode_marked", encode)
     monkeypatch.setattr(classifier, "read_texts", read)
     usable = len(ROWS) - 2
     for act in (
@@ -111,7 +111,11 @@ class Fake:
     vocabulary_size, padding = 256, 0
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode() or b"\0", np.uint8).astype(np.int32) for text in texts]
+        return self.encode_marked(texts)[0]
+
+    def encode_marked(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        found = [np.frombuffer(text.encode() or b"\0", np.uint8).astype(np.int32) for text in texts]
+        return found, np.array([len(text) > 3 for text in texts], bool)
 
     def save(self, folder: Path) -> None:
         raise AssertionError

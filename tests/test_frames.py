@@ -439,7 +439,7 @@ def test_what_is_written_into_shared_memory_is_noticed(tmp_path: Path) -> None:
     NUMBERS["x"].tofile(tmp_path / "x")
     shared = np.memmap(tmp_path / "x", np.float64, "r+")
     thread = write_meanwhile(tmp_path, lambda: shared.fill(7))
-    with pytest.raises(DataError, match=r"written into while it was trained on.*Give a copy"):
+    with pytest.raises(DataError, match=r"written into while it was trained on.*give a copy"):
         train(tmp_path / "run", NUMBERS | {"x": shared}, 2, Writes(tmp_path))
     thread.join()
     assert not (tmp_path / "run" / "model").exists()

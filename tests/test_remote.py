@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import unisono
+from unisono.config.recipe import check
 from unisono.config.sections import Data
+from unisono.config.wording import hide_secrets
 from unisono.data.ingest.input_splits import InputSplit, find_input_splits, hash_input_split, read_input_split
-from unisono.data.ingest.locations import hide_secrets
 from unisono.data.ingest.read import read_records
 from unisono.errors import DataError
 
@@ -207,6 +209,26 @@ def test_secrets_are_not_told(tmp_path: Path) -> None:
     assert hide_secrets("https://user:password@host/a.csv?sig=x") == "https://host/a.csv"
     assert hide_secrets("s3://bucket/a?.csv") == "s3://bucket/a?.csv"
     assert hide_secrets(str(tmp_path / "a?@b.csv")) == str(tmp_path / "a?@b.csv")
+
+
+def test_a_run_keeps_and_shows_no_credentials(
+    web: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does its dataset; it is resumed with other ones."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(word: str, resume: bool) -> str:
+        data = {"train": f"{web.replace('//', f'//user:{word}@')}/ranged/all.jsonl?sig={word}", "store": "store"}
+        recipe = check({"data": data, "train": {"max_steps": 2}, "encode": {"features": 16}})
+        return unisono.train(recipe, workers=1, run="run", resume=resume).weights_sha256
+
+    first = train("hunter2", False)
+    assert train("hunter3", True) == first
+    held = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.toml", "unisono.json", "manifest.json", "metrics.jsonl"} <= {path.name for path in held}
+    assert not [path for path in held if b"hunter" in path.read_bytes()]
+    written = capsys.readouterr()
+    assert "hunter" not in written.out + written.err
 
 
 def test_unknown_protocol() -> None:

@@ -66,14 +66,14 @@ def check_review(content: bytes, folder: Path) -> None:
     decided.choose_labels(())
     paths = [folder / f"part-{number}" for number in range(len(decided.batches))]
     for path, batch in zip(paths, decided.batches, strict=True):
-        write_part(path, decided.staged[batch.staged], batch.number, decided.fates(batch), _Letters(), 8)
+        write_part(path, decided.staged[batch.staged], batch.number, decided.fates(batch), _Letters())
     whole = add_reviews(paths)
     assert add_reviews(paths[::-1]).to_dict() == whole.to_dict(), "the order of parts changes the review"
     assert Review.from_dict(json.loads(json.dumps(whole.to_dict()))).to_dict() == whole.to_dict()
     _check_counts(whole, decided)
     texts = [text for one in decided.batches for text in _list_texts(decided, one)]
     _check_examples(whole, texts)
-    page = render(whole, title=texts[0][:50], max_tokens=8, mended=describe_treatments(choice.screen))
+    page = render(whole, title=texts[0][:50], mended=describe_treatments(choice.screen))
     _check_page(page)
     _check_tables(texts, folder)
 
@@ -110,7 +110,10 @@ class _Letters:
     vocabulary_size, padding = 2, 0
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.ones(max(len(text), 1), np.int32) for text in texts]
+        return self.encode_marked(texts)[0]
+
+    def encode_marked(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        return [np.ones(max(len(text), 1), np.int32) for text in texts], np.zeros(len(texts), bool)
 
     def save(self, folder: Path) -> None:
         raise NotImplementedError

@@ -29,7 +29,7 @@ from record import Cell, Spread, record
 from workloads import Workload, transformer
 
 from unisono.config.recipe import Recipe
-from unisono.config.sections import Checkpoint
+from unisono.config.run_sections import Checkpoint
 from unisono.tasks.own_inputs import open_own
 from unisono.tracking.events import CheckpointWritten
 

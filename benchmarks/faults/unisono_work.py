@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from marks import Mark, train_supervised
 from peer_work import Journal, Work, workload
 
-from unisono.config.sections import Recovery
+from unisono.config.run_sections import Recovery
 from unisono.tasks.own_inputs import open_own
 
 WORKERS = 2

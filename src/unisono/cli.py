@@ -328,5 +328,7 @@ def main() -> None:
     try:
         app(prog_name="unisono")
     except UnisonoError as error:
-        print(f"unisono: {error}", file=sys.stderr)
+        from unisono.config.wording import readable
+
+        print(f"unisono: {readable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -105,7 +105,7 @@ def test_class_in_test_only(command: Command, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("text,label\ngoal and chip,opera\nsoup,food\n")
     code, _, err = command("train", "toy.toml", "-w", 2, "--run-folder", "run")
     assert code == 2
-    assert "test has class 'opera' (1 records), training has not" in err
+    assert "test has class 'opera' (1 record), training has not" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -61,7 +61,7 @@ def test_as_many_layers_as_no_machine_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"a = " + b"[" * 100_000, b"\xff\xfe", b"a ="])
 def test_a_recipe_that_is_no_toml(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.toml").write_bytes(content)
-    with pytest.raises(RecipeError, match="not readable as TOML|UTF-16"):
+    with pytest.raises(RecipeError, match=r"not readable as TOML|UTF-16"):
         recipes.load(tmp_path / "a.toml")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -152,7 +153,9 @@ def test_files_for_which_there_is_no_room_are_missed(ends: Ends) -> None:
     one, other = ends
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     one.send({"rank": 0}, [0] * 9)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 3, before[1]))
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    limit = next(top for top in itertools.count(3) if len(set(range(top)) - used) == 3)  # so many numbers are free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
         with pytest.raises(OSError) as raised:
             other.receive()

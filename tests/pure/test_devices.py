@@ -15,6 +15,7 @@ from unisono.runtime.launchers.devices import Told, choose, compare
 from unisono.runtime.launchers.fork import launch
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.supervisor import Supervisor
+from unisono.storage.run_lock import WorkersRequest
 
 
 def assignment(local_rank: int, local_workers: int) -> RankAssignment:
@@ -67,10 +68,10 @@ def test_too_many_workers_are_refused_before_any_is_started(tmp_path: Path) -> N
         with pytest.raises(RecipeError, match=r"`--workers 3`: this machine has 2 GPUs.* Use 2 workers at most"):
             start(3)
     answers: list[tuple[str, bool]] = []
-    run_lock: Any = SimpleNamespace(answer=lambda text, done: answers.append((text, done)))
+    run_lock: Any = SimpleNamespace(answer=lambda request, text, done: answers.append((text, done)))
     supervisor = supervise(2)
     supervisor._training = True
-    supervisor._resize(run_lock, 3)
+    supervisor._resize(run_lock, WorkersRequest(name="a", workers=3))
     assert answers == [("at most 2 workers can be at work: each needs a GPU of its own", False)]
     assert supervisor._change is None
 

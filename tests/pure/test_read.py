@@ -15,8 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from unisono.config.recipe import check
 from unisono.config.sections import Data
 from unisono.data.ingest.read import Record, read_records, read_texts
+from unisono.data.prepare import prepare
 from unisono.errors import DataError
 
 TEXTS = ["plain", 'a "quoted", word', "two\nlines", "今天天气很好", "  spaces  "]
@@ -98,6 +100,46 @@ def test_folder_per_class(tmp_path: Path) -> None:
         ("a/1.txt", "a", ""),
         ("b/2.txt", "b", ""),
         ("b/3.txt", "b", "not UTF-8"),
+    ]
+
+
+def test_links_out_of_a_folder_are_not_followed_and_are_said(tmp_path: Path) -> None:
+    """To a file, to a folder, and as a class; a link within it is followed, and so are all if the recipe says so."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for name in ("folder/a/1.txt", "folder/b/2.txt", "other/3.txt", "other/deep/4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "a/5.txt").symlink_to(folder / "b/2.txt")
+    (folder / "a/6.txt").symlink_to(other / "3.txt")
+    (folder / "a/7").symlink_to(other / "deep")
+    (folder / "c").symlink_to("../other")
+    (tmp_path / "folder 2").mkdir()  # its name begins like the folder's
+    (tmp_path / "folder 2/8.txt").write_text("8")
+    (folder / "b/8.txt").symlink_to(tmp_path / "folder 2/8.txt")
+    (tmp_path / "alias").symlink_to(folder)
+    reason = "a link out of the folder (see data.follow_links)"
+    for location in (folder, tmp_path / "alias"):
+        assert [(one.file, one.text, one.fault) for one in read_records(location, DATA)] == [
+            ("a/1.txt", "folder/a/1.txt", ""),
+            ("a/5.txt", "folder/b/2.txt", ""),
+            ("a/6.txt", "", reason),
+            ("a/7", "", reason),
+            ("b/2.txt", "folder/b/2.txt", ""),
+            ("b/8.txt", "", reason),
+            ("c", "", reason),
+        ]
+    assert read_texts(folder, DATA).faults.count(reason) == 4
+    with pytest.raises(DataError, match="a link out of the folder"):
+        prepare(check({"data": {"train": str(folder), "store": str(tmp_path / "store"), "strict": True}}))
+    followed = read_records(folder, DATA.model_copy(update={"follow_links": True}))
+    assert [(one.file, one.label) for one in followed if not one.fault] == [
+        ("a/1.txt", "a"),
+        ("a/5.txt", "a"),
+        ("a/6.txt", "a"),
+        ("b/2.txt", "b"),
+        ("b/8.txt", "b"),
+        ("c/3.txt", "c"),
+        ("c/deep/4.txt", "c"),  # read once, though two links lead to it
     ]
 
 

@@ -162,3 +162,10 @@ def test_a_second_start_makes_no_second_bar(terminal: io.StringIO) -> None:
     live.observe(done(3))
     assert re.findall(r"step (\d+)/40", terminal.getvalue()[before:]) == ["3"]
     live.close()
+
+
+def test_a_live_terminal_obeys_no_text(terminal: io.StringIO) -> None:
+    live = Live()
+    live.observe(events.Notice(message="class 'a\x1b[2J\rb' :bug: [red]"))
+    live.close()
+    assert "class 'a\\u001b[2J\\u000db' :bug: [red]" in terminal.getvalue()

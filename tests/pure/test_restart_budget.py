@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.config.sections import Recovery
+from unisono.config.run_sections import Recovery
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
 from unisono.runtime.restart_budget import (
     MOST_BACKOFF_SECONDS,

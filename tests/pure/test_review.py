@@ -31,7 +31,8 @@ def make_part(rows: list[tuple[int, int, int, int, int]], input_split: int) -> R
         split_names=SPLITS, reason_names=REASONS, label_names=LABELS,
     )  # fmt: skip
     for number, split in enumerate(SPLITS):
-        part.count_tokens(split, tokens[(splits == number) & (reasons == 0)], 64)
+        kept = tokens[(splits == number) & (reasons == 0)]
+        part.count_tokens(split, kept, int(np.count_nonzero(kept >= 64)))
     for number, (split, reason, _, length, _) in enumerate(rows):
         if reason:
             part.show(
@@ -67,7 +68,7 @@ def test_parts_add_up_in_any_grouping_and_order(
         queue.append(queue.pop() + queue.pop())
     assert queue[0] == whole
     assert json.dumps(queue[0].to_dict()) == json.dumps(whole.to_dict())
-    assert render(queue[0], title="t", max_tokens=64) == render(whole, title="t", max_tokens=64)
+    assert render(queue[0], title="t", limit="64 tokens") == render(whole, title="t", limit="64 tokens")
     together = make_part([row for part in parts for row in part], 0)
     assert together.counts == whole.counts
     assert {reason: [one.text for one in shown] for reason, shown in together.examples.items()} == {
@@ -83,7 +84,7 @@ def test_what_is_counted() -> None:
     assert found.take(review.CHARACTERS_IN, "train") == {"0": 1, "4": 1, "6": 1, "96": 1}
     assert found.take(review.CHARACTERS, "train") == {"4": 1, "96": 1}
     assert found.take(review.TOKENS, "train") == {"3": 1, "64": 1}
-    assert found.take(review.FULL, "train") == {"64": 1}
+    assert found.take(review.CUT, "train") == {"": 1}
     assert found.take(review.RECORDS, "test") == {"": 1}
     assert found.take(review.RECORDS, "validation") == {}
 
@@ -163,14 +164,14 @@ def make_evil() -> Review:
         splits=np.array([0, 0, 1]), reasons=np.array([0, 1, 0]), labels=np.array([0, 0, 1]), characters=np.array([3, 5, 900]),
         split_names=("train", EVIL), reason_names=("", EVIL), label_names=(EVIL, "b"),
     )  # fmt: skip
-    found.count_tokens("train", np.array([2]), 2)
+    found.count_tokens("train", np.array([2]), 1)
     found.show(EVIL, EVIL, place=(0, 0), split=EVIL, file=EVIL, row=3, label=EVIL)
     return found
 
 
 def test_the_page_is_whole_and_runs_nothing() -> None:
     """Wherever the data's strings stand: class, reason, split, file, text, title, facts. Fails if one is not escaped."""
-    page = render(make_evil(), title=EVIL, max_tokens=2, facts=[(EVIL, EVIL)], mended=EVIL)
+    page = render(make_evil(), title=EVIL, limit="2 tokens", facts=[(EVIL, EVIL)], mended=EVIL, remarks=[EVIL])
     page.encode()  # lone surrogates are spelt out
     read = Reader(page)
     assert read.open == []
@@ -180,24 +181,24 @@ def test_the_page_is_whole_and_runs_nothing() -> None:
     assert "\0" not in page and "\u202e" not in page and "\\u202e" in page
     assert sum("<script>alert(1)</script>" in text for text in read.texts) > 8
     assert sum("{{ 7 * 7 }} {% raw %} {#" in text for text in read.texts) > 8  # the data are no template
-    assert page == render(make_evil(), title=EVIL, max_tokens=2, facts=[(EVIL, EVIL)], mended=EVIL)
+    assert page == render(make_evil(), title=EVIL, limit="2 tokens", facts=[(EVIL, EVIL)], mended=EVIL, remarks=[EVIL])
 
 
-def read_page(found: Review, max_tokens: int = 0) -> str:
-    return " ".join(Reader(render(found, title="Reviews", max_tokens=max_tokens)).texts)
+def read_page(found: Review, limit: str = "") -> str:
+    return " ".join(Reader(render(found, title="Reviews", limit=limit)).texts)
 
 
 def test_the_page_answers() -> None:
     """How many came in and stayed, why others went, whether the balance changed, whether texts were cut."""
     rows = [(0, 0, 0, 10, 8)] * 60 + [(0, 1, 0, 10, 0)] * 20 + [(0, 0, 1, 90, 64)] * 20 + [(2, 0, 1, 7, 5)] * 1
-    told = read_page(make_part(rows, 0), 64)
-    assert "101 records came in 81 stayed: 80.2% 20 were set aside: 19.8%" in told
+    told = read_page(make_part(rows, 0), "64 tokens")
+    assert "101 records came in 81 stayed: 80.2% 20 set aside: 19.8%" in told
     assert "The most frequent reason is: duplicate (20)." in told
     assert "The share that changed most is that of sport in train, by 5.0 percentage points." in told
     assert "sport 80 60 80.0% 75.0% −5.0" in told and "food 20 20 20.0% 25.0% +5.0" in told
-    assert "train: samples by tokens; 20 of 80 fill encode.max_tokens = 64: longer texts were cut" in told
-    assert "test: samples by tokens; none reaches encode.max_tokens = 64, so none was cut" in told
-    assert "24.7% of the samples fill encode.max_tokens = 64" in told
+    assert "train: samples by tokens; 20 of 80 texts were cut after 64 tokens (encode.max_tokens)" in told
+    assert "test: samples by tokens; no text is longer than 64 tokens (encode.max_tokens), so none was cut" in told
+    assert "24.7% of the texts are cut after 64 tokens" in told
 
 
 def test_pages_of_little() -> None:
@@ -226,4 +227,4 @@ def test_few_are_not_none() -> None:
         splits=reasons, reasons=reasons, labels=reasons, characters=reasons,
         split_names=("train", "test"), reason_names=("", "duplicate"), label_names=("a", "b"),
     )  # fmt: skip
-    assert "stayed: >99.9% 1 were set aside: <0.1%" in re.sub(" +", " ", read_page(found))
+    assert "stayed: >99.9% 1 set aside: <0.1%" in re.sub(" +", " ", read_page(found))

@@ -390,9 +390,9 @@ def test_new_texts_are_treated_like_those_learned_from() -> None:
     from unisono.tasks.text.classifier import Classifier
 
     class Spy:
-        def encode(self, texts: list[str]) -> list[np.ndarray]:
+        def encode_marked(self, texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
             seen.extend(texts)
-            return [np.ones(1, np.int32) for _ in texts]
+            return [np.ones(1, np.int32) for _ in texts], np.zeros(len(texts), bool)
 
     seen: list[str] = []
     recipe = Recipe(screen=Screen(mail="mask", invisible="strip"))

@@ -65,6 +65,9 @@ def make(lowercase: bool, most: int, added: bool) -> SubwordEncoder:
 ENCODERS = [
     make(lowercase, most, added) for lowercase in (True, False) for most in (3, 9, 99) for added in (True, False)
 ]
+WHOLE = {encoder: Tokenizer.from_str(encoder._tokenizer.to_str()) for encoder in ENCODERS}
+for unlimited in WHOLE.values():
+    unlimited.no_truncation()
 
 
 @settings(max_examples=400, deadline=None)
@@ -72,7 +75,10 @@ ENCODERS = [
 def test_any_text_has_the_librarys_tokens(text: str) -> None:
     text = text.encode("utf-8", "ignore").decode()
     for encoder in ENCODERS:
-        np.testing.assert_array_equal(encoder.encode([text])[0], encoder._ask([text])[0])
+        (row,), (cut,) = encoder.encode_marked([text])
+        (asked,), (cut_by_library,) = encoder._ask([text])
+        np.testing.assert_array_equal(row, asked)
+        assert cut == cut_by_library == (len(WHOLE[encoder].encode(text).ids) > encoder.max_tokens)
 
 
 def ids_of(words: Words, text: str, most: int = 99) -> list[int]:
@@ -85,7 +91,7 @@ def ids_of(words: Words, text: str, most: int = 99) -> list[int]:
 @given(st.lists(st.lists(st.sampled_from(SPICE), max_size=25).map("".join), max_size=9), st.sampled_from(ENCODERS))
 def test_texts_are_encoded_together_as_alone(texts: list[str], encoder: SubwordEncoder) -> None:
     together = encoder.encode(texts)
-    assert [row.tolist() for row in together] == [encoder._ask([text])[0].tolist() for text in texts]
+    assert [row.tolist() for row in together] == [encoder._ask([text])[0][0].tolist() for text in texts]
 
 
 def test_words_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import torch
 from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.config.small_files import read_small
+from unisono.config.wording import count, hide_secrets
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
@@ -37,7 +38,7 @@ from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
-from unisono.tracking.terminal import print_now
+from unisono.tracking.terminal import print_now, warn_now
 
 WORKERS_AT_MOST = 65_536
 
@@ -127,6 +128,8 @@ def evaluate(
         if not _run(model, act, workers, launcher):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    if "remark" in found:
+        warn_now(found["remark"])
     if not quiet:
         print_now(json.dumps(found) if as_json else "\n".join(_describe(model, found)))
     return found
@@ -189,7 +192,8 @@ def predict(
     model = _load_to_compute(run, task)
     if target is None and isinstance(source, str | Path):
         raise DataError(
-            f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."
+            f"predict({str(run)!r}, {hide_secrets(str(source))!r}): a file needs another one to be written. Name it, "
+            "or give a frame."
         )
     if target is not None:
         check_target(Path(target))
@@ -203,15 +207,16 @@ def predict(
     if target is None:
         return add_columns(frame if is_frame(frame) else rows.table, model.new_columns(rows, results))
     if speaks:
-        new = model.new_columns(rows, results)
         with whole_file(Path(target)) as part:
-            write_table(add_columns(rows.table, new), part, Path(target).suffix)
-        unusable = len(rows.faults) - len(rows.usable)
-        print_now(
-            f"{len(rows.faults):,} rows written to {target}"
-            + (f", {unusable} of them without a prediction (see column unusable)" if unusable else "")
-        )
+            write_table(add_columns(rows.table, model.new_columns(rows, results)), part, Path(target).suffix)
+        _tell_written(rows, target)
     return len(rows.faults)
+
+
+def _tell_written(rows: Any, target: str | Path) -> None:
+    unusable = len(rows.faults) - len(rows.usable)
+    without = f", {unusable:,} of them without a prediction (see column unusable)" if unusable else ""
+    print_now(f"{count(len(rows.faults), 'row')} written to {target}{without}")
 
 
 def _share_out(
@@ -239,6 +244,8 @@ def _predict_part(
     everywhere = exchange.gather_bytes(bytes([mine])) == [b"\1"] * exchange.workers
     source = model.samples(rows, exchange)
     found = measure_model(model, model.task.predict, source, exchange, device, everywhere=everywhere)
+    if assignment.rank == 0 and (remark := model.remark(source)):
+        warn_now(remark)
     if assignment.rank == 0 or everywhere:
         path.with_suffix(".json").write_text(json.dumps(list(found)), encoding="utf-8")
         np.savez(path, *found.values())
@@ -252,7 +259,10 @@ def _evaluate_part(
     source, left_out = model.labelled(rows, exchange) if own is None else (own, {})
     results = measure_model(model, model.task.measure, source, exchange, device, everywhere=False)
     if assignment.rank == 0:
-        report.write_text(json.dumps({**model.report(results), "left_out": left_out}), encoding="utf-8")
+        facts = {**model.report(results), "left_out": left_out}
+        if remark := model.remark(source):
+            facts["remark"] = remark
+        report.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _run(model: TrainedModel, act: Act, workers: str | int, launcher: str | Launcher) -> bool:
@@ -288,4 +298,8 @@ def measure_model(
 
 def _describe(model: TrainedModel, found: Mapping[str, Any]) -> list[str]:
     first, *rest = model.describe(found)
-    return [first, *(f"left out: {number} rows, {reason}" for reason, number in found["left_out"].items()), *rest]
+    return [
+        first,
+        *(f"left out: {count(number, 'row')} ({reason})" for reason, number in found["left_out"].items()),
+        *rest,
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from unisono.errors import DamagedError, RunFolderError
 from unisono.storage import checkpoints
+from unisono.tracking.terminal import print_now
 
 
 def list_checkpoints(run: str | Path, *, verify: bool = False, as_json: bool = False) -> bool:
@@ -32,10 +33,12 @@ def list_checkpoints(run: str | Path, *, verify: bool = False, as_json: bool = F
         for row in rows:
             print(json.dumps(row))
     else:
-        print("    step  written (UTC)             MB  state")
+        print_now("    step  written (UTC)             MB  state")
         for row in rows:
-            print(f"{row['step']:>8}  {row['written']}  {row['bytes'] / 1e6:>11,.1f}  {row['state']}")
-        print(f"the newest is {rows[-1]['path']}" if verify else "give --verify to compare every file with its SHA-256")
+            print_now(f"{row['step']:>8}  {row['written']}  {row['bytes'] / 1e6:>11,.1f}  {row['state']}")
+        print_now(
+            f"the newest is {rows[-1]['path']}" if verify else "give --verify to compare every file with its SHA-256"
+        )
     return not any(row["fault"] for row in rows)
 
 

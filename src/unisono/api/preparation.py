@@ -42,17 +42,17 @@ def prepare(
     recipe = complete(recipe)
     count = count_cores() if workers == "auto" else int(workers)
     dataset = stages.prepare(recipe, workers=count, frames=frames, notify=print_now, progress=None)
-    print(
+    print_now(
         f"{sum(dataset.counts.values()):,} samples: "
         + ", ".join(f"{number:,} {split}" for split, number in dataset.counts.items())
     )
     if dataset.quarantined:
         reasons = [
-            f"{number} {reason} ({split})"
+            f"{number:,} {reason} ({split})"
             for split, found in dataset.quarantined.items()
             for reason, number in found.items()
         ]
-        print(f"quarantined: {', '.join(reasons)}; each is in {dataset.folder / 'quarantine.jsonl'}")
-    print(f"report: {dataset.folder / stages.REPORT}")
-    print(f"{len(dataset.labels)} classes, sha256 {dataset.sha256}")
+        print_now(f"quarantined: {', '.join(reasons)}; each is in {dataset.folder / 'quarantine.jsonl'}")
+    print_now(f"report: {dataset.folder / stages.REPORT}")
+    print_now(f"{len(dataset.labels)} classes, sha256 {dataset.sha256}")
     return dataset

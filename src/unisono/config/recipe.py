@@ -16,22 +16,21 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from unisono.config.run_sections import Checkpoint, Recovery, Tracking
 from unisono.config.sections import (
     Bag,
-    Checkpoint,
     Data,
     Encode,
     Evaluate,
     Model,
     Pretrained,
-    Recovery,
     Screen,
     Section,
     TaskTable,
-    Tracking,
     Train,
     Transformer,
 )
+from unisono.config.wording import hide_all_secrets, mask_secrets
 from unisono.errors import RecipeError
 
 
@@ -123,9 +122,15 @@ def check(table: dict[str, Any]) -> Recipe:
 
 
 def to_toml(recipe: Recipe, without: Collection[str] = ()) -> str:
-    """The full recipe, defaults filled in, as TOML that `load` reads back to an equal recipe. `without`: tables to
-    leave out, because the task does not use them."""
-    return tomli_w.dumps(recipe.model_dump(mode="json", exclude=set(without)))
+    """The full recipe, defaults filled in, as TOML that `load` reads back to an equal recipe, except credentials in
+    URLs. `without`: tables to leave out, because the task does not use them."""
+    return tomli_w.dumps(to_table(recipe, without))
+
+
+def to_table(recipe: Recipe, without: Collection[str] = ()) -> dict[str, Any]:
+    """The full recipe as plain values, to be kept or shown: MASK stands in the place of credentials in URLs."""
+    table: dict[str, Any] = mask_secrets(recipe.model_dump(mode="json", exclude=set(without)))
+    return table
 
 
 def check_uses(recipe: Recipe, uses: frozenset[str], kind: str) -> None:
@@ -226,7 +231,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     names = key.strip().split(".")
     if not equals or not all(names):
         raise RecipeError(
-            f"--set {override!r}: allowed is section.key=value, for instance --set train.learning_rate=3e-4."
+            f"--set {hide_all_secrets(override)!r}: allowed is section.key=value, for instance "
+            "--set train.learning_rate=3e-4."
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -271,7 +277,8 @@ def _explain(fault: Any) -> str:
     message = message.replace("Input should be ", "allowed is ")
     if not key:  # a fault of the whole recipe already names its keys
         return f"{message}."
-    told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {given!r}"  # a whole table would hide the fault
+    shown = hide_all_secrets(repr(given))
+    told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {shown}"  # a whole table would hide the fault
     return f"{told}: {message}. `unisono recipe --show-defaults` describes every key."
 
 

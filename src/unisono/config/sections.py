@@ -109,12 +109,22 @@ class Data(Section):
     max_lines: int = Field(
         1_000, ge=1, description="CSV, TSV: a record of more lines is an error: often a quote that is not closed"
     )
-    labels: Names = Field((), description="the classes, in order; empty: those of the training records, sorted")
+    labels: Names = Field(
+        (), description="the classes, in order; empty: those of the training records, sorted, numbers by their value"
+    )
     validation_fraction: Rate = Field(
         0.0, description="share of the training records kept for validation, cut by a hash of their content"
     )
     test_fraction: Rate = Field(
         0.0, description="share of the training records kept for the test, cut by a hash of their content"
+    )
+    stratify: bool = Field(
+        False,
+        description="true: validation_fraction and test_fraction are shares of each class, at least one record of it; "
+        "false: of all records, so a rare class may be missing in a split",
+    )
+    follow_links: bool = Field(
+        False, description="folder per class: true: links that lead out of the folder are followed, wherever they lead"
     )
     max_record_bytes: int = Field(
         16 * 2**20, ge=1024, le=2**30, description="a larger record is quarantined, and never held in memory whole"
@@ -199,7 +209,7 @@ class Encode(Section):
     vocabulary_size: int = Field(
         16_000, ge=64, description="wordpiece, bpe: entries of the vocabulary trained on the training texts"
     )
-    max_tokens: int = Field(256, ge=2, description="longer texts are cut; for ngrams the limit is on words")
+    max_tokens: int = Field(256, ge=2, description="longer texts are cut, which is said; ngrams: so many words")
     lowercase: bool = Field(True, description="ngrams, wordpiece, bpe: fold case (and accents, for wordpiece)")
     ngrams: int = Field(2, ge=1, le=5, description="ngrams: longest run of words that is one feature")
     prefix: int = Field(
@@ -349,50 +359,4 @@ class Evaluate(Section):
     patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
     keep_best: bool = Field(
         False, description="true: test and export the weights of the best evaluation, not the last ones"
-    )
-
-
-class Checkpoint(Section):
-    """When the whole state is written to disk."""
-
-    every_steps: int = Field(0, ge=0, description="0: only at the end and on an interrupt")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
-
-
-class Tracking(Section):
-    """Where a run is recorded beside its own folder: see docs/tracking.md. No key decides a bit."""
-
-    loggers: Names = Field(
-        (), description="tensorboard, wandb, mlflow, or what an installed package offers under unisono.loggers"
-    )
-    project: str = Field("unisono", min_length=1, description="the project (wandb) or experiment (mlflow) of the run")
-    folder: str = Field(
-        "", description="where loggers keep their files, shared by several runs; empty: inside the run folder"
-    )
-    every_steps: int = Field(1, ge=1, description="loggers get step 1 and every so many steps; the rest is in full")
-
-
-class Recovery(Section):
-    """What happens when workers are lost or hang, or when the run must leave the machine. No key decides a bit."""
-
-    on_loss: Literal["replace", "shrink"] = Field(
-        "replace", description="replace: start another worker; shrink: the others take its share"
-    )
-    restarts: int = Field(100, ge=0, description="losses that a run recovers from; 0: the first one ends it")
-    attempts: int = Field(
-        3,
-        ge=1,
-        description="losses in a row, no step finished in between, at which the run ends: the fault repeats",
-    )
-    backoff_seconds: float = Field(
-        1.0, ge=0, description="wait before the second attempt at a step; doubled for each further one, up to a minute"
-    )
-    hang_factor: float = Field(
-        20.0,
-        ge=0,
-        description="a worker that makes no progress for so many times the longest step (one second at least) is lost, "
-        "and one that is not ready so many minutes after its start; 0: never",
-    )
-    grace_seconds: float = Field(
-        30.0, gt=0, description="after SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and write a checkpoint"
     )

@@ -15,14 +15,17 @@ and a preparation that was killed continues from it, unless the machine itself w
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Screen
+from unisono.config.wording import count
 from unisono.data import store
 from unisono.data.encoding import encode
 from unisono.data.encoding.encoder import Encoder
@@ -32,16 +35,28 @@ from unisono.data.ingest.input_splits import read_input_split
 from unisono.data.ingest.inputs import Input, find_inputs, make_key
 from unisono.data.ingest.read import LABEL_LIST, find_column
 from unisono.data.ingest.staging import StagedRecords, stage
-from unisono.data.screening.decisions import Decisions, load_records, refuse, refuse_absent_labels, show, tell_counts
+from unisono.data.screening import review
+from unisono.data.screening.decisions import (
+    Decisions,
+    load_records,
+    refuse,
+    refuse_absent_labels,
+    settle_classes,
+    show,
+    tell_counts,
+)
+from unisono.data.screening.remarks import list_remarks, refuse_targets
 from unisono.data.screening.report_page import render
+from unisono.data.screening.review import Review
 from unisono.data.screening.rules import Examiner, describe_treatments
 from unisono.data.screening.screen import SPLITS, screen
 from unisono.data.share import Share
 from unisono.errors import DataError, RunFolderError, UnisonoError
 from unisono.storage.file_lock import hold
-from unisono.storage.files import boot_id, facts_sha256, remove_leftovers, whole_folder, write_text
+from unisono.storage.files import boot_id, facts_sha256, remove_leftovers, whole_file, whole_folder, write_text
 
 REPORT = "report.html"
+EXAMPLES = 3  # of reasons, in a message
 LARGE_BYTES = 2**25  # of samples; above it, processes for storing them are worth their start
 _DEFAULTS = Screen().model_dump()
 
@@ -84,6 +99,8 @@ def prepare(
                 return made if workers == 1 else store.open_dataset(folder)  # verified here, once for all workers
     notify(f"dataset {folder}: prepared before")
     dataset = store.open_dataset(folder)
+    for remark in dataset.remarks:
+        notify(remark)
     if recipe.data.strict and dataset.quarantined:
         refuse(dataset.quarantined, next(store.read_quarantine(folder)))
     return dataset
@@ -108,6 +125,7 @@ def _make(
         shutil.rmtree(work, ignore_errors=True)  # a second try could not use it
         raise
     shutil.rmtree(work, ignore_errors=True)
+    _find_quarantine(folder).unlink(missing_ok=True)
     notify(f"dataset {folder}: written")
     return dataset
 
@@ -152,31 +170,40 @@ class _Stages:
         staged = self._stage()
         given = [split for split, _ in self._parts]
         records, classes = load_records(staged, given, cut=self._cut, near_ones=self._near)
-        refuse_absent_labels(classes, data.labels)
+        classes, wanted = settle_classes(records, classes, data.labels)
+        refuse_absent_labels(classes, wanted)
+        if not wanted:
+            refuse_targets(classes, int(np.count_nonzero(records.labels >= 0)), data.label)
         shares = {"validation": data.validation_fraction, "test": data.test_fraction}
-        screen(records, self._recipe.screen, tuple(self._inputs), **shares)
+        screen(records, self._recipe.screen, tuple(self._inputs), stratify=data.stratify, **shares)
         decided = Decisions(staged, given, records, classes)
-        if decided.counts:
-            gone, reasons = int(np.count_nonzero(~records.kept)), tell_counts(decided.counts)
-            self._notify(f"quarantined {gone} of {len(records.reasons)} records: {reasons}")
-            if data.strict:
-                refuse(decided.counts, next(decided.list_quarantined()))
+        set_aside = decided.tell_set_aside()
+        for remark in set_aside:
+            self._notify(remark)
         splits = [split for split in SPLITS if split in self._inputs or shares.get(split)]
-        _refuse_empty_splits(decided, splits)
-        labels = decided.choose_labels(data.labels)
+        with _kept_quarantine(decided, folder):
+            if data.strict and decided.counts:
+                refuse(decided.counts, next(decided.list_quarantined()))
+            _refuse_empty_splits(decided, splits)
+            labels = decided.choose_labels(wanted)
         encoder = self._learn(decided)
-        told = ", ".join(f"{decided.count_kept(split)} {split}" for split in splits)
+        told = ", ".join(f"{decided.count_kept(split):,} {split}" for split in splits)
         self._notify(f"encoding {told} records")
         parts = self._encode(decided, encoder)
+        found = add_reviews(parts)
+        remarks = self._list_remarks(found, labels, staged)
+        for remark in remarks:
+            self._notify(remark)
         size = sum(path.stat().st_size for path in parts)
+        cut = {split: sum(found.take(review.CUT, split).values()) for split in splits}
         return store.write_dataset(
             folder,
             splits={split: Parts(paths=parts, split=split) for split in splits},
             labels=labels,
             encoder=encoder,
             quarantine=read_quarantine_lines(parts),
-            notes={"quarantined": decided.counts, "made_from": dict(key)},
-            pages={REPORT: self._draw(parts)},
+            notes={"quarantined": decided.counts, "cut": cut, "remarks": set_aside + remarks, "made_from": dict(key)},
+            pages={REPORT: self._draw(found, remarks)},
             do=self._share.call if size > LARGE_BYTES else store.one_by_one,
         )
 
@@ -221,28 +248,53 @@ class _Stages:
 
     def _encode(self, decided: Decisions, encoder: Encoder) -> list[Path]:
         """Encode the kept records; return the files of the parts, in order."""
-        limit = self._recipe.encode.max_tokens
         paths = [self._work / f"part-{batch.staged:06}-{batch.number:06}" for batch in decided.batches]
 
         def write(number: int) -> None:
             batch = decided.batches[number]
-            write_part(paths[number], decided.staged[batch.staged], batch.number, decided.fates(batch), encoder, limit)
+            write_part(paths[number], decided.staged[batch.staged], batch.number, decided.fates(batch), encoder)
 
         self._share.do(write, [number for number, path in enumerate(paths) if not path.exists()])
         return paths
 
-    def _draw(self, parts: Sequence[Path]) -> str:
-        """Return the report page."""
+    @property
+    def _limit(self) -> str:
+        """What cuts a text, in words."""
         counts_words = encode.find_settings(self._recipe)["kind"] == "ngrams"
+        return count(self._recipe.encode.max_tokens, "word" if counts_words else "token")
+
+    def _list_remarks(self, found: Review, labels: Sequence[str], staged: Sequence[StagedRecords]) -> list[str]:
+        data = self._recipe.data
+        names = dict.fromkeys(
+            name
+            for (split, part), file in zip(self._parts, staged, strict=True)
+            if self._inputs[split].kind != "folder"
+            for name in (*part.columns, *file.facts.names)
+        )
+        fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+        return list_remarks(
+            found,
+            labels,
+            limit=self._limit,
+            column=data.label,
+            unused=[name for name in names if name not in (data.text, data.label)],
+            fractions=[split for split, share in fractions.items() if share],
+            stratified=data.stratify,
+            listed=bool(data.labels),
+        )
+
+    def _draw(self, found: Review, remarks: Sequence[str]) -> str:
+        """Return the report page."""
         facts = [
             (f"{split} from", f"{one.name} ({one.kind}), sha256 {one.sha256}") for split, one in self._inputs.items()
         ]
         changed = {key: value for key, value in self._recipe.screen.model_dump().items() if value != _DEFAULTS[key]}
         facts += [(f"screen.{key}", str(value)) for key, value in changed.items()]
         return render(
-            add_reviews(parts),
+            found,
             title=f"Data from {self._inputs['train'].name}",  # names only what decides the dataset
-            max_tokens=0 if counts_words else self._recipe.encode.max_tokens,
+            limit=self._limit,
+            remarks=remarks,
             facts=facts,
             mended=describe_treatments(self._recipe.screen),
         )
@@ -279,9 +331,31 @@ def _refuse_empty_splits(decided: Decisions, splits: Sequence[str]) -> None:
         if decided.count_kept(split):
             continue
         if decided.counts.get(split):
-            first = show(next(line for line in decided.list_quarantined() if line["split"] == split))
-            reasons = tell_counts(decided.counts)
             lists = any(LABEL_LIST in counted for counted in decided.counts.get(split, ()))
             remedy = " Set data.label to a column of classes; to learn lists, see docs/tasks.md." if lists else ""
-            raise DataError(f"{split}: no record can be used: {reasons}. First: {first}.{remedy}")
+            raise DataError(f"{split}: no record can be used: {tell_counts(decided.counts)}.{remedy}")
         raise DataError(f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records.")
+
+
+@contextmanager
+def _kept_quarantine(decided: Decisions, folder: Path) -> Iterator[None]:
+    """Where the records' faults may be why nothing can be made of them, keep their list beside the dataset's folder,
+    and name it with an example of each reason."""
+    try:
+        yield
+    except DataError as error:
+        if not decided.counts:
+            raise
+        path, examples = _find_quarantine(folder), dict[str, str]()
+        with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+            for line in decided.list_quarantined():
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                if len(examples) < EXAMPLES:
+                    examples.setdefault(str(line["reason"]), show(line))
+        told = "; ".join(examples.values())
+        raise DataError(f"{error} For instance: {told}. Each is in {str(path)!r}.") from None
+
+
+def _find_quarantine(folder: Path) -> Path:
+    """Where the quarantined records of a dataset are that was not made."""
+    return folder.with_name(f"{folder.name}-quarantine.jsonl")

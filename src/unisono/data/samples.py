@@ -30,6 +30,8 @@ class SampleChunk:
     """int32 [samples]"""
     labels: np.ndarray | None
     """int32 [samples], or None"""
+    cut: int = 0
+    """Texts of which the encoder read a beginning only; known where they were encoded."""
 
 
 class EncodedSamples:
@@ -56,8 +58,10 @@ class EncodedSamples:
         labels: np.ndarray | None,
         sha256: str,
         file: WatchedFile | None = None,
+        cut: int = 0,
     ) -> None:
         self.file = file
+        self.cut = cut
         self.lengths = lengths
         self.labels = labels
         self.sha256 = sha256
@@ -87,9 +91,10 @@ class EncodedSamples:
 
 
 def pack_share(encoder: Encoder, texts: Sequence[str]) -> bytes:
-    """Encode texts; return the samples as bytes: their number, their lengths, their tokens, int32 each."""
+    """Encode texts; return the samples as bytes: their number, how many are cut, their lengths, their tokens,
+    int32 each."""
     chunk = make_chunk(encoder, texts, None)
-    parts = (np.array([len(chunk.lengths)]), chunk.lengths, chunk.ids)
+    parts = (np.array([len(chunk.lengths), chunk.cut]), chunk.lengths, chunk.ids)
     return b"".join(np.ascontiguousarray(part, "<i4").tobytes() for part in parts)
 
 
@@ -99,26 +104,28 @@ def join_shares(shares: Sequence[bytes], labels: Sequence[int] | np.ndarray | No
     lengths, starts = (np.empty(sum(int(array[0]) for array in arrays), kind) for kind in (np.int32, np.int64))
     begin = 0
     for number, array in enumerate(arrays):
-        mine = array[1 : 1 + array[0]]
+        mine = array[2 : 2 + array[0]]
         lengths[number :: len(shares)] = mine
         starts[number :: len(shares)] = begin + np.cumsum(mine, dtype=np.int64) - mine
-        begin += len(array) - 1 - len(mine)
+        begin += len(array) - 2 - len(mine)
     return EncodedSamples(
-        ids=np.concatenate([array[1 + array[0] :] for array in arrays]),
+        ids=np.concatenate([array[2 + array[0] :] for array in arrays]),
         starts=starts,
         lengths=lengths,
         labels=None if labels is None else np.asarray(labels, np.int64),
         sha256="",  # of no run: nothing is compared with it
+        cut=sum(int(array[1]) for array in arrays),
     )
 
 
 def make_chunk(encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None) -> SampleChunk:
     """Encode texts, in order."""
-    rows = encoder.encode(texts)
+    rows, cut = encoder.encode_marked(texts)
     return SampleChunk(
         ids=np.concatenate(rows) if rows else np.empty(0, np.int32),
         lengths=np.fromiter(map(len, rows), np.int32, len(rows)),
         labels=None if labels is None else np.asarray(labels, np.int32),
+        cut=int(np.count_nonzero(cut)),
     )
 
 

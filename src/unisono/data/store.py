@@ -55,6 +55,10 @@ class Dataset:
     """Samples by split."""
     quarantined: Mapping[str, Mapping[str, int]]
     """Records left out, by split, then by reason."""
+    cut: Mapping[str, int]
+    """Texts of which the encoder read a beginning only, by split."""
+    remarks: Sequence[str]
+    """What a user should know of it; a line that begins with "warning: " is a warning."""
     manifest: Mapping[str, Any]
     stamps: Mapping[str, FileStamp]
     """Of each file, from before it was verified."""
@@ -71,7 +75,7 @@ class Dataset:
         entry = self.manifest["splits"][name]
         file = self.folder / entry["file"]
         watched = WatchedFile(file, self.stamps[file.name], self.manifest["files"][file.name]["sha256"])
-        return _map_samples(file, entry["sha256"], watched)
+        return _map_samples(file, entry["sha256"], watched, self.cut.get(name, 0))
 
 
 def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -93,9 +97,9 @@ def write_dataset(
     """Write a dataset under a temporary name, then rename it; if it already exists, it is opened.
 
     `quarantine` gives the records that were left out, JSON, in strings of whole lines. `notes` are further entries of
-    the manifest; `quarantined`, the counts by split and reason, is one of them. `pages` are further text files, by
-    name. Chunks are read twice. `do` calls functions and returns their results in order; it may use processes of its
-    own.
+    the manifest; `quarantined`, the counts by split and reason, is one of them, `cut` and `remarks` may be. `pages` are
+    further text files, by name. Chunks are read twice. `do` calls functions and returns their results in order; it may
+    use processes of its own.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full; nothing is left behind.
@@ -156,6 +160,8 @@ def _open(folder: Path, manifest: Mapping[str, Any], stamps: Mapping[str, FileSt
         sha256=manifest["sha256"],
         counts={name: entry["samples"] for name, entry in manifest["splits"].items()},
         quarantined=manifest["quarantined"],
+        cut=manifest.get("cut", {}),
+        remarks=manifest.get("remarks", ()),
         manifest=manifest,
     )
 
@@ -254,7 +260,7 @@ def read_chunk(batch: pa.RecordBatch) -> SampleChunk:
     return SampleChunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
 
 
-def _map_samples(path: Path, sha256: str, file: WatchedFile) -> EncodedSamples:
+def _map_samples(path: Path, sha256: str, file: WatchedFile, cut: int) -> EncodedSamples:
     """Map a split's file as one int32 array, so that samples of any record batch are gathered at once."""
     whole = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(whole))
@@ -274,6 +280,7 @@ def _map_samples(path: Path, sha256: str, file: WatchedFile) -> EncodedSamples:
         labels=np.concatenate(labels),
         sha256=sha256,
         file=file,
+        cut=cut,
     )
 
 

@@ -1,8 +1,9 @@
 """Writing tables: CSV, TSV, JSONL, Parquet, by the file's name.
 
 Owns the content of a cell. In CSV and TSV, a text that a spreadsheet would run as a formula is written with a single
-quote before it (OWASP, CSV Injection), so that opening the predictions runs nothing that a record contains. JSONL and
-Parquet hold every text unchanged.
+quote before it (OWASP, CSV Injection), so that opening the predictions runs nothing that a record contains. So is what
+follows a semicolon or a line end within a text: where the semicolon separates cells, it would be a cell of its own.
+JSONL and Parquet hold every text unchanged.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from unisono.errors import DataError
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
-_RUN = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are = + - @ in full width
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_BLANK = r"[\s\0\ufeff]"  # a spreadsheet reads on after these; \s has the no-break space
+_SIGN = "[-=+@\uff1d\uff0b\uff0d\uff20]"  # the last four are = + - @ in full width
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_RUN = re.compile(
+    rf"(?:^|(?<=[;\t\n\r]))(?={_BLANK}*\"*{_BLANK}*{_SIGN})(?!{_BLANK}*{_NUMBER}{_BLANK}*(?:;|\Z))|^(?=[\t\r\n])"
+)
+"""Where a quote is written: before a formula, unless it is a number."""
 
 
 def check_target(path: Path) -> None:
@@ -75,6 +81,4 @@ def _spell(cell: object) -> str:
     """Return the content of a CSV or TSV cell: never a text that begins like a formula, unless it is a number."""
     if cell is None:
         return ""
-    if not isinstance(cell, str):
-        return str(cell)
-    return "'" + cell if cell[:1] in _RUN and not _NUMBER.fullmatch(cell) else cell
+    return _RUN.sub("'", cell) if isinstance(cell, str) else str(cell)

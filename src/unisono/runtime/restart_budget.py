@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisono import errors
-from unisono.config.sections import Recovery
+from unisono.config.run_sections import Recovery
 from unisono.errors import CorruptionError, LostPeerError, UnisonoError, WorkerError
 from unisono.processes.forking import describe_end
 from unisono.tracking import events

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unisono.config.recipe import Recipe
+from unisono.config.recipe import Recipe, to_table
 from unisono.config.sections import TEXT
 from unisono.engine import numerics
 from unisono.engine.state import TrainState
@@ -130,7 +130,7 @@ def _compare_numerics(now: Resumption, saved: checkpoints.Saved) -> list[str]:
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode], that of the
     first weights for `start_from`. A task that is no preset has its own keys in [task]."""
-    dump = recipe.model_dump(mode="json")
+    dump = to_table(recipe)  # a run goes on with other credentials
     for key in ("device", "audit_every", "loader_workers", "start_from"):
         dump["train"].pop(key)
     dump["model"].pop("folder", None)

@@ -23,7 +23,8 @@ from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking import events
 
 OpenInputs = Callable[[int, Callable[[str], None]], RunInputs]
-"""How a worker gets its inputs: (workers of this host, what prints a notice) → inputs."""
+"""How a worker gets its inputs: (workers of this host, what prints a notice) → inputs. A notice that begins with
+"warning: " is a warning."""
 
 
 class Runner:
@@ -63,7 +64,7 @@ class Runner:
         if local_rank == 0 and self._inputs is None:
             tell = client.tell if exchange.rank == 0 else lambda event: None
             known_hashes.forget()
-            self._inputs = self._open_inputs(local_workers, lambda line: tell(events.Notice(message=line)))
+            self._inputs = self._open_inputs(local_workers, lambda line: tell(_as_notice(line)))
             known_hashes.pass_on(self._hashes)
             client.prepared = True
         exchange.wait_for_all()
@@ -78,3 +79,8 @@ class Runner:
         if self._ready is None:
             self._ready = make_ready(self._job, self._inputs, device, self.on_built)
         return self._ready
+
+
+def _as_notice(line: str) -> events.Notice:
+    message = line.removeprefix("warning: ")
+    return events.Notice(message=message, warning=message != line)

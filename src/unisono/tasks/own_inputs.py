@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unisono.config.recipe import Recipe, unused_tables
+from unisono.config.recipe import Recipe, to_table, unused_tables
 from unisono.data.items import Collate, Items
 from unisono.data.own_sources import is_stream, open_source
 from unisono.data.samplers import EpochSamples, Sampler
@@ -92,7 +92,7 @@ def open_own(
         hashes["data.sampler"] = sampled.sha256
 
     def export(folder: Path) -> None:
-        write_facts(folder, {"recipe": recipe.model_dump(mode="json"), "data": hashes})
+        write_facts(folder, {"recipe": to_table(recipe), "data": hashes})
         task.export(folder)
 
     return RunInputs(

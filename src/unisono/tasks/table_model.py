@@ -15,6 +15,7 @@ import pyarrow as pa
 from torch import nn
 
 from unisono.config.recipe import Recipe
+from unisono.config.wording import count, name_some
 from unisono.data.ingest.frames import add_columns, is_frame, settle
 from unisono.data.own_sources import open_source
 from unisono.data.source import Source
@@ -73,14 +74,21 @@ class TableModel:
         kept: list[int] = []
         missing = [rows.table[name].is_null().to_numpy() for name in targets]
         for number, fault in enumerate(rows.faults):
-            reason = fault or ("label missing" if any(column[number] for column in missing) else "")
+            reason = fault or ("no label" if any(column[number] for column in missing) else "")
             if reason:
                 left_out[reason] = left_out.get(reason, 0) + 1
             else:
                 kept.append(number)
         if not kept:
-            raise DataError(f"{rows.name}: no row can be scored: {left_out}.")
+            told = ", ".join(f"{count(number, 'row')} ({reason})" for reason, number in left_out.items())
+            raise DataError(
+                f"{rows.name}: no row can be scored: {told}. Needed are {name_some(self.task.columns)} in a row."
+            )
         return samples_of(self.task, rows.table.take(pa.array(kept)), rows.name), left_out
+
+    def remark(self, samples: Source) -> str:
+        """Nothing: the task has encoded them."""
+        return ""
 
     def own_test(self, run: Path) -> Source:
         """The test file that the recipe names, or the rows that it cuts off."""

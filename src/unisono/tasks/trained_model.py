@@ -69,6 +69,10 @@ class TrainedModel(Protocol):
         """Rows as samples to be scored; the number left out, by reason. Raises DataError if none is left."""
         ...
 
+    def remark(self, samples: Source) -> str:
+        """What a user should know of these samples, in a sentence; empty: nothing."""
+        ...
+
     def own_test(self, run: Path) -> Source:
         """The test samples of the model's own run. Raises DataError if there are none."""
         ...

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unisono.config.recipe import Recipe
+from unisono.config.recipe import Recipe, to_table
 from unisono.errors import RunFolderError
 from unisono.storage.files import write_text
 from unisono.tracking import events
@@ -160,7 +160,7 @@ class Delivery:
         self._load(goes_on=started.start_step > 0)
         tracking = self._recipe.tracking
         context = LoggerContext(
-            recipe=self._recipe.model_dump(mode="json"),
+            recipe=to_table(self._recipe),
             run_folder=run_folder,
             folder=(Path(tracking.folder) if tracking.folder else run_folder) / self._name,
             is_shared=bool(tracking.folder),
@@ -227,5 +227,5 @@ class Delivery:
     def _digest(self) -> str:
         """The hash of what decides the numbers in a log."""
         sections = ("data", "screen", "encode", "model", "train", "evaluate")
-        table = {name: part for name, part in self._recipe.model_dump(mode="json").items() if name in sections}
+        table = {name: part for name, part in to_table(self._recipe).items() if name in sections}
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from unisono.config.wording import readable
 from unisono.errors import RunFolderError
 from unisono.storage.elsewhere import write_or_rescue
 from unisono.storage.files import whole_file, write_text
@@ -32,7 +33,7 @@ HISTORY = {"Recovered", "Resized", "Corrupted", "Resumed"}  # what happened to t
 
 def warn_on_stderr(message: str) -> None:
     """Writes a warning where there is no other observer."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {readable(message)}", file=sys.stderr, flush=True)
 
 
 class Ledger:

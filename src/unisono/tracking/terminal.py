@@ -1,6 +1,7 @@
 """A run's output, for people and for programs that read it.
 
-Owns the wording on standard output. There is one class per form: a live terminal, plain lines, JSON lines, and quiet.
+Owns the wording on standard output, and that no text controls the terminal. There is one class per form: a live
+terminal, plain lines, JSON lines, and quiet.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from unisono.config.wording import readable
 from unisono.processes.forking import flush_output, is_terminal
 from unisono.tracking import events
 
@@ -34,8 +36,13 @@ def choose_screen(*, quiet: bool, as_json: bool) -> events.Observer:
 
 def print_now(line: str) -> None:
     """Print a line at once, without buffering."""
-    print(line)
+    print(readable(line))
     flush_output()
+
+
+def warn_now(message: str) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {readable(message)}", file=sys.stderr, flush=True)
 
 
 class JsonLines:
@@ -53,7 +60,7 @@ class Quiet:
 
     def observe(self, event: events.Event) -> None:
         if message := find_warning(event):
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            warn_now(message)
 
     def close(self) -> None:
         return
@@ -113,7 +120,8 @@ class Live:
             self._progress.stop()
         for line in tell(event, self._pace):
             style = "yellow" if find_warning(event) else None
-            self._console.print(line, style=style, soft_wrap=True, markup=False)  # names may hold brackets
+            # names may hold brackets and colons
+            self._console.print(readable(line), style=style, soft_wrap=True, markup=False, emoji=False)
         if isinstance(event, events.RunStarted):
             self._pace.begin(event)
             if self._task is None:

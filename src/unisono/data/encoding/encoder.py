@@ -25,6 +25,10 @@ class Encoder(Protocol):
         """Return one int32 [tokens] array per text, never empty."""
         ...
 
+    def encode_marked(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode`; and which texts were cut, because they are longer than the encoder's limit: bool [texts]."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write `encoder.json` (and `tokenizer.json`, where there is one), from which `load_encoder` restores an equal
         encoder."""

@@ -117,10 +117,17 @@ class NGrams:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [distinct features] array per text, never empty: a token for each, ascending."""
+        return self.encode_marked(texts)[0]
+
+    def encode_marked(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode`; and which texts have more words than are read: bool [texts]."""
         rows: list[np.ndarray] = []
+        cut = [np.zeros(0, bool)]
         for some in _cut_up(texts):
-            rows += self._number(self._find(texts[some]), some.stop - some.start)
-        return rows
+            found = self._find(texts[some])
+            rows += self._number(found, some.stop - some.start)
+            cut.append(found.cut)
+        return rows, np.concatenate(cut)
 
     def save(self, folder: Path) -> None:
         """Write `encoder.json` and `features.npy`, from which `NGrams.load` makes an equal encoder."""
@@ -191,7 +198,7 @@ class NGrams:
             hashes = np.concatenate([hashes, words.hashes(self.prefix)])
             of_text = np.concatenate([of_text, owners])
         keys, times = _runs(np.sort((hashes & ~_LOW) | of_text.astype(np.uint64)))
-        return _Occurrences(hashes=keys & ~_LOW, texts=(keys & _LOW).astype(np.int64), times=times)
+        return _Occurrences(hashes=keys & ~_LOW, texts=(keys & _LOW).astype(np.int64), times=times, cut=words.cut_off)
 
     def _spell(self, text: str) -> bytes:
         """Return a text's words in UTF-8, with spaces between them."""
@@ -206,12 +213,14 @@ class NGrams:
 class _Occurrences:
     """Which feature occurs in which text, and how often; by feature, then by text. Arrays run parallel.
 
-    hashes: uint64, with zeros in the low 16 bits. texts: int64. times: int64, from 1.
+    hashes: uint64, with zeros in the low 16 bits. texts: int64. times: int64, from 1. cut: bool [texts], apart from the
+    others: which texts have more words than were read.
     """
 
     hashes: np.ndarray
     texts: np.ndarray
     times: np.ndarray
+    cut: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +228,13 @@ class _Words:
     """The words of some texts, one after the other.
 
     letters: uint8 [bytes of all words]. lengths: int64 [words], bytes. texts: int64 [words], the text of each.
+    cut_off: bool [texts], whether words of a text were left out.
     """
 
     letters: np.ndarray
     lengths: np.ndarray
     texts: np.ndarray
+    cut_off: np.ndarray
 
     @classmethod
     def cut(cls, packed: Sequence[bytes], most: int) -> Self:
@@ -240,7 +251,7 @@ class _Words:
         if counts.max(initial=0) > most:
             kept = np.arange(len(begins)) - firsts[texts] < most
             letters, lengths, texts = letters[np.repeat(kept, lengths)], lengths[kept], texts[kept]
-        return cls(letters=letters, lengths=lengths, texts=texts)
+        return cls(letters=letters, lengths=lengths, texts=texts, cut_off=counts > most)
 
     def hashes(self, prefix: int = 0) -> np.ndarray:
         """Return uint64 [words]: hashes of the words, or of their first `prefix` letters."""

@@ -7,7 +7,7 @@ split, the lines of the quarantine, and a review of all its records. A file is w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Fates:
 
     splits: int8 [records], numbers of SPLITS. reasons: int16 [records], numbers of `names`. labels: int32 [records],
     numbers of `classes`, −1 for none of them. first_row: the number of its first record in its file, from 1.
-    place: (number of the input split, number of its first record in it).
+    place: (number of the input split, number of its first record in it). like: int64 [records], the record because of
+    which one is quarantined, among all; −1: none. find: the file and the row of any record, by its number among all.
     """
 
     splits: np.ndarray
@@ -40,14 +41,12 @@ class Fates:
     classes: Sequence[str]
     first_row: int
     place: tuple[int, int]
+    like: np.ndarray
+    find: Callable[[int], tuple[str, int]]
 
 
-def write_part(path: Path, staged: StagedRecords, number: int, fates: Fates, encoder: Encoder, limit: int) -> None:
-    """Encode the kept records of a record batch, and review all of its records.
-
-    Args:
-        limit: of the tokens of a sample, for the review.
-    """
+def write_part(path: Path, staged: StagedRecords, number: int, fates: Fates, encoder: Encoder) -> None:
+    """Encode the kept records of a record batch, and review all of its records."""
     batch = staged.batch(number)
     review = _review(batch, staged.facts.name, fates)
     kept = fates.reasons == 0
@@ -57,7 +56,7 @@ def write_part(path: Path, staged: StagedRecords, number: int, fates: Fates, enc
         if len(chosen):
             texts = batch.column("text").take(as_array(chosen)).to_pylist()
             chunks[name] = make_chunk(encoder, texts, fates.labels[chosen])
-            review.count_tokens(name, chunks[name].lengths, limit)
+            review.count_tokens(name, chunks[name].lengths, chunks[name].cut)
     lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in list_quarantined(staged, number, fates)]
     facts = {
         "splits": json.dumps(list(chunks)),
@@ -108,7 +107,7 @@ def list_quarantined(staged: StagedRecords, number: int, fates: Fates) -> Iterat
     batch = staged.batch(number)
     columns = [batch.column(name).take(as_array(chosen)).to_pylist() for name in ("file", "label", "text")]
     for row, file, label, text in zip(chosen.tolist(), *columns, strict=True):
-        yield {
+        line: dict[str, object] = {
             "split": SPLITS[fates.splits[row]],
             "file": file or staged.facts.name,
             "row": fates.first_row + row,
@@ -116,6 +115,9 @@ def list_quarantined(staged: StagedRecords, number: int, fates: Fates) -> Iterat
             "label": label,
             "text": text,
         }
+        if (other := int(fates.like[row])) >= 0:
+            line["like"] = dict(zip(("file", "row"), fates.find(other), strict=True))
+        yield line
 
 
 def _review(batch: pa.RecordBatch, name: str, fates: Fates) -> Review:

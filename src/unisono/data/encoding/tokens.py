@@ -61,23 +61,38 @@ class SubwordEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return one int32 [tokens] array per text, never empty."""
+        return self.encode_marked(texts)[0]
+
+    def encode_marked(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode`; and which texts have more tokens: bool [texts]."""
         if self._words is None or self._frame is None:
             return self._ask(texts)
         begin, end = self._frame
-        found = self._words.encode(texts, self.max_tokens - len(begin) - len(end), begin, end)
+        cut = np.zeros(len(texts), bool)
+        most, tail = self.max_tokens - len(begin) - len(end), np.array(end, np.int32)
+        found = self._words.encode(texts, most + 1, begin, end)  # one more shows that there are more
         left = [number for number, row in enumerate(found) if row is None]
-        for number, asked in zip(left, self._ask([texts[number] for number in left]), strict=True):
-            found[number] = asked
-        return [row if row is not None and len(row) else np.array([self.padding], np.int32) for row in found]
+        asked, cut[left] = self._ask([texts[number] for number in left])
+        for number, row in zip(left, asked, strict=True):
+            found[number] = row
+        rows = [row if row is not None and len(row) else np.array([self.padding], np.int32) for row in found]
+        for number, row in enumerate(rows):
+            if len(row) > self.max_tokens:
+                rows[number], cut[number] = np.concatenate([row[: len(begin) + most], tail]), True
+        return rows, cut
 
-    def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encode`, by the library."""
+    def _ask(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode_marked`, by the library."""
         given = [self._shorten(text) for text in texts] if self._can_shorten else list(texts)
-        found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(given)]
+        found = self._tokenizer.encode_batch_fast(given)
+        cut = np.zeros(len(texts), bool)
         for number, text in enumerate(texts):
-            if len(found[number]) < self.max_tokens and len(given[number]) < len(text):
-                found[number] = self._tokenizer.encode(text).ids  # the shortened text gave fewer tokens than expected
-        return [np.array(ids or [self.padding], np.int32) for ids in found]
+            is_full = len(found[number].ids) == self.max_tokens
+            if len(given[number]) < len(text) and not (is_full and found[number].overflowing):
+                found[number] = self._tokenizer.encode(text)  # the shortened text gave fewer tokens than expected
+                is_full = len(found[number].ids) == self.max_tokens
+            cut[number] = is_full and bool(found[number].overflowing)
+        return [np.array(one.ids or [self.padding], np.int32) for one in found], cut
 
     def save(self, folder: Path) -> None:
         """Write `encoder.json` and `tokenizer.json`, from which `SubwordEncoder.load` makes an equal encoder."""

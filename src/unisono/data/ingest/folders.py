@@ -20,6 +20,9 @@ from unisono.data.ingest.locations import SourceFile
 from unisono.errors import DataError
 
 INPUT_SPLIT_FILES = 4_096
+LEADS_OUT = -1
+"""In the place of a size: a link out of the folder, which is not followed."""
+LINK = "a link out of the folder (see data.follow_links)"
 
 
 def find_parts(files: Sequence[SourceFile], told: str, data: Data) -> tuple[list[SourceFile], str]:
@@ -29,7 +32,7 @@ def find_parts(files: Sequence[SourceFile], told: str, data: Data) -> tuple[list
     Raises:
         DataError: the values of a column are the names of sub-folders.
     """
-    if data.format == "folder":
+    if data.format == "folder" or any(file.leads_out for file in files):
         return [], ""
     parts = [file for file in files if not any(name.startswith("_") for name in file.name.split("/"))]
     if not parts or not all(_has_records(file) or data.format != "auto" for file in parts):
@@ -62,7 +65,7 @@ def group_files(files: Sequence[SourceFile], input_split_bytes: int) -> Iterator
     group: list[tuple[str, int]] = []
     size = 0
     for number, file in enumerate(files, 1):
-        group.append((file.name, file.size))
+        group.append((file.name, LEADS_OUT if file.leads_out else file.size))
         size += file.size
         if size >= input_split_bytes or len(group) == INPUT_SPLIT_FILES or number == len(files):
             yield tuple(group)
@@ -84,13 +87,16 @@ def read_folder(location: str, name: str, files: Sequence[tuple[str, int]], data
 
 
 def _stand_files(location: str, name: str, files: list[tuple[str, int]], data: Data) -> ColumnBatch:
-    heads = locations.read_heads(location, files, data.max_record_bytes + 1)
+    read = [one for one in files if one[1] != LEADS_OUT]
+    found = iter(locations.read_heads(location, read, data.max_record_bytes + 1))
+    heads = [b"" if size == LEADS_OUT else next(found) for _, size in files]
     names = [file for file, _ in files]
     faults = {
         row: FieldFault(reason=TOO_LARGE, raw=decode_head(head))
         for row, head in enumerate(heads)
         if len(head) > data.max_record_bytes
     }
+    faults |= {row: FieldFault(reason=LINK, raw="") for row, (_, size) in enumerate(files) if size == LEADS_OUT}
     texts = [None if row in faults else decode_file(head) for row, head in enumerate(heads)]
     labels = [file.split("/")[0] if "/" in file and row not in faults else None for row, file in enumerate(names)]
     shown = [escape(file) for file in names]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unisono.config.sections import Data
+from unisono.config.wording import hide_secrets
 from unisono.data.ingest import delimited as rows
 from unisono.data.ingest import folders, hub, locations
 from unisono.data.ingest import parquet as tables
@@ -38,7 +39,7 @@ from unisono.data.ingest.lines import (
     read_blocks,
     strip_mark,
 )
-from unisono.data.ingest.locations import SourceFile, explain, hide_secrets, open_file, tell
+from unisono.data.ingest.locations import SourceFile, explain, open_file, tell
 from unisono.errors import DataError
 
 INPUT_SPLIT_BYTES = 8 * 2**20
@@ -72,7 +73,7 @@ class InputSplit:
     groups: tuple[int, int] = (0, 0)
     """Parquet: row groups [first, last)."""
     files: tuple[tuple[str, int], ...] = ()
-    """Folder: names of files within `location`, and their sizes."""
+    """Folder: names of files within `location`, and their sizes; LEADS_OUT of a link that is not followed."""
     version: str = ""
     """The file's version when it was found (local: size and time of change); a dataset's fingerprint."""
     digest: str = ""
@@ -109,7 +110,7 @@ def _find_input_splits(location: str, data: Data, wanted: tuple[str, ...], input
         return _cut_dataset(location, input_split_bytes)
     told, note = tell(location), ""
     if locations.is_folder(location):
-        inside = locations.list_folder(location)
+        inside = locations.list_folder(location, follow_links=data.follow_links)
         files, note = folders.find_parts(inside, told, data)
         if not files:
             return _cut_folder(location, inside, input_split_bytes)
@@ -189,6 +190,8 @@ def hash_input_split(input_split: InputSplit) -> str:
         result.update(json.dumps([input_split.version, input_split.start, input_split.stop]).encode())
     elif input_split.kind == "folder":
         for name, size in input_split.files:
+            if size == folders.LEADS_OUT:
+                continue
             with open_file(f"{input_split.location.rstrip('/')}/{name}") as file:
                 result.update(hash_stream(file, size).encode())
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Data
+from unisono.config.wording import hide_secrets
 from unisono.data import store
 from unisono.data.encoding import encode
 from unisono.data.ingest.column_batch import (
@@ -30,7 +31,6 @@ from unisono.data.ingest.input_splits import (
     hash_input_split,
     list_files,
 )
-from unisono.data.ingest.locations import hide_secrets
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import Record, take_records
 from unisono.data.screening import rules, screen
@@ -47,6 +47,8 @@ SEEN = (
     "labels",
     "validation_fraction",
     "test_fraction",
+    "stratify",
+    "follow_links",
     "max_record_bytes",
     "max_depth",
     "delimiter",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unisono.config.recipe import is_url
+from unisono.config.wording import MASK, hide_all_secrets, hide_secrets
 from unisono.errors import DataError
 
 MAGIC = re.compile(r"[*?\[]")
@@ -50,6 +51,8 @@ class SourceFile:
     """Local: size and time of change. Remote: the store's own mark of the version, '' where it has none."""
     ranged: bool = True
     """Whether reading can begin at any byte."""
+    leads_out: bool = False
+    """In a folder: whether it is a link to a place outside, to a file or a folder. Its size is 0."""
 
 
 def is_folder(location: str) -> bool:
@@ -93,11 +96,14 @@ def find_files(location: str) -> list[SourceFile]:
     return [_local(one, one.relative_to(root).as_posix()) for one in files]
 
 
-def list_folder(location: str) -> list[SourceFile]:
+def list_folder(location: str, *, follow_links: bool = False) -> list[SourceFile]:
     """Return the files below a folder, sorted by path. Hidden files are left out.
 
     Links to folders are followed; a folder that several lead to is read once, under its own name if it lies below
     `location`.
+
+    Args:
+        follow_links: also out of the folder; else such a link is returned as it is, marked.
     """
     if is_url(location):
         with explain(location):
@@ -107,7 +113,9 @@ def list_folder(location: str) -> list[SourceFile]:
         files = [_remote(system, path, info, path[len(root) :].lstrip("/")) for path, info in found.items()]
     else:
         with explain(location):
-            files = [_local(path, path.relative_to(location).as_posix()) for path in _walk_files(Path(location))]
+            base = Path(location)
+            inside = None if follow_links else base.resolve()
+            files = [_local(path, path.relative_to(base).as_posix(), inside) for path in _walk_files(base, inside)]
     visible = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
     return sorted(visible, key=lambda file: file.name.split("/"))
 
@@ -161,32 +169,25 @@ def explain(location: str) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{told}: no such file. Check its name, and that it was not removed meanwhile.") from None
     except ImportError as error:
-        raise DataError(f"{told}: {error}. Install what reads it: pip install 'unisono[remote]'.") from None
+        raise DataError(
+            f"{told}: {hide_all_secrets(str(error))}. Install what reads it: pip install 'unisono[remote]'."
+        ) from None
     except PermissionError as error:
-        raise DataError(f"{told}: access is denied: {error}.{_CREDENTIALS if is_url(location) else ''}") from None
+        fault = hide_all_secrets(str(error))
+        raise DataError(f"{told}: access is denied: {fault}.{_CREDENTIALS if is_url(location) else ''}") from None
     except OSError as error:
-        raise DataError(f"{told}: cannot be read: {error.strerror or error}.") from None
+        raise DataError(f"{told}: cannot be read: {hide_all_secrets(error.strerror or str(error))}.") from None
     except Exception as error:
         if not is_url(location) or isinstance(error, (AssertionError, MemoryError)):
             raise
         kind = type(error).__name__  # botocore, aiohttp …: each store's library has errors of its own
         hint = _CREDENTIALS if "Credentials" in kind else " Is the server up? Try again."
-        raise DataError(f"{told}: cannot be read: {kind}: {error}.{hint}") from None
+        raise DataError(f"{told}: cannot be read: {kind}: {hide_all_secrets(str(error))}.{hint}") from None
 
 
 def tell(location: str) -> str:
     """A location as messages show it: quoted, and without credentials."""
     return repr(hide_secrets(location))
-
-
-def hide_secrets(location: str) -> str:
-    """A URL without user, password and query (in which signed URLs carry their signature); a path as it is."""
-    if not is_url(location):
-        return location
-    scheme, separator, rest = location.partition("://")
-    place, slash, path = rest.partition("/")
-    path = path.partition("?")[0] if scheme.startswith("http") else path
-    return scheme + separator + place.rpartition("@")[2] + slash + path
 
 
 def _connect(location: str) -> tuple[Any, str]:
@@ -195,11 +196,17 @@ def _connect(location: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ModuleNotFoundError:
         raise ImportError("fsspec is not installed") from None
+    if MASK in location:
+        raise DataError(
+            f"{tell(location)}: its credentials were left out ({MASK}) where the recipe was kept. Give the whole URL "
+            "again: --set data.train=URL; to evaluate, unisono evaluate RUN URL."
+        )
     try:
         system, path = url_to_fs(location)
     except ValueError as error:  # an unknown protocol
         raise DataError(
-            f"{tell(location)}: {error}. Allowed are paths, s3://, https:// and what fsspec knows."
+            f"{tell(location)}: {hide_all_secrets(str(error))}. Allowed are paths, s3://, https:// and what fsspec "
+            "knows."
         ) from None
     return system, path
 
@@ -250,7 +257,9 @@ def _has_ranges(system: Any, path: str, size: int) -> bool:
         return False
 
 
-def _local(path: Path, name: str) -> SourceFile:
+def _local(path: Path, name: str, inside: Path | None = None) -> SourceFile:
+    if _leads_out(path, inside):
+        return SourceFile(location=str(path), name=name, size=0, version="", leads_out=True)
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         raise DataError(
@@ -280,8 +289,14 @@ def _match(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
                 yield from _match(folder / name, parts[1:])
 
 
-def _walk_folders(root: Path) -> Iterator[Path]:
-    """`root` and all visible folders below, each once: real folders first, then those that links lead to."""
+def _leads_out(path: Path, inside: Path | None) -> bool:
+    """Whether a path is a link out of the folder `inside`, which is resolved; None: any place is inside."""
+    return inside is not None and path.is_symlink() and not path.resolve().is_relative_to(inside)
+
+
+def _walk_folders(root: Path, inside: Path | None = None) -> Iterator[Path]:
+    """`root` and all visible folders below, each once: real folders first, then those that links lead to, if these are
+    inside."""
     visited: set[tuple[int, int]] = set()
     waiting, links = [root], deque[Path]()
     while waiting or links:
@@ -292,13 +307,16 @@ def _walk_folders(root: Path) -> Iterator[Path]:
         visited.add((facts.st_dev, facts.st_ino))
         yield folder
         for path in sorted(folder.iterdir(), reverse=True):
-            if not path.name.startswith(".") and _is_folder(path):
+            if not path.name.startswith(".") and _is_folder(path) and not _leads_out(path, inside):
                 (links if path.is_symlink() else waiting).append(path)
 
 
-def _walk_files(root: Path) -> Iterator[Path]:
-    for folder in _walk_folders(root):
-        yield from (path for path in folder.iterdir() if _is_file(path))
+def _walk_files(root: Path, inside: Path | None) -> Iterator[Path]:
+    """Files, and links that lead out."""
+    for folder in _walk_folders(root, inside):
+        yield from (
+            path for path in folder.iterdir() if _is_file(path) or (_is_folder(path) and _leads_out(path, inside))
+        )
 
 
 def _is_folder(path: Path) -> bool:

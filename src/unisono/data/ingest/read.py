@@ -1,8 +1,8 @@
 """Records: the text and the class of each row of the user's input.
 
-Owns what counts as a text, as a class, and as a missing one. Places and formats are in `input_splits.py`; records are
-judged in `screening/screen.py`. Each row becomes one record, in order; a row that cannot be used has its
-reason in its record.
+Owns what counts as a text, as a class, and as a missing one. How a class is spelled is in `labels.py`. Places and
+formats are in `input_splits.py`; records are judged in `screening/screen.py`. Each row becomes one record, in order; a
+row that cannot be used has its reason in its record.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from unisono.data.ingest.column_batch import (
 )
 from unisono.data.ingest.delimited import NOT_JSON
 from unisono.data.ingest.input_splits import find_input_splits, read_file, read_input_split
+from unisono.data.ingest.labels import list_labels, spell_label, spell_value
 from unisono.data.ingest.lines import escape
 from unisono.data.ingest.parquet import read_frame
 from unisono.errors import DataError
@@ -130,7 +131,7 @@ def take_records(
         DataError: the column of the texts or of the classes is missing, and not lenient.
     """
     texts = _take_texts(column_batch, data, lenient=lenient)
-    labels = find_column(column_batch, data.label, "label", lenient=lenient)
+    labels = find_labels(column_batch, data.label, lenient=lenient)
     for row, ((text, text_fault), given_label) in enumerate(zip(texts, labels, strict=True)):
         file = column_batch.files[row] if column_batch.files else column_batch.name
         number = first_row + row
@@ -138,10 +139,10 @@ def take_records(
             fault = column_batch.faults[row]
             yield Record(file=file, row=number, text=as_text(fault.raw)[0], label=None, fault=fault.reason)
             continue
-        label, label_fault = as_text(given_label)
+        label, label_fault = as_label(given_label)
         if label_fault == NOT_A_TEXT:
             label_fault = LABEL_LIST if isinstance(given_label, list | tuple) else "the label is not a text"
-        yield Record(file=file, row=number, text=text, label=label.strip() or None, fault=text_fault or label_fault)
+        yield Record(file=file, row=number, text=text, label=label, fault=text_fault or label_fault)
 
 
 def _take_texts(column_batch: ColumnBatch, data: Data, *, lenient: bool = False) -> Iterator[tuple[str, str]]:
@@ -172,7 +173,7 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
         faults.append(fault or ("" if text.strip() else "empty"))
     labels = None
     if pick_column(column_batch, data.label) is not None:
-        labels = tuple(as_text(value)[0].strip() or None for value in find_column(column_batch, data.label, "label"))
+        labels = tuple(as_label(value)[0] for value in find_labels(column_batch, data.label))
     names = [escape(name) for name in column_batch.columns]
     check_names(column_batch.name, names)
     columns = dict(zip(names, column_batch.columns.values(), strict=True))
@@ -185,6 +186,15 @@ def find_column(column_batch: ColumnBatch, name: str, key: str, *, lenient: bool
     Raises:
         DataError: there is none, and not `lenient`: then its values are None.
     """
+    return list_values(_pick(column_batch, name, key, lenient=lenient))
+
+
+def find_labels(column_batch: ColumnBatch, name: str, *, lenient: bool = False) -> list[object]:
+    """The same for the column of classes."""
+    return list_labels(_pick(column_batch, name, "label", lenient=lenient))
+
+
+def _pick(column_batch: ColumnBatch, name: str, key: str, *, lenient: bool) -> Column:
     column = pick_column(column_batch, name)
     if column is None and lenient:
         return [None] * column_batch.rows
@@ -198,7 +208,7 @@ def find_column(column_batch: ColumnBatch, name: str, key: str, *, lenient: bool
         there = ", ".join(map(repr, names))
         message = f"{column_batch.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
         raise DataError(message)
-    return list_values(column)
+    return column
 
 
 def _refuse_unreadable(column_batch: ColumnBatch) -> None:
@@ -211,6 +221,12 @@ def _refuse_unreadable(column_batch: ColumnBatch) -> None:
         f"{column_batch.name}: no line is JSON, for instance {raw}. JSONL has an object per line, and a JSON document "
         "is one array of objects. Mend the file, or set data.format to what it is."
     )
+
+
+def as_label(value: object) -> tuple[str | None, str]:
+    """Return a value as the name of a class, None where it is missing, and what is wrong with it."""
+    text, fault = as_text(spell_value(value))
+    return spell_label(text) or None, fault
 
 
 def as_text(value: object) -> tuple[str, str]:

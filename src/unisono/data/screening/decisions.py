@@ -7,6 +7,7 @@ Owns the way from the staging files to arrays and back, the classes, and the mes
 from __future__ import annotations
 
 import difflib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,10 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from unisono.config.wording import count
 from unisono.data.arrow import as_array, as_numbers, find_nulls
 from unisono.data.encoding.parts import Fates, list_quarantined
+from unisono.data.ingest.labels import sort_labels, spell_booleans, spell_label
 from unisono.data.ingest.staging import HASHES, PLACE, StagedRecords
 from unisono.data.screening import near_duplicates as near
 from unisono.data.screening.screen import KEPT, SPLITS, TRAIN, Records
@@ -73,6 +76,19 @@ def load_records(
     return records, list(classes)
 
 
+def settle_classes(
+    records: Records, classes: Sequence[str], wanted: Sequence[str]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Give every class its one spelling, and number the records' classes so; return all classes by number, and those
+    wanted."""
+    asked = [spell_label(name) for name in wanted]
+    other = spell_booleans({*classes, *asked})
+    spelled = [other.get(name, name) for name in classes]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(spelled))}
+    records.labels = np.array([*(numbers[name] for name in spelled), -1], np.int32)[records.labels]
+    return list(numbers), tuple(other.get(name, name) for name in asked)
+
+
 def _number(strings: pa.Array, known: dict[str, int], missing: int) -> np.ndarray:
     """Return a number for each string, the same for equal ones; new strings are added to those known."""
     encoded = strings.dictionary_encode()
@@ -109,6 +125,11 @@ class Decisions:
         """How many records are left for a split."""
         return int(np.count_nonzero(self.records.kept & (self.records.splits == SPLITS.index(split))))
 
+    def tell_set_aside(self) -> list[str]:
+        """A line on the quarantined records, if there are any."""
+        gone, total = int(np.count_nonzero(~self.records.kept)), len(self.records.reasons)
+        return [f"quarantined {gone:,} of {count(total, 'record')}: {tell_counts(self.counts)}"] if gone else []
+
     def choose_labels(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return the classes in order: those wanted, or those of the training records, sorted; number them so.
 
@@ -120,18 +141,19 @@ class Decisions:
             for split in range(len(SPLITS))
         ]
         there = [{self._classes[number]: int(n) for number, n in enumerate(found) if n} for found in of_splits]
-        self.labels = labels = tuple(wanted) or tuple(sorted(there[TRAIN]))
+        self.labels = labels = tuple(wanted) or tuple(sort_labels(there[TRAIN]))
         if len(set(labels)) < len(labels):
             raise DataError(f"data.labels = {list(labels)}: a label is named twice. Name each once.")
         if len(labels) < 2:
             only = repr(labels[0])
             raise DataError(f"there is one class only, {only}. Give records of two classes or more; see data.label.")
         for split in range(1, len(SPLITS)):
-            alone = sorted(set(there[split]) - set(labels))
+            alone = sort_labels(set(there[split]) - set(labels))
             if alone:
                 raise DataError(
-                    f"{SPLITS[split]} has class {alone[0]!r} ({there[split][alone[0]]} records), training has not. "
-                    "Correct it, add training records of it, or set data.labels to all the classes."
+                    f"{SPLITS[split]} has class {alone[0]!r} ({count(there[split][alone[0]], 'record')}), training has "
+                    "not. Correct it, add training records of it, set data.labels to all the classes, or, where the "
+                    "split is a share of the training records, data.stratify = true."
                 )
         places = {label: number for number, label in enumerate(labels)}
         self._numbers[: len(self._classes)] = [places.get(name, -1) for name in self._classes]
@@ -147,7 +169,15 @@ class Decisions:
             classes=self.labels,
             first_row=batch.first_row,
             place=(batch.staged, batch.first_of_input_split),
+            like=self.records.like[batch.records],
+            find=self.find,
         )
+
+    def find(self, number: int) -> tuple[str, int]:
+        """The file of a record, by its number among all, and its row there."""
+        batch = self.batches[bisect_right(self.batches, number, key=lambda one: one.records.start) - 1]
+        staged, place = self.staged[batch.staged], number - batch.records.start
+        return staged.batch(batch.number).column("file")[place].as_py() or staged.facts.name, batch.first_row + place
 
     def list_quarantined(self) -> Iterator[dict[str, object]]:
         """Return the quarantined records, as lines of `quarantine.jsonl`, in the order of the input."""
@@ -202,7 +232,7 @@ def refuse_absent_labels(found: Sequence[str], wanted: Sequence[str]) -> None:
     if absent:
         near_ones = difflib.get_close_matches(absent[0], found, n=1, cutoff=0.5)
         guess = f" Did you mean {near_ones[0]!r}?" if near_ones else ""
-        there = ", ".join(map(repr, sorted(found)[:20])) or "none"
+        there = ", ".join(map(repr, sort_labels(found)[:20])) or "none"
         raise DataError(
             f"data.labels: no record has label {absent[0]!r}.{guess} There are: {there}. Correct data.labels."
         )
@@ -225,5 +255,5 @@ def show(line: Mapping[str, object]) -> str:
 
 def tell_counts(counts: Mapping[str, Mapping[str, int]]) -> str:
     """Quarantined records by split and reason, in a line."""
-    listed = {split: ", ".join(f"{n} {reason}" for reason, n in reasons.items()) for split, reasons in counts.items()}
+    listed = {split: ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()) for split, reasons in counts.items()}
     return "; ".join(f"{split}: {reasons}" for split, reasons in listed.items())

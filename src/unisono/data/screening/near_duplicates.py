@@ -66,7 +66,9 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
     return bands
 
 
-def find_near_duplicates(bands: np.ndarray, splits: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def find_near_duplicates(
+    bands: np.ndarray, splits: np.ndarray, kept: np.ndarray, like: np.ndarray | None = None
+) -> np.ndarray:
     """Return STAYS, IN_SPLIT or IN_TRAIN for each record: int8 [records].
 
     The first seen wins: a record leaves if it shares a band with an earlier kept record of its split, whether that one
@@ -80,18 +82,28 @@ def find_near_duplicates(bands: np.ndarray, splits: np.ndarray, kept: np.ndarray
         bands: uint64 [records, bands], from `sketch`.
         splits: int8 [records], TRAIN for train.
         kept: bool [records]; others are not looked at, and stay as they are.
+        like: int64 [records]; the number of the first record that one resembles is written here, if it leaves.
     """
     found = np.full(len(kept), STAYS, np.int8)
+    first = np.full(len(kept), len(kept), np.int64)
     if np.any(splits[kept] != TRAIN):
         for members, runs in _find_runs(bands, kept):
-            leaks = np.zeros(runs[-1] + 1, bool)
-            leaks[runs[splits[members] == TRAIN]] = True
-            found[members[leaks[runs] & (splits[members] != TRAIN)]] = IN_TRAIN
+            learned = splits[members] == TRAIN
+            leaks = np.full(runs[-1] + 1, len(kept))
+            np.minimum.at(leaks, runs[learned], members[learned])
+            chosen = (leaks[runs] < len(kept)) & ~learned
+            found[members[chosen]] = IN_TRAIN
+            first[members[chosen]] = np.minimum(first[members[chosen]], leaks[runs[chosen]])
     for members, runs in _find_runs(bands, kept & (found == STAYS)):
         order = np.lexsort((members, splits[members], runs))
         members, runs = members[order], runs[order]
         follows = (runs[1:] == runs[:-1]) & (splits[members[1:]] == splits[members[:-1]])
         found[members[1:][follows]] = IN_SPLIT
+        begins = np.flatnonzero(np.concatenate([[True], ~follows]))
+        firsts = np.repeat(members[begins], np.diff(begins, append=len(members)))[1:][follows]
+        first[members[1:][follows]] = np.minimum(first[members[1:][follows]], firsts)
+    if like is not None:
+        like[found != STAYS] = first[found != STAYS]
     return found
 
 

@@ -29,28 +29,36 @@ Row = dict[str, Any]
 
 
 def render(
-    found: Review, *, title: str, max_tokens: int = 0, facts: Sequence[tuple[str, str]] = (), mended: str = ""
+    found: Review,
+    *,
+    title: str,
+    limit: str = "",
+    facts: Sequence[tuple[str, str]] = (),
+    mended: str = "",
+    remarks: Sequence[str] = (),
 ) -> str:
     """Return the page.
 
     Args:
         found: the review of all parts, added up.
         title: the page's heading.
-        max_tokens: encode.max_tokens, if it limits the tokens that were counted; 0: it limits something else.
+        limit: after what texts are cut (encode.max_tokens): "256 tokens"; empty: they are not.
         facts: names and values for the end of the page: files, settings, hashes.
         mended: a sentence on what the rules changed in texts; empty: they changed nothing.
+        remarks: sentences for the beginning of the page.
     """
     splits = _find_splits(found)
     return _load_template().render(
         title=title,
-        tiles=_count_tiles(found, splits, max_tokens),
+        tiles=_count_tiles(found, splits, limit),
         summary=_summarise(found, splits, mended),
         split_names=splits,
         splits=[_show_split(found, split) for split in splits],
         reasons=_show_reasons(found, splits),
         examples=_show_examples(found, splits),
         classes=[{"split": split, "rows": _show_classes(found, split)} for split in splits],
-        lengths=_show_lengths(found, splits, max_tokens),
+        lengths=_show_lengths(found, splits, limit),
+        remarks=[remark[:1].upper() + remark[1:] for remark in remarks],
         facts=facts,
     )
 
@@ -79,16 +87,16 @@ def _spell_out(value: Any) -> Any:
     return seen.encode("utf-8", "backslashreplace").decode()
 
 
-def _count_tiles(found: Review, splits: Sequence[str], max_tokens: int) -> list[tuple[str, str]]:
+def _count_tiles(found: Review, splits: Sequence[str], limit: str) -> list[tuple[str, str]]:
     came, stayed = _total(found, splits, review.CLASSES_IN), _total(found, splits, review.CLASSES)
     tiles = [
-        (f"{came:,}", "records came in"),
+        (f"{came:,}", "record came in" if came == 1 else "records came in"),
         (f"{stayed:,}", f"stayed: {_percent(stayed, came)}"),
-        (f"{came - stayed:,}", f"were set aside: {_percent(came - stayed, came)}"),
+        (f"{came - stayed:,}", f"set aside: {_percent(came - stayed, came)}"),
     ]
-    if max_tokens:
-        full, samples = _total(found, splits, review.FULL), _total(found, splits, review.TOKENS)
-        tiles.append((_percent(full, samples), f"of the samples fill encode.max_tokens = {max_tokens:,}"))
+    if limit:
+        cut, samples = _total(found, splits, review.CUT), _total(found, splits, review.TOKENS)
+        tiles.append((_percent(cut, samples), f"of the texts are cut after {limit}"))
     return tiles
 
 
@@ -146,19 +154,20 @@ def _show_classes(found: Review, split: str) -> list[Row]:
     return rows
 
 
-def _show_lengths(found: Review, splits: Sequence[str], max_tokens: int) -> list[Row]:
+def _show_lengths(found: Review, splits: Sequence[str], limit: str) -> list[Row]:
     drawings = []
     for split in splits:
         before, after = found.take(review.CHARACTERS_IN, split), found.take(review.CHARACTERS, split)
         drawings.append(_draw(f"{split}: records by characters", before, after))
         tokens = found.take(review.TOKENS, split)
         told = f"{split}: samples by tokens"
-        full, samples = sum(found.take(review.FULL, split).values()), sum(tokens.values())
-        if full:
-            told += f"; {full:,} of {samples:,} fill encode.max_tokens = {max_tokens:,}: longer texts were cut"
-        elif max_tokens:
-            told += f"; none reaches encode.max_tokens = {max_tokens:,}, so none was cut"
-        drawings.append(_draw(told, {}, tokens, max_tokens))
+        cut, samples = sum(found.take(review.CUT, split).values()), sum(tokens.values())
+        if cut:
+            told += f"; {cut:,} of {samples:,} texts were cut after {limit} (encode.max_tokens)"
+        elif limit:
+            told += f"; no text is longer than {limit} (encode.max_tokens), so none was cut"
+        number, _, unit = limit.partition(" ")
+        drawings.append(_draw(told, {}, tokens, int(number.replace(",", "")) if unit.startswith("token") else 0))
     return [drawing for drawing in drawings if drawing]
 
 

@@ -18,14 +18,14 @@ import numpy as np
 
 from unisono.data.screening.rules import PERSONAL, mask_all
 
-RECORDS, CLASSES_IN, CLASSES, CHARACTERS_IN, CHARACTERS, TOKENS, FULL = (
+RECORDS, CLASSES_IN, CLASSES, CHARACTERS_IN, CHARACTERS, TOKENS, CUT = (
     "records by reason",
     "records that came in by class",
     "records that stayed by class",
     "records that came in by characters",
     "records that stayed by characters",
     "samples by tokens",
-    "samples at the limit of tokens",
+    "texts that were cut",
 )
 """What is counted, by split and by a reason, a class or the lower edge of a bin."""
 
@@ -92,13 +92,12 @@ class Review:
         self._count(CHARACTERS_IN, splits, split_names, bins, lengths)
         self._count(CHARACTERS, splits[stayed], split_names, bins[stayed], lengths)
 
-    def count_tokens(self, split: str, tokens: np.ndarray, limit: int = 0) -> None:
-        """Count the samples of a split by their tokens; with a limit, also those that reach it: they were cut, or fit
-        exactly."""
+    def count_tokens(self, split: str, tokens: np.ndarray, cut: int = 0) -> None:
+        """Count the samples of a split by their tokens, and the texts of which the encoder read a beginning only."""
         one = np.zeros(len(tokens), np.int64)
         self._count(TOKENS, one, (split,), _find_bins(tokens), tuple(map(str, EDGES)))
-        if limit and (full := int(np.count_nonzero(tokens >= limit))):
-            self.counts[FULL, split, str(limit)] += full
+        if cut:
+            self.counts[CUT, split, ""] += cut
 
     def show(
         self, reason: str, text: str, *, place: tuple[int, int], split: str, file: str, row: int, label: str | None

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from unisono.config.sections import Screen
+from unisono.data.ingest.labels import find_class, number_classes
 from unisono.data.ingest.read import Record
 from unisono.errors import DataError, RecipeError
 
@@ -72,7 +73,7 @@ class Examiner:
     """
 
     def __init__(self, screen: Screen, labels: Sequence[str]) -> None:
-        self._known = frozenset(labels)
+        self._known = number_classes(labels)
         self._treatments = _choose_treatments(screen)
         self._rules = _choose_rules(screen)
 
@@ -92,7 +93,7 @@ class Examiner:
             return record, EMPTY
         if record.label is None:
             return record, UNLABELLED
-        if self._known and record.label not in self._known:
+        if self._known and find_class(self._known, record.label) is None:
             return record, UNKNOWN
         if reason:
             return record, reason

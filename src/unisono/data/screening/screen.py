@@ -8,14 +8,14 @@ Every record is either kept or quarantined, with the first rule that it breaks a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from unisono.config.sections import Screen
 from unisono.data.screening import near_duplicates as near
 
-VERSION = 2
+VERSION = 3
 """Raise it whenever a rule, or the cut, begins to decide differently."""
 
 SPLITS = ("train", "validation", "test")
@@ -47,6 +47,11 @@ class Records:
     reasons: np.ndarray
     bands: np.ndarray | None
     names: list[str]
+    like: np.ndarray = field(init=False)
+    """int64: the record because of which this one is quarantined, which it repeats or resembles; −1: none."""
+
+    def __post_init__(self) -> None:
+        self.like = np.full(len(self.reasons), -1, np.int64)
 
     def refuse(self, chosen: np.ndarray, reason: str) -> None:
         """Note a reason for records (a mask, or numbers) that have none so far."""
@@ -60,7 +65,15 @@ class Records:
         return self.reasons == 0
 
 
-def screen(records: Records, settings: Screen, given: Sequence[str], *, validation: float, test: float) -> None:
+def screen(
+    records: Records,
+    settings: Screen,
+    given: Sequence[str],
+    *,
+    validation: float,
+    test: float,
+    stratify: bool = False,
+) -> None:
     """Decide on all records: note why some are quarantined, and into which split the others go.
 
     The rules run in this order, each on the records that those before it have kept. First go texts with two classes,
@@ -71,12 +84,15 @@ def screen(records: Records, settings: Screen, given: Sequence[str], *, validati
     Args:
         given: the splits that the user gave.
         validation, test: shares of the training records.
+        stratify: whether they are shares of each class.
     """
     for split in range(len(SPLITS)):
         members = np.flatnonzero(records.kept & (records.splits == split))
         first, contradicted = _group(records.hashes[:, members], records.labels[members])
+        repeats = first != np.arange(len(members))
         records.refuse(members[contradicted], CONTRADICTORY)
-        records.refuse(members[~first & ~contradicted], DUPLICATE)
+        records.refuse(members[repeats & ~contradicted], DUPLICATE)
+        records.like[members[repeats]] = members[first[repeats]]
     if settings.contradicted == "refuse":
         assert records.bands is not None
         chosen = near.find_contradicted(
@@ -88,15 +104,17 @@ def screen(records: Records, settings: Screen, given: Sequence[str], *, validati
             share=settings.contradicted_share,
         )
         records.refuse(chosen, near.CONTRADICTED)
-    _cut(records, validation, test)
-    train = records.kept & (records.splits == TRAIN)
+    (_cut_each_class if stratify else _cut)(records, validation, test)
+    train = np.flatnonzero(records.kept & (records.splits == TRAIN))
     for split in (VALIDATION, TEST):
         if SPLITS[split] in given:
             members = np.flatnonzero(records.kept & (records.splits == split))
-            records.refuse(members[_is_in(records.hashes[:, members], records.hashes[:, train])], LEAKED)
+            places = _find(records.hashes[:, members], records.hashes[:, train])
+            records.refuse(members[places >= 0], LEAKED)
+            records.like[members[places >= 0]] = train[places[places >= 0]]
     if settings.near_duplicates == "refuse":
         assert records.bands is not None
-        found = near.find_near_duplicates(records.bands, records.splits, records.kept)
+        found = near.find_near_duplicates(records.bands, records.splits, records.kept, records.like)
         for number in (near.IN_SPLIT, near.IN_TRAIN):
             records.refuse(found == number, near.REASONS[number])
 
@@ -112,28 +130,48 @@ def _cut(records: Records, validation: float, test: float) -> None:
     records.splits[train & (shares < test)] = TEST
 
 
+def _cut_each_class(records: Records, validation: float, test: float) -> None:
+    """As `_cut`, with the shares of each class as exact as whole records allow: at least one of a class in each split,
+    as long as one is left for train. The order makes no difference; other records of the class do."""
+    train = np.flatnonzero(records.kept & (records.splits == TRAIN))
+    order = train[np.lexsort((records.places[train], records.labels[train]))]
+    _, begins, sizes = np.unique(records.labels[order], return_index=True, return_counts=True)
+    ranks, of_class = np.arange(len(order)) - np.repeat(begins, sizes), np.repeat(sizes, sizes)
+    tests = np.minimum(_share(of_class, test), of_class - 1)
+    others = np.minimum(_share(of_class, validation), of_class - 1 - tests)
+    records.splits[order[ranks < tests + others]] = VALIDATION
+    records.splits[order[ranks < tests]] = TEST
+
+
+def _share(sizes: np.ndarray, share: float) -> np.ndarray:
+    """The nearest whole number to a share, at least 1; 0 if the share is."""
+    return np.maximum(np.floor(sizes * share + 0.5).astype(np.int64), int(share > 0))
+
+
 def _group(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each record whether no earlier one has its text, and whether records with its text differ in class."""
+    """Return for each record the first one that has its text (int64), and whether records with its text differ in
+    class."""
     order, (high, low) = _sort(hashes)
-    first, contradicted = np.zeros((2, len(order)), bool)
+    first, contradicted = np.zeros(len(order), np.int64), np.zeros(len(order), bool)
     if not len(order):
         return first, contradicted
     begins = np.ones(len(order), bool)
     begins[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    first[np.minimum.reduceat(order, np.flatnonzero(begins))] = True
+    groups = np.cumsum(begins)
+    first[order] = np.minimum.reduceat(order, np.flatnonzero(begins))[groups - 1]
     ordered = labels[order]
     changes = np.flatnonzero((ordered[1:] != ordered[:-1]) & ~begins[1:]) + 1  # within a group
     if len(changes):
-        groups = np.cumsum(begins)
         contradicted[order] = np.isin(groups, groups[changes])
     return first, contradicted
 
 
-def _is_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return for each hash of 128 bits (uint64 [2, n], no two of them equal) whether it is a known one."""
+def _find(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return for each hash of 128 bits (uint64 [2, n], no two of them equal) its place among the known ones, or -1."""
     both = np.concatenate([known, hashes], axis=1)
     first, _ = _group(both, np.zeros(both.shape[1], np.int32))
-    return ~first[known.shape[1] :]
+    places = first[known.shape[1] :]
+    return np.where(places < known.shape[1], places, -1)
 
 
 def _sort(hashes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:

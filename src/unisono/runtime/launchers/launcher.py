@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from unisono.config.recipe import Recipe
-from unisono.config.sections import Recovery
+from unisono.config.run_sections import Recovery
 from unisono.errors import RecipeError
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import count_cores

@@ -14,9 +14,11 @@ import numpy as np
 from torch import nn
 
 from unisono.config.recipe import Recipe
+from unisono.config.wording import count, name_some, readable
 from unisono.data.encoding.encode import load_encoder
 from unisono.data.ingest.column_batch import list_values
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_column
+from unisono.data.ingest.labels import find_class, number_classes
 from unisono.data.ingest.read import Texts, read_texts
 from unisono.data.samples import EncodedSamples, join_shares, pack_share
 from unisono.data.screening.rules import Examiner
@@ -113,20 +115,36 @@ class Classifier:
                 f"the data has no column {self.recipe.data.label!r} of classes, without which it cannot be "
                 "scored. Use predict, or name the column so."
             )
-        numbers = {label: number for number, label in enumerate(self.labels)}
+        known = number_classes(self.labels)
         left_out: dict[str, int] = {}
-        kept: list[int] = []
+        kept: dict[int, int] = {}
         for row, (label, fault) in enumerate(zip(rows.labels, rows.faults, strict=True)):
-            reason = fault or ("label missing" if label is None else "" if label in numbers else "unknown label")
-            if reason:
+            number = None if label is None else find_class(known, label)
+            reason = fault or ("no label" if label is None else "unknown label" if number is None else "")
+            if reason or number is None:
                 left_out[reason] = left_out.get(reason, 0) + 1
             else:
-                kept.append(row)
+                kept[row] = number
         if not kept:
-            raise DataError(f"no row can be scored: {left_out}. The model's classes are {', '.join(self.labels)}.")
-        given = [rows.texts[row] for row in kept]
-        samples = self.encode(given, [numbers[str(rows.labels[row])] for row in kept], exchange)
-        return samples, left_out
+            told = ", ".join(f"{count(n, 'row')} ({reason})" for reason, n in left_out.items())
+            found = next((f" The first label is {label!r}." for label in rows.labels if label is not None), "")
+            raise DataError(
+                f"no row can be scored: {told}. The model's classes are {name_some(self.labels)}.{found} Name the "
+                f"column of classes {self.recipe.data.label!r}, and spell its values so."
+            )
+        return self.encode([rows.texts[row] for row in kept], list(kept.values()), exchange), left_out
+
+    def remark(self, samples: Source) -> str:
+        """How many of the texts were cut."""
+        cut = samples.cut if isinstance(samples, EncodedSamples) else 0
+        if not cut:
+            return ""
+        share, limit = f"{100 * cut / len(samples):.1f} %", self.recipe.encode.max_tokens
+        unit = count(limit, "word" if self.recipe.model.kind == "bag" else "token")
+        return (
+            f"{cut:,} of {count(len(samples), 'text')} ({share}) cut after {unit}, as the model was trained "
+            "(encode.max_tokens): the rest of them is not read"
+        )
 
     def own_test(self, run: Path) -> Source:
         """The test samples of the run's own dataset."""
@@ -171,11 +189,12 @@ class Classifier:
             f"samples {report['samples']:,}  loss {report['loss']:.4f}  accuracy {report['accuracy']:.2%}  macro-F1 "
             f"{report['macro_f1']:.4f}"
         ]
-        width = max(len(scores["label"]) for scores in report["classes"])
+        names = [readable(scores["label"]).replace("\n", "\\n") for scores in report["classes"]]  # one line each
+        width = max(map(len, names))
         lines += ["", f"{'class':<{width + 4}}  precision  recall      F1  samples"]
         for number, scores in enumerate(report["classes"]):
             lines.append(
-                f"{number:>2}  {scores['label']:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  "
+                f"{number:>2}  {names[number]:<{width}}  {scores['precision']:>9.4f}  {scores['recall']:.4f}  "
                 f"{scores['f1']:.4f}  {scores['samples']:>7,}"
             )
         digits = max(3, *(len(str(cell)) for row in report["confusion"] for cell in row))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unisono.config.recipe import Recipe
+from unisono.config.recipe import Recipe, to_table
 from unisono.config.sections import Pretrained
 from unisono.data.encoding.tokens import SubwordEncoder
 from unisono.errors import RecipeError
@@ -58,7 +58,7 @@ def open_text(
             write_config(recipe.model, folder, dataset.labels)
             if isinstance(dataset.encoder, SubwordEncoder):
                 dataset.encoder.describe(folder)
-        facts = {"labels": list(dataset.labels), "recipe": recipe.model_dump(mode="json"), "dataset": dataset.sha256}
+        facts = {"labels": list(dataset.labels), "recipe": to_table(recipe), "dataset": dataset.sha256}
         write_facts(folder, facts)
 
     return RunInputs(
