@@ -27,7 +27,7 @@ from unisono.engine.loop import steps
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
-from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError
+from unisono.errors import ContractError, DataError, Interrupted, LostPeerError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 from unisono.runtime.setup import Job, Ready, Run, join, run_facts
@@ -231,9 +231,7 @@ def _evaluate(run: Run) -> None:
     scores = _score(run, source)
     best = False
     metric = run.recipe.evaluate.metric
-    if run.inputs.validation is not None:
-        if metric not in scores:
-            raise RecipeError(f"'evaluate.metric' = {metric!r}: measured are {', '.join(scores)}. Name one of them.")
+    if run.inputs.validation is not None and metric in scores:  # an unknown one that is used was refused in the trial
         keep = run.recipe.evaluate.keep_best
         if keep:  # a checkpoint that is being written may still read the best weights
             run.client.settle()
