@@ -50,9 +50,10 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
         if end.report and end.report["kind"] == CorruptionError.__name__:
             told.append(f"{who}: {end.report['message']}")
         elif end.report:
-            told.append(f"{who} failed")
+            limit = end.report.get("limit", "")
+            told.append(f"{who} failed{': ' * bool(limit)}{limit.removesuffix('.')}")
             cause = f"{end.report['kind']}: {end.report['message']}"
-            trace = trace or str(end.report["traceback"])
+            trace = trace or ("" if limit else str(end.report["traceback"]))
         elif end.code < 0:
             hint = " (out of memory? dmesg tells)" if end.code == -signal.SIGKILL else ""
             told.append(f"{who} {describe_end(end.code)}{hint}")

@@ -22,6 +22,7 @@ from unisono.engine.snapshot import Snapshot, new_file
 from unisono.errors import Interrupted, ObserverError, Preempted, RecipeError, WorkerError
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import flush_output, forget_kernel_buffers
+from unisono.processes.limits import allow_files, explain
 from unisono.processes.progress_table import FINISH, MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
 from unisono.runtime.channel import Message
 from unisono.runtime.checkpoint_writer import CheckpointWriter
@@ -287,6 +288,11 @@ class Supervisor:
         elif wanted == self._wanted:
             run_lock.answer(f"{wanted} workers are at work already", done=True)
         else:
+            try:
+                allow_files(wanted)
+            except RecipeError as error:
+                run_lock.answer(str(error), done=False)
+                return
             self._change = Change(since=time.monotonic(), before=self._wanted)
             self._wanted = wanted
 
@@ -297,7 +303,13 @@ class Supervisor:
         if self._error is not None or self._has_ended or self._orphan is not None:
             return
         if time.monotonic() >= self._start_at:
-            self._pool.start_workers(self._wanted)
+            try:
+                self._pool.start_workers(self._wanted)
+            except OSError as error:
+                self._terminate(self._pool.staying())
+                why = f"a worker cannot be started: {explain(error) or error}"
+                self._fail(WorkerError(f"{why} {self._rescue()}" if self._training else why))
+                return
         staying = self._pool.staying()
         change = self._change
         resizing = (

@@ -21,6 +21,7 @@ import torch
 from unisono.engine import numerics
 from unisono.errors import Interrupted, LostPeerError, RecipeError, UnisonoError
 from unisono.exchange.protocol import Exchange
+from unisono.processes.limits import explain
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.signals import in_main_thread
@@ -124,6 +125,7 @@ def guarded(main: Callable[[], None], write: Callable[[str], object], rank: int)
             "known": known,
             "symptom": isinstance(error, LostPeerError),
             "traceback": traceback.format_exc(),
+            "limit": explain(error),
             "when": time.time(),
         }
         write(json.dumps(report))

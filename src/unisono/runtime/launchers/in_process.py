@@ -31,6 +31,7 @@ from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
 LOOK_SECONDS = 0.2
+_ONLY_WORKER = "it is trained in the process of its caller, which is its only worker"
 _one_at_a_time = threading.Lock()
 _inside: list[int] = []  # the thread that has the lock
 PLACE = RankAssignment(rank=0, workers=1, local_rank=0, local_workers=1)
@@ -116,9 +117,10 @@ def _alone() -> Iterator[None]:
 class FolderHold:
     """Locks the run's folder for this process, as soon as the folder exists. An `events.Observer`."""
 
-    def __init__(self, folder: Path, most_workers: int) -> None:
+    def __init__(self, folder: Path, most_workers: int, *, workers: int = 1, refusal: str = _ONLY_WORKER) -> None:
         self._folder = folder
-        self._most_workers = most_workers  # that another launcher could have
+        self._facts = {"workers": workers, "most_workers": most_workers}  # at most: that another launcher could have
+        self._refusal = refusal
         self._lock: RunLock | None = None
         self._look_at = 0.0
 
@@ -126,19 +128,19 @@ class FolderHold:
         """Take the lock, where there is a folder already. Raises RunFolderError where another process has it."""
         if self._lock is None and self._folder.exists():
             self._lock = RunLock(self._folder)
-            self._lock.tell(workers=1, most_workers=self._most_workers)
+            self._lock.tell(**self._facts)
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.RunStarted):
             self.take()
 
     def look(self) -> None:
-        """Answer a request for another number of workers."""
+        """Answer a request for another number of workers: it is refused."""
         now = time.monotonic()
         if self._lock is not None and now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             if self._lock.wanted_workers() is not None:
-                self._lock.answer("it is trained in the process of its caller, which is its only worker", done=False)
+                self._lock.answer(self._refusal, done=False)
 
     def close(self) -> None:
         if self._lock is not None:
