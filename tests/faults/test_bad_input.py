@@ -361,6 +361,7 @@ def test_full_disk(command: Command, tmp_path: Path, small_disk: Path) -> None:
     assert (code, out) == (0, ""), err
     # a checkpoint that fills the disk may keep the ledger waiting meanwhile; the lines are counted below
     warnings = [line for line in err.splitlines() if "metrics.jsonl' " not in line]
+    assert "a checkpoint with the model needs" in warnings.pop(0)
     assert all(line.startswith("warning: ") and "the disk is full" in line for line in warnings)
     for step in (5, 10, 15, 18):
         (warning,) = (line for line in warnings if f"step-{step:08d}" in line)
@@ -382,14 +383,8 @@ def test_full_disk_for_the_model(command: Command, tmp_path: Path, small_disk: P
     options = ("--run-folder", small_disk / "run", "--set", "checkpoint.every_steps=5", "--set", "model.width=128")
     code, _, err = command("train", "toy.toml", "-w", 2, *options)
     assert code == 2, err
-    assert "/run/model' cannot be written: the disk is full" in err.splitlines()[-1]
-    (place,) = tmp_path.glob("run-rescued-*")
-    assert f"The model and its summary are in '{place}' instead" in err.splitlines()[-1]
-    assert unisono.load(place).labels
+    assert "MB are free, and the model needs" in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert list((small_disk / "run" / "checkpoints").iterdir()) == []
-    left = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "checkpoints"}
-    assert {path.name for path in (small_disk / "run").iterdir()} == left
 
 
 def test_full_disk_while_preparing(command: Command, tmp_path: Path, small_disk: Path) -> None:

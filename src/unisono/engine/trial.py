@@ -60,8 +60,8 @@ def try_loss(contributor: Contributor, small: Mapping[str, Tensor], double: Mapp
     if two.terms == 2 * one.terms and abs(loss) > 1e-6 and 0.7 < again / loss < 1.4:
         warnings.append(
             f"the task's loss seems to be a mean: twice the samples have the loss {again:.4g}, not twice {loss:.4g}, "
-            f"but {two.terms} terms instead of {one.terms}. It is divided by the terms of a step once more, so the gradient "
-            'is too small. Return the sum (reduction="sum") and the number of its terms.'
+            f"but {two.terms} terms instead of {one.terms}. It is divided by the terms of a step once more, so the "
+            'gradient is too small. Return the sum (reduction="sum") and the number of its terms.'
         )
     return warnings
 
@@ -71,8 +71,7 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def try_scores(backend: Backend, inputs: RunInputs, recipe: Recipe, device: torch.device) -> list[str]:
-    """Measure and summarise a few samples, look up the metric by which evaluations are compared, and predict; return
-    warnings.
+    """Measure and summarise a few samples, and look up the metric by which evaluations are compared; return warnings.
 
     Raises:
         ContractError: a result cannot be used.
@@ -100,15 +99,21 @@ def try_scores(backend: Backend, inputs: RunInputs, recipe: Recipe, device: torc
                     f"the metric {metric.name!r} fails on the first {min(SAMPLES, len(source))} samples: "
                     f"{type(error).__name__}: {error}. If it fails on all samples, so will the evaluation."
                 )
+    return warnings
+
+
+def try_prediction(backend: Backend, inputs: RunInputs, device: torch.device) -> list[str]:
+    """Predict for a few samples, if the task can; return warnings."""
+    task = inputs.task
     if type(task).predict is not Task.predict:
         try:
             _call(backend, task.predict, inputs.train, device, without=task.targets)
         except Exception as error:  # noqa: BLE001 - a user's code; the run itself does not need it
-            warnings.append(
+            return [
                 f"{type(task).__name__}.predict fails on the first samples, so unisono predict would: "
                 f"{type(error).__name__}: {error}"
-            )
-    return warnings
+            ]
+    return []
 
 
 def _call(
@@ -143,25 +148,26 @@ def try_export(inputs: RunInputs) -> None:
         inputs.export(Path(folder))
 
 
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Make the run folder; refuse one that cannot be written, or whose disk has no room for the model and one
-    checkpoint, which every run writes.
+def check_folder(folder: Path, *, model_bytes: int, checkpoint_bytes: int) -> list[str]:
+    """Make the run folder; refuse one that cannot be written, or whose disk has no room for the model. Return a warning
+    where it has none for a checkpoint beside it.
 
     Raises:
         RunFolderError: says which.
     """
+    other = "give another one with --run-folder (run=…)"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise RunFolderError(
-            f"the run folder {str(folder)!r} cannot be written: {error.strerror or error}. Give another one with "
-            "--run-folder (run=…)."
+            f"the run folder {str(folder)!r} cannot be written: {error.strerror or error}. Mend it, or {other}."
         ) from None
     free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RunFolderError(
-            f"{str(folder)!r}: {free / 1e6:,.1f} MB are free, and the model with one checkpoint needs "
-            f"{needed_bytes / 1e6:,.1f} MB. Make room, or give another one with --run-folder (run=…)."
-        )
+    told = f"{str(folder)!r}: {free / 1e6:,.1f} MB are free"
+    if free < model_bytes:
+        raise RunFolderError(f"{told}, and the model needs {model_bytes / 1e6:,.1f} MB. Make room, or {other}.")
+    if free < model_bytes + checkpoint_bytes:
+        return [f"{told}, and a checkpoint with the model needs {(model_bytes + checkpoint_bytes) / 1e6:,.1f} MB."]
+    return []

@@ -30,7 +30,7 @@ from unisono.engine.purity import probe
 from unisono.engine.replica import Replica, layout_digest, same_bits
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
-from unisono.engine.trial import check_space, try_export, try_loss, try_scores
+from unisono.engine.trial import check_folder, try_export, try_loss, try_prediction, try_scores
 from unisono.engine.warm_start import WarmStart, start_from
 from unisono.errors import DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
@@ -221,9 +221,9 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         if ready.warm is not None and not run.state.step:
             run.state.lineage = [dict(ready.warm.facts)]
             run.tell(events.Notice(message=ready.warm.notice))
+        warnings += _try_out(run)
         _go_on_in_stream(run)
         run.state.begin()
-        warnings += _try_out(run)
         for warning in warnings:
             run.tell(events.Notice(message=warning, warning=True))
     run.begun = run.state.step
@@ -319,16 +319,17 @@ def _move(taken: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
 
 def _try_out(run: Run) -> list[str]:
     """Try what happens at the end of an epoch and of the run; return warnings. Only worker 0 writes to folders."""
-    inputs, device = run.inputs, run.ready.device
-    samples = run.order.step(0).microbatches[0][:PROBED]
-    small, double = (_move(inputs.train.take(np.tile(samples, times)), device) for times in (1, 2))
-    warnings = try_loss(run.judge, small, double)
-    warnings += try_scores(run.state.replica.backend, inputs, run.recipe, device)
+    inputs, device, backend = run.inputs, run.ready.device, run.state.replica.backend
+    warnings = try_scores(backend, inputs, run.recipe, device)
+    if not run.state.step:
+        samples = run.order.step(0).microbatches[0][:PROBED]
+        small, double = (_move(inputs.train.take(np.tile(samples, times)), device) for times in (1, 2))
+        warnings += try_loss(run.judge, small, double) + try_prediction(backend, inputs, device)
     if run.exchange.rank == 0:
         try_export(inputs)
         model = sum(tensor.nbytes for tensor in run.state.replica.tensors().values())
         numbers = len(array_names(run.recipe.train)) * run.state.replica.flat.nbytes
-        check_space(run.job.folder, 2 * model + numbers)
+        warnings += check_folder(run.job.folder, model_bytes=model, checkpoint_bytes=numbers)
     return warnings
 
 
