@@ -6,6 +6,7 @@ process loads, and when.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
@@ -19,6 +20,7 @@ from torch.utils.data import default_collate
 from unisono.data.columns import hash_tensors
 from unisono.determinism import keys
 from unisono.errors import DataError
+from unisono.processes.forking import end_copy
 
 HASHED_ITEMS = 64  # of a dataset; hashing all would load all
 
@@ -77,11 +79,14 @@ class Items:
     def _load(self, sample: int, epoch: int, repeat: int) -> Any:
         self._hear(sample)
         keys.seed_all(keys.key(self._seed, "sample", epoch, sample, *([repeat] if repeat else [])))
+        process = os.getpid()
         try:
-            return self._dataset[sample]
+            item = self._dataset[sample]
         except Exception as error:
             error.add_note(f"The dataset raised this when it was asked for sample {sample} in epoch {epoch}.")
             raise
+        end_copy(process)
+        return item
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Owns the job, the run in progress, and every check that refuses a run before the
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,9 @@ from unisono.engine.purity import probe
 from unisono.engine.replica import Replica, layout_digest, same_bits
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
-from unisono.errors import DamagedError, ImpureError, RecipeError, RunFolderError
+from unisono.errors import ContractError, DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
+from unisono.processes.forking import end_copy
 from unisono.processes.progress_table import Progress
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage import checkpoints
@@ -67,14 +69,15 @@ class Job:
 class Ready:
     """What a worker makes once and keeps while groups of workers come and go.
 
-    fingerprint: of the model as it was built, so it does not depend on when it is taken. profile: what this worker
-    was doing and for how long, where requested.
+    fingerprint: of the model as it was built, so it does not depend on when it is taken. settings: the state of the
+    process, as the fingerprint describes it. profile: what this worker was doing and for how long, where requested.
     """
 
     inputs: RunInputs
     backend: Backend
     device: torch.device
     fingerprint: Mapping[str, Any]
+    settings: numerics.Settings
     profile: Profile | None = None
 
 
@@ -153,11 +156,27 @@ def make_ready(
     inputs.check(recipe)
     keys.seed_all(key := keys.key(train.seed, "build"))
     kind = find_backend(inputs.task.backend)
+    process, threads = os.getpid(), torch.get_num_threads()
     backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
+    end_copy(process)
+    numerics.reset_modes()  # build may have left them otherwise
+    if torch.get_num_threads() != threads:
+        raise ContractError(
+            f"the task's build, or a package that it imports, set torch to {torch.get_num_threads()} threads; allowed "
+            f"is train.threads, which is {train.threads}. Set train.threads = {torch.get_num_threads()}, or end build "
+            f"with torch.set_num_threads({train.threads})."
+        )
     data = {**inputs.data, **backend.fingerprint()}
     found = numerics.fingerprint(train, device=device, data=data, layout=layout_digest(backend))
     profile = Profile() if job.profile else None
-    return Ready(inputs=inputs, backend=backend, device=device, fingerprint=found, profile=profile)
+    return Ready(
+        inputs=inputs,
+        backend=backend,
+        device=device,
+        fingerprint=found,
+        settings=numerics.Settings(),
+        profile=profile,
+    )
 
 
 def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> Run:
@@ -184,7 +203,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
             read_stream=inputs.train.state_at if isinstance(inputs.train, SampleStream) else None,
         ),
         order=order,
-        contributor=Contributor(replica=replica, seed=train.seed, offload=exchange.offload),
+        contributor=Contributor(replica=replica, seed=train.seed, offload=exchange.offload, settings=ready.settings),
         pure=not job.allow_impure,
     )
     origin, saved = _look(job, arrays)

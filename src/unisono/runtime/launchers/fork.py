@@ -52,12 +52,12 @@ class Fork:
 
     def train(self, training: Training) -> None:
         """Train under a supervisor, which brings the run through losses of workers."""
-        if training.recipe.train.threads > 1:
-            rest_threads()
+        rest_threads()  # a task may use several, whatever the recipe says
         supervise(training, start_forked)
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
         """Run `act` in each; this process reports for them."""
+        rest_threads()
         launch(workers, act, threads=threads, device=device)
         return True
 

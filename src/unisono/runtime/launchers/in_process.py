@@ -64,7 +64,7 @@ class InProcess:
 
     def _train(self, training: Training, observer: events.Observer, hold: FolderHold) -> None:
         train = training.recipe.train
-        with preserved(threads=train.threads), memory_kept(), StopRequests(hold) as requests:
+        with preserved(), memory_kept(), StopRequests(hold) as requests:
             client = UnsupervisedClient([hold, observer], requests)
             built: list[BuiltModule] = []
             training.runner.on_built = lambda model: built.extend(BuiltModule.of(model))
@@ -82,7 +82,7 @@ class InProcess:
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
         """Run `act` here; afterwards this process is as before."""
-        with _alone(), preserved(threads=threads), StopRequests() as requests:
+        with _alone(), preserved(), StopRequests() as requests:
             chosen = PLACE.device(device)
             numerics.settle(threads=threads, device=chosen)
             try:

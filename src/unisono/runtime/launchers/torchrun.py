@@ -54,7 +54,7 @@ class Torchrun:
         assignment = find_assignment()
         if assignment is None:
             raise _refuse()
-        with preserved(threads=threads), _handlers_kept():
+        with preserved(), _handlers_kept():
             record(
                 lambda: work(assignment, act, threads=threads, wanted_device=device)
             )()  # torchrun reads the error file that this writes
