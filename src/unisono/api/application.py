@@ -29,7 +29,7 @@ from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
-from unisono.storage.files import whole_file
+from unisono.storage.files import to_json, whole_file
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, kind_of
 from unisono.tasks.task import Task
@@ -114,7 +114,7 @@ def evaluate(
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     if not quiet:
-        print_now(json.dumps(found) if as_json else "\n".join(_describe(model, found)))
+        print_now(to_json(found) if as_json else "\n".join(_describe(model, found)))
     return found
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,8 +96,6 @@ class Run:
     begun: int = 0
     recovered: bool = False
     saved_step: int = -1
-    started: float = field(default_factory=time.perf_counter)
-    samples: int = 0
 
     @property
     def recipe(self) -> Recipe:

@@ -191,6 +191,7 @@ class Supervisor:
         change, now = self._change, time.monotonic()
         if change is not None and change.lost and not change.assigned and not fresh:
             change.lost += f"; {loss.what}"  # the same loss, noticed in several parts
+            change.frames = change.frames or loss.frames
             return
         if end := self._budget.spend(loss):
             self._terminate(self._pool.staying())
@@ -200,6 +201,7 @@ class Supervisor:
         if change is None:
             change = self._change = Change(since=now)
         change.lost += f"; {loss.what}" if change.lost else loss.what
+        change.frames = loss.frames or change.frames
         change.wasted += now - self._last_event if self._training else 0.0
         change.assigned = False
         self._last_event = now
