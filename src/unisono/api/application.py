@@ -17,6 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 
+from unisono.api.arguments import as_path, count_or_auto
 from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
@@ -31,7 +32,7 @@ from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
 from unisono.storage.files import to_json, whole_file
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
-from unisono.tasks.kinds import find_kind, kind_of
+from unisono.tasks.kinds import find_kind, named_kind
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
 from unisono.tracking.terminal import print_now
@@ -55,7 +56,7 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
         ModelError: the model cannot be used, or its task has to be named.
         DamagedError: a file is not readable.
     """
-    folder = model_folder(run)
+    folder = model_folder(as_path("run", run))
     path = folder / FACTS
     if not path.is_file():
         raise ModelError(
@@ -67,14 +68,14 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{str(path)!r} is damaged ({error}). Restore the folder as it was written.") from None
     recipe = recipes.check(table)
-    named = task or recipe.task.kind
-    kind = kind_of(named) if isinstance(named, type) else find_kind(named, trusted=task is not None)
+    kind = find_kind(recipe.task.kind, trusted=False) if task is None else named_kind(task)
     return kind.load(folder, recipe, facts, measure_model)
 
 
-def _load_to_compute(run: str | Path, task: TaskName) -> Any:
+def _load_to_compute(run: str | Path, task: TaskName, workers: object) -> Any:
     """As `load`, in the instruction sets that the run was trained with: they are limited before anything computes."""
-    recipe = read_recipe(run)
+    count_or_auto(workers)
+    recipe = read_recipe(as_path("run", run))
     if recipe is not None:
         instruction_sets.limit(recipe.train.numerics)
     return load(run, task=task)
@@ -103,7 +104,7 @@ def evaluate(
         DataError: the data cannot be used, or the run has no test samples of its own.
         NumericsError: the run's numerics are portable, and this process is not limited to them.
     """
-    model = _load_to_compute(run, task)
+    model = _load_to_compute(run, task, workers)
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
 
@@ -172,7 +173,8 @@ def predict(
     """
     from unisono.data.write import check_target, write_table
 
-    model = _load_to_compute(run, task)
+    target = None if target is None else as_path("target", target)
+    model = _load_to_compute(run, task, workers)
     if target is None and isinstance(source, str | Path):
         raise DataError(
             f"predict({str(run)!r}, {str(source)!r}): a file needs another one to be written. Name it, or give a frame."

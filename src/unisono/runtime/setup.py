@@ -134,9 +134,9 @@ def check_workers(recipe: Recipe, workers: int) -> None:
     microbatches = recipe.train.microbatches
     if not 1 <= workers <= microbatches:
         raise RecipeError(
-            f"`--workers {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can "
-            "share a step. "
-            f"Use at most {microbatches}, or set train.microbatches = {max(workers, 1)} (this changes the numerics)."
+            f"`--workers {workers}` (workers={workers}): the recipe has {microbatches} microbatches, so 1 to "
+            f"{microbatches} workers can share a step. Use at most {microbatches}, or set train.microbatches = "
+            f"{max(workers, 1)} (this changes the numerics)."
         )
 
 

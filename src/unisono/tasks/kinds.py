@@ -98,6 +98,22 @@ def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     raise RecipeError(f"'task.kind' = {name!r}: allowed are {', '.join(known)}, or module:Class.{guess}")
 
 
+def named_kind(task: object) -> TaskKind:
+    """The kind that a user names: the class of a task, or its name.
+
+    Raises:
+        RecipeError: it is neither; or as `find_kind`.
+    """
+    if isinstance(task, type) and issubclass(task, Task):
+        return kind_of(task)
+    if isinstance(task, str) and task:
+        return find_kind(task)
+    given, hint = repr(task), ""
+    if isinstance(task, Task):
+        given, hint = f"an object of {type(task).__name__}", f" Give the class: task={type(task).__name__}."
+    raise RecipeError(f"task (--task) is {given}; allowed is a subclass of unisono.Task, or its module:Class.{hint}")
+
+
 def name_of(task: Task) -> str:
     """The name by which a task's class is found again."""
     kind = type(task)

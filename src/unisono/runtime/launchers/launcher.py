@@ -75,11 +75,20 @@ def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
     """The number of workers on this host for `wanted`; "auto": all GPUs, else all cores, at most one per
     microbatch."""
     if wanted != AUTO:
-        if isinstance(wanted, bool) or not str(wanted).strip().isdigit():
-            raise RecipeError(f'workers = {wanted!r}: allowed is a whole number from 1, or "auto".')
-        return int(wanted)
+        return read_workers(wanted)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     return max(1, min(gpus or count_cores(), microbatches))
+
+
+def read_workers(wanted: object) -> int:
+    """A number of workers, as a number or a text.
+
+    Raises:
+        RecipeError: it is none, or less than 1.
+    """
+    if isinstance(wanted, bool) or not str(wanted).strip().isdigit() or not int(str(wanted)):
+        raise RecipeError(f'workers = {wanted!r} (--workers): allowed is a whole number from 1, or "auto".')
+    return int(str(wanted))
 
 
 def find_launcher(name: str | Launcher) -> Launcher:
