@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -139,7 +138,11 @@ def _as_value(name: str, value: Any) -> Any:
         if value.dtype.kind in "biufc":
             return value
         told = f"values of NumPy's {value.dtype}"
-    elif isinstance(value, Tensor | Number):
+    elif isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            return value
+        told = f"a tensor in the layout {value.layout}"
+    elif isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         return value
     elif isinstance(value, list | tuple):
         try:

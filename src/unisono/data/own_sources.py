@@ -79,7 +79,7 @@ def _explain(data: Any) -> str:
         return (
             f"data is one {kind} of shape {tuple(data.shape)}; allowed are columns by name, such as {{'input': data}}."
         )
-    if isinstance(data, tuple | list) and data and all(isinstance(one, Tensor | np.ndarray) for one in data):
+    if isinstance(data, tuple) and data and all(isinstance(one, Tensor | np.ndarray) for one in data):
         return (
             f"data is a {kind} of {len(data)} arrays; allowed are columns by name, such as "
             '{"input": data[0], "target": data[1]}.'

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from unisono.config.offers import load_offer
 from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
 from unisono.errors import ModelError, RecipeError
@@ -78,13 +79,7 @@ def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     if name in PRESETS:
         return _as_kind(_import(PRESETS[name]), name)
     if name in found:
-        try:
-            return _as_kind(found[name].load(), name)
-        except (ImportError, AttributeError) as error:
-            raise RecipeError(
-                f"'task.kind' = {name!r}: the package that declares it ({found[name].value}) cannot be used: {error}. "
-                "Install it again, or repair its entry point."
-            ) from error
+        return _as_kind(load_offer(entry_points(group=GROUP), name, "'task.kind'", RecipeError), name)
     if not trusted:
         raise ModelError(
             f"the model was trained with the task {name!r}, which is no preset and of no installed package. "

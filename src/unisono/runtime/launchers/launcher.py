@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from unisono.config.offers import load_offer
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Recovery
 from unisono.errors import RecipeError
@@ -106,16 +107,16 @@ def find_launcher(name: str | Launcher) -> Launcher:
         made: Launcher = getattr(import_module(module), kind)()
         return made
     declared = entry_points(group=ENTRY_POINTS)
-    for entry in declared:
-        if entry.name == name:
-            try:
-                found: Launcher = entry.load()()
-            except Exception as error:
-                raise RecipeError(
-                    f"launcher {name!r}: the package that declares it ({entry.value}) cannot be used: {error}. Install "
-                    "it again, or repair its entry point."
-                ) from error
-            return found
+    if name in declared.names:
+        offered = load_offer(declared, name, "launcher", RecipeError)
+        try:
+            made_by_package: Launcher = offered()  # type: ignore[operator]
+        except Exception as error:
+            raise RecipeError(
+                f"launcher {name!r}: the installed package that offers it ({offered!r}) cannot be used: {error}. Repair "
+                "or uninstall it."
+            ) from error
+        return find_launcher(made_by_package)
     allowed = ", ".join([AUTO, *BUILT_IN, *sorted(declared.names)])
     raise RecipeError(f"launcher {name!r}: allowed are {allowed}. Others come with packages that declare them.")
 
