@@ -113,8 +113,8 @@ def find_launcher(name: str | Launcher) -> Launcher:
             made_by_package: Launcher = offered()  # type: ignore[operator]
         except Exception as error:
             raise RecipeError(
-                f"launcher {name!r}: the installed package that offers it ({offered!r}) cannot be used: {error}. Repair "
-                "or uninstall it."
+                f"launcher {name!r}: the installed package that offers it ({offered!r}) cannot be used: {error}. "
+                "Repair or uninstall it."
             ) from error
         return find_launcher(made_by_package)
     allowed = ", ".join([AUTO, *BUILT_IN, *sorted(declared.names)])
