@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,18 @@ def test_a_recipe_object_takes_settings_and_no_overrides(tmp_path: Path) -> None
 @pytest.mark.parametrize("workers", [2, "1,2", [], [2, 2]])
 def test_numbers_to_compare(workers: Any) -> None:
     refuse(lambda: unisono.verify(Own(), DATA, workers=workers), "verify, workers = ")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_every_file_of_a_run_has_the_mode_that_umask_says(mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        folder = train(workers=1, checkpoint={"every_steps": 1}).folder
+    finally:
+        os.umask(before)
+    written = [*(folder / "model").iterdir(), *folder.glob("checkpoints/*/*"), folder / "summary.json"]
+    assert {path.suffix for path in written} >= {".safetensors", ".json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~mask}
 
 
 @pytest.fixture(scope="module")

@@ -82,11 +82,11 @@ def _tell_stop(run: Run, saved: bool) -> str:
     if saved:
         return (
             f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
-            f"command and `--run-folder {run.job.folder} --resume`, on any number of workers."
+            f"command and `--run-folder {run.job.folder} --resume` (run=…, resume=True), on any number of workers."
         )
     return (
         f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: the "
-        "messages above say why. Go on from the last checkpoint, if there is one, with --resume."
+        "messages above say why. Go on from the last checkpoint, if there is one, with --resume (resume=True)."
     )
 
 

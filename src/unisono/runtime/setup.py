@@ -314,8 +314,8 @@ def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> 
             raise ImpureError(
                 f"the dataset is not pure: loaded a second time, the same samples gave another {name!r}. Keep no state "
                 "in it, and draw random numbers from the global generators of torch, NumPy or Python, which are seeded "
-                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure trains it "
-                "without the promise of equal bits."
+                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure "
+                "(allow_impure=True) trains it without the promise of equal bits."
             )
 
 
@@ -348,7 +348,7 @@ def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Ori
             raise DamagedError(faults[0])
         raise RunFolderError(
             f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume, or with "
-            "--resume auto."
+            '--resume auto (resume="auto").'
         )
     if run.exchange.rank == 0 and everyone[0].faults:  # only worker 0 writes there
         checkpoints.set_aside(run.job.folder / "checkpoints", saved)
@@ -371,7 +371,10 @@ def _resume(run: Run, saved: checkpoints.Saved) -> list[str]:
         if names := numerics.differences(run.fingerprint, saved.facts["fingerprint"]):
             warnings.append(f"going on under new numerics ({', '.join(names)} differ): the bits are those of neither")
     else:
-        remedy = "Resume where the run began, or give --accept-new-numerics: it then goes on, to other bits."
+        remedy = (
+            "Resume where the run began, or give --accept-new-numerics (accept_new_numerics=True): it then goes on, to "
+            "other bits."
+        )
         warnings += numerics.compare(
             run.fingerprint, saved.facts["fingerprint"], who="in the checkpoint", here="here", remedy=remedy
         )

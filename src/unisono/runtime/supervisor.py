@@ -41,7 +41,7 @@ MEETING_SECONDS = 2.0  # for workers that wait for one that was lost on the way 
 ORPHAN_SECONDS = 1.0  # for a worker to end after others have lost its connection
 WRITING_SHARE = 0.5  # of the grace period, kept for writing the checkpoint
 LAST_WRITING_SECONDS = 600.0
-LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --resume."
+LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
 
 
 class Supervisor:
@@ -267,7 +267,7 @@ class Supervisor:
             return f"Step {step} could not be saved. {LAST_CHECKPOINT}"
         return (
             f"Everything up to step {step} is saved. Go on with the same command and `--run-folder {self._folder} "
-            "--resume`, on any number of workers."
+            "--resume` (run=…, resume=True), on any number of workers."
         )
 
     def _named(self, message: str) -> Interrupted:

@@ -155,7 +155,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         whole = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
         apart[name] = value if whole else value.clone()
+    path.touch()
+    mode = path.stat().st_mode  # as umask says; safetensors lets only the owner read what it makes
     save_file(apart, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

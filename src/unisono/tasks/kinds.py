@@ -206,7 +206,7 @@ def _import(name: str) -> object:
 def _run_file(path: Path) -> ModuleType:
     """Import a file under the name of its stem, once."""
     if not path.is_file():
-        raise RecipeError(f"--task {path}: no such file. Give path/to/file.py:Class.")
+        raise RecipeError(f"--task {path} (task.kind): no such file. Give path/to/file.py:Class.")
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
         return known

@@ -216,7 +216,9 @@ def _raise_first_failure(children: Sequence[ChildProcess], scratch: Path, asked:
     written = {report["rank"] for report in reports}
     killed = [rank for rank, child in enumerate(children) if child.exitcode and rank not in written]
     if asked > 1:
-        raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
+        raise Interrupted(
+            "stopped at once. The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
+        )
     if reports and not reports[0]["symptom"]:
         raise _rebuild(reports[0])
     if killed:

@@ -185,7 +185,9 @@ class StopRequests:
         if not self._begun:
             raise Interrupted("stopped before the first step; nothing was left behind.")
         if signal.SIGINT in self._asked[1:]:
-            raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
+            raise Interrupted(
+                "stopped at once. The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
+            )
         if len(self._asked) == 1:
             with suppress(OSError, AttributeError):  # the terminal itself may be closed
                 print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
