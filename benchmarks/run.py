@@ -11,7 +11,19 @@ import sys
 from pathlib import Path
 
 FAULTS = ("kills", "recover", "costs", "straggler", "resize")
-NAMES = ("startup", "exchange", "step", "share", "promise", "peers/compare", "bag", "demo", "parallel", "algebra")
+NAMES = (
+    "startup",
+    "apply",
+    "exchange",
+    "step",
+    "share",
+    "promise",
+    "peers/compare",
+    "bag",
+    "demo",
+    "parallel",
+    "algebra",
+)
 DATA = ("prepare", "store", "kills", "fuzz")
 MEASUREMENTS = (*NAMES, *(f"data/{name}" for name in DATA), *(f"faults/{name}" for name in FAULTS))
 OPTIONS = {"peers/compare": ["--quick"], "data/kills": ["--times", "5"], "data/fuzz": ["--minutes", "2"]}

@@ -84,11 +84,15 @@ def command(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         from unisono import cli
+        from unisono.runtime.signals import ASKING
 
         monkeypatch.setattr(sys, "argv", ["unisono", *map(str, arguments)])
         capfd.readouterr()
+        handlers = {signum: signal.getsignal(signum) for signum in ASKING}
         with pytest.raises(SystemExit) as end:
             cli.main()
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         code = end.value.code
         out, err = capfd.readouterr()
         return (code if isinstance(code, int) else int(code is not None)), out, err

@@ -8,8 +8,9 @@ import json
 import socket
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from toy import Command, launch_command, make_toy, run_command, run_python
+from toy import Command, launch_command, make_toy, run_command, run_python, wait_until_gone
 from unisono.config import recipe as recipes
+from unisono.errors import RunFolderError
+from unisono.storage.run_lock import RunLock
 
 FILES = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "curves.svg", "summary.json", "checkpoints", "model"}
 WORKERS = (1, 2, 3)
@@ -136,7 +139,7 @@ def test_json_is_one_object_per_line(runs: Runs) -> None:
     assert {"Notice", "RunStarted", "StepDone", "Evaluated", "CheckpointWritten"} <= {line["event"] for line in lines}
 
 
-def run_torchrun(folder: Path, *options: object, workers: int) -> list[subprocess.Popen[str]]:
+def run_torchrun(folder: Path, *options: object, workers: int, more: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
     """One agent; or `--nnodes` of them, as on so many hosts, meeting at one port. Returns them at work."""
     nodes = 2 if "--nnodes" in options else 1
     with socket.socket() as free:
@@ -147,7 +150,7 @@ def run_torchrun(folder: Path, *options: object, workers: int) -> list[subproces
         place = ["--node-rank", str(node)] if nodes > 1 else []
         meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", str(workers), *place]
         command = [sys.executable, "-m", "torch.distributed.run", *meeting, *map(str, options)]
-        command += ["-m", "unisono", "train", "toy.toml", "--run-folder", "run"]
+        command += ["-m", "unisono", "train", "toy.toml", "--run-folder", "run", *more]
         begun.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return begun
 
@@ -171,6 +174,31 @@ def test_torchrun_gives_the_same_bits(
     assert summary["workers"] == workers * len(agents)
     assert [summary[name] for name in HASHES] == [expected[name] for name in HASHES]
     assert "".join(out for out, _ in told).count("weights   sha256") == 1
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_agent_and_their_folder_is_free(trained: dict[int, Path], tmp_path: Path) -> None:
+    """The agent itself cannot end them then; another one goes on at once."""
+    make_toy(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "toy.toml").write_text((tmp_path / "toy.toml").read_text().replace("epochs = ", "epochs = 1000"))
+    (agent,) = run_torchrun(tmp_path, workers=2, more=["--resume", "auto"])
+    while not (tmp_path / "run" / ".running").exists() or len(read_children(agent.pid)) < 2:
+        assert agent.poll() is None, agent.communicate()
+        time.sleep(0.02)
+    workers = read_children(agent.pid)
+    with pytest.raises(RunFolderError, match=r"is being trained by process \d+"):
+        RunLock(tmp_path / "run")
+    agent.kill()
+    agent.communicate()
+    assert workers and wait_until_gone(workers) == []
+    RunLock(tmp_path / "run").release()
+
+
+def read_children(pid: int) -> list[int]:
+    """The processes that a process has started, from any of its threads."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def test_folders_are_numbered_and_overrides_count(command: Command, tmp_path: Path) -> None:

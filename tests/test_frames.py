@@ -273,7 +273,7 @@ def test_texts_are_the_same_from_every_kind(texts: list[str | None], size_bytes:
     cuts, hashes = [], set()
     here = cast(Share, SimpleNamespace(map=map))  # without processes
     for name, kind in TEXT_KINDS.items():
-        column_batches = list(cut_by_size(read_frame(kind(columns), Data(), "frame"), "text", size_bytes))
+        column_batches = list(cut_by_size(read_frame(kind(columns), Data(), "frame"), ["text"], size_bytes))
         assert join(column_batches) == texts, name
         cuts.append([column_batch.rows for column_batch in column_batches])
         hashes.add(find_inputs(Data(), {"train": kind(columns)}, here)["train"].sha256)

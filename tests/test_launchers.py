@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ from unisono.errors import Interrupted, Preempted, RecipeError, RunFolderError
 from unisono.exchange.solo import Solo
 from unisono.processes.forking import fork
 from unisono.runtime.launchers import launcher as launchers
-from unisono.runtime.launchers.in_process import InProcess
+from unisono.runtime.launchers.in_process import FolderHold, InProcess
 from unisono.runtime.launchers.launcher import Training, choose, count_workers
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.launchers.spawn import find_unsendable
@@ -181,7 +182,7 @@ def test_the_folder_is_held_and_a_resize_is_answered(tmp_path: Path, monkeypatch
                 RunLock(run)
             answers.append(str(refused.value))
             asking.start()
-            while not (run / ".wanted").exists():
+            while not any(run.glob(".wanted-*")):
                 assert asking.is_alive()
                 time.sleep(0.01)
 
@@ -503,29 +504,99 @@ def test_an_interactive_session_cannot_be_imported(tmp_path: Path, monkeypatch: 
 # ---- a process group that exists already
 
 
-def test_in_a_process_group_of_the_caller(tmp_path: Path, expected: unisono.Trained) -> None:
-    """The workers are its members; it is left as it was, for the caller to go on with."""
-    import socket
-
+def in_group(workers: int, main: Callable[[int], None]) -> None:
+    """Call `main(rank)` in so many processes, in which torch.distributed is initialised."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
 
+    def join(rank: int) -> None:
+        store = dist.TCPStore("127.0.0.1", port, workers, is_master=rank == 0)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+        main(rank)
+
+    members = [fork(join, (rank,), f"member {rank}") for rank in range(workers)]
+    for member in members:
+        member.join()
+    assert [member.exitcode for member in members] == [0] * workers
+
+
+def test_in_a_process_group_of_the_caller(tmp_path: Path, expected: unisono.Trained) -> None:
+    """The workers are its members; it is left as it was, for the caller to go on with."""
+
     def main(rank: int) -> None:
-        store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         found = [hashes(train(tmp_path / str(number))) for number in range(2)]
         total = torch.ones(1)
         dist.all_reduce(total)
         if rank == 0:
             (tmp_path / "found.json").write_text(json.dumps([*found, total.item()]))
 
-    members = [fork(main, (rank,), f"member {rank}") for rank in range(2)]
-    for member in members:
-        member.join()
-    assert [member.exitcode for member in members] == [0, 0]
+    in_group(2, main)
     one, two, total = json.loads((tmp_path / "found.json").read_text())
     assert tuple(one) == tuple(two) == hashes(expected) and total == 2.0
+
+
+def test_a_folder_at_work_is_refused_to_workers_of_another_program(tmp_path: Path, expected: unisono.Trained) -> None:
+    """To all of them, by name; and while they have it, others are refused."""
+    (tmp_path / "run").mkdir()
+
+    def main(rank: int) -> None:
+        refused = f"is being trained by process {os.getppid()} on {socket.gethostname()}"
+        with pytest.raises(RunFolderError, match=refused):
+            train(tmp_path / "run", resume="auto")
+        dist.barrier()
+        if rank == 0:
+            (tmp_path / "refused").touch()
+            wait_for(tmp_path / "free")
+        dist.barrier()
+        run = train(tmp_path / "run", Dropped(on_loss=lambda: look(rank)), resume="auto")
+        assert hashes(run) == hashes(expected)
+
+    def look(rank: int) -> None:
+        if rank == 1 and not (tmp_path / "looked").exists():
+            with pytest.raises(RunFolderError, match="is being trained by process"):
+                RunLock(tmp_path / "run")
+            (tmp_path / "looked").touch()
+
+    held = RunLock(tmp_path / "run")
+    held.tell(workers=1)
+
+    def free() -> None:
+        wait_for(tmp_path / "refused")
+        held.release()
+        (tmp_path / "free").touch()
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    try:
+        in_group(2, main)
+    finally:
+        (tmp_path / "refused").touch()
+        thread.join()
+    assert (tmp_path / "looked").exists() and not (tmp_path / "run" / ".running").exists()
+
+
+def test_workers_of_another_program_cannot_be_resized(tmp_path: Path) -> None:
+    hold = FolderHold(tmp_path, 8, workers=2, refusal="another program has started its workers")
+    hold.take()
+    refused: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(RunFolderError) as raised:
+            ask_for_workers(tmp_path, 3)
+        refused.append(str(raised.value))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while thread.is_alive():
+        hold.look()
+    hold.close()
+    assert "another program has started its workers" in refused[0]
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def test_auto_counts_what_is_there() -> None:

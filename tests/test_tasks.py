@@ -28,7 +28,7 @@ from unisono.tracking.ledger import read_ledger
 pytestmark = pytest.mark.usefixtures("warm")
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
-MODULE, METRIC = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+MODULE, METRIC, *_ = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
 RECIPE = re.findall(r"```toml\n(.*?)```", GUIDE, re.S)[0].replace("width = 16 ", "width = 6 ").replace("0.2", "0.3")
 RECIPE += "samples_per_step = 16\nmicrobatches = 4\nlearning_rate = 0.05\n"
 

@@ -137,6 +137,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train, test and export a model. Under torchrun, join its workers."""
+    from unisono.runtime import signals
+
+    signals.end_early()
     count = check_count(workers)
     overrides = (*_with(set_, task, strict), *([f"recovery.on_loss={on_loss}"] if on_loss else []))
     _limit(recipe, overrides)

@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_or_read_only_costs_its_checkpoints(
     def save_file(tensors: Any, path: Path, **options: Any) -> None:
         honest(tensors, path, **options)
         for step, error in faults.items():
-            if path.parent.name == f".{steps(step)[0]}.part" and "optimizer" in path.name:
+            if path.parent.name.startswith(f".{steps(step)[0]}.") and "optimizer" in path.name:
                 raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(safetensors.torch, "save_file", save_file)
@@ -161,7 +161,7 @@ def test_the_last_good_checkpoint_outlives_a_full_disk(
     ).keys()
     checkpoints.verify(run / "checkpoints" / steps(6)[0])
     tried = [number for number in range(19) for told in read_warnings(run) if f"{steps(number)[0]}' cannot" in told]
-    assert tried == [9, 12, 13], "those that were due, and the last one"
+    assert tried in ([9, 12, 13], [9, 13]), "those that were due, unless given up for the last one"
 
 
 def test_a_folder_that_vanishes_while_training(disturbed: Disturbed, quiet: Quiet, interfere: Any) -> None:
@@ -199,7 +199,8 @@ def test_a_writer_that_is_killed_leaves_nothing_to_be_seen(
     run = disturbed(workers=2)
     seen = {step: (tmp_path / f"before-{step}").read_text().split() for step in (6, 9, 12, 15, 18)}
     for before, step in ((3, 6), (6, 9), (9, 12), (12, 15)):
-        assert seen[step] == [f".{steps(before)[0]}.part"], "half a checkpoint, which nobody takes for one"
+        (unfinished,) = seen[step]  # half a checkpoint, which nobody takes for one
+        assert unfinished.startswith(f".{steps(before)[0]}.") and unfinished.endswith(".part")
     assert seen[18] == steps(15), "cleared away"
     assert ["the writer was killed by SIGKILL" in told for told in read_warnings(run)] == [True] * 4
     assert names(run) == steps(15, 18)

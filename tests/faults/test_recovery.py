@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ from toy import Command
 from unisono.engine.state import TrainState
 from unisono.errors import DivergedError, ImpureError, RecipeError, WorkerError
 from unisono.exchange.shared_memory import Shared
+from unisono.processes.fault_injection import KINDS
 from unisono.processes.progress_table import PHASES
+from unisono.runtime import hang_detection
 from unisono.runtime import supervised_worker as handle
 from unisono.runtime.restart_budget import RestartBudget
 
@@ -287,6 +290,31 @@ def test_the_last_worker_is_replaced_even_so(disturbed: Disturbed, quiet: Any) -
     assert (line["step"], line["workers"]) == (4, 1)
     assert {f"worker {worker} was killed" in line["what"] for worker in (0, 1)} == {True}, "told together"
     assert_same_history(run, quiet.run)
+
+
+@pytest.mark.parametrize("kind", ["first start", "replacement"])
+def test_starts_that_do_not_end_spend_the_budget(
+    disturbed: Disturbed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """Starts hang again and again: the run says so, and ends."""
+    mark = tmp_path / "starts hang"
+
+    def kill() -> None:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def block() -> None:
+        while mark.exists():
+            signal.pause()
+
+    monkeypatch.setattr(hang_detection, "START_PATIENCE", 0.02)
+    monkeypatch.setitem(KINDS, "block", block)
+    monkeypatch.setitem(KINDS, "kill", kill)
+    if kind == "first start":
+        mark.touch()
+    faults = "block(worker=-1, step=0, phase=start, times=99)", "kill(worker=1, step=4, phase=update)"
+    with pytest.raises(WorkerError, match=r"worker \d was not ready \d+ s after its start.*so the fault repeats"):
+        disturbed(*faults, workers=2, recovery={"backoff_seconds": 0.0})
 
 
 def test_no_restarts(disturbed: Disturbed, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from unisono.errors import LostPeerError
-from unisono.runtime.channel import CHUNK_BYTES, Channel, pair
+from unisono.runtime.channel import CHUNK_BYTES, MOST_DESCRIPTORS, Channel, pair
 
 Ends = tuple[Channel, Channel]
 
@@ -39,7 +42,7 @@ def test_messages_arrive_in_order_both_ways(ends: Ends) -> None:
         messages = [{"event": "X", "fields": {"text": "line\nbreak – ü", "number": number}} for number in range(50)]
         for message in messages:
             sender.send(message)
-        assert [receiver.receive() for _ in range(20)] == [(message, -1) for message in messages[:20]]
+        assert [receiver.receive() for _ in range(20)] == [(message, []) for message in messages[:20]]
         assert receiver.drain() == messages[20:]
         assert receiver.drain() == []
 
@@ -53,13 +56,13 @@ def test_a_line_in_pieces_is_delivered_when_it_is_whole(raw: tuple[socket.socket
     end.sendall(b'\n{"next": 1}\n{"half')
     assert channel.drain() == [{"text": "ü" * 5}, {"next": 1}]
     end.sendall(b'": 2}\n')
-    assert channel.receive() == ({"half": 2}, -1)
+    assert channel.receive() == ({"half": 2}, [])
 
 
 def test_what_was_drained_in_part_is_received_whole(raw: tuple[socket.socket, Channel]) -> None:
     end, channel = raw
     end.sendall(b'{"a": 1}\n{"b"')
-    assert channel.receive() == ({"a": 1}, -1)
+    assert channel.receive() == ({"a": 1}, [])
     assert channel.drain() == []
     end.sendall(b": 2}\n")
     assert channel.drain() == [{"b": 2}]
@@ -105,36 +108,66 @@ def test_a_file_goes_along(ends: Ends) -> None:
     one, other = ends
     for number in range(3):  # one after another, as groups of workers come
         reading, writing = os.pipe()
-        one.send({"rank": number}, reading)
+        one.send({"rank": number}, [reading])
         os.close(reading)
-        message, received = other.receive()
+        message, (received,) = other.receive()
         assert message == {"rank": number}
         os.write(writing, b"through")
         assert os.read(received, 99) == b"through"
         os.close(received)
         os.close(writing)
         one.send({"without": number})
-        assert other.receive() == ({"without": number}, -1)
+        assert other.receive() == ({"without": number}, [])
 
 
 def test_a_file_with_a_long_message(ends: Ends) -> None:
     one, other = ends
     reading, writing = os.pipe()
     message = {"text": "x" * (5 * CHUNK_BYTES)}
-    thread = threading.Thread(target=one.send, args=(message, reading))
+    thread = threading.Thread(target=one.send, args=(message, [reading]))
     thread.start()
-    found, received = other.receive()
+    found, (received,) = other.receive()
     thread.join()
     assert found == message and os.fstat(received).st_ino == os.fstat(reading).st_ino
     for descriptor in (reading, writing, received):
         os.close(descriptor)
 
 
+def test_more_files_than_one_message_of_a_socket_takes(ends: Ends) -> None:
+    """They come in order, and no program that is executed inherits them."""
+    one, other = ends
+    files = [os.pipe() for _ in range(2)]
+    asked = [files[number % 2][0] for number in range(2 * MOST_DESCRIPTORS + 3)]
+    one.send({"rank": 0}, asked)
+    one.send({"rank": 1}, asked[:1])
+    (first, found), (second, last) = other.receive(), other.receive()
+    assert (first, second) == ({"rank": 0}, {"rank": 1}) and not any(map(os.get_inheritable, found))
+    assert [os.fstat(file).st_ino for file in found + last] == [os.fstat(file).st_ino for file in asked + asked[:1]]
+    for file in [*found, *last, *files[0], *files[1]]:
+        os.close(file)
+
+
+def test_files_for_which_there_is_no_room_are_missed(ends: Ends) -> None:
+    """The system drops them without an error."""
+    one, other = ends
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    one.send({"rank": 0}, [0] * 9)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 3, before[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            other.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for file in other._descriptors:
+            os.close(file)
+    assert raised.value.errno == errno.EMFILE
+
+
 def test_who_is_gone_is_told_nothing(ends: Ends) -> None:
     one, other = ends
     other.close()
     one.send({"event": "late"})
-    one.send({"seat": "late"}, 0)
+    one.send({"seat": "late"}, [0])
     one.send({"text": "x" * (5 * CHUNK_BYTES)})
     assert one.drain() == []
     with pytest.raises(LostPeerError):
@@ -145,7 +178,7 @@ def test_nothing_is_sent_after_the_end(ends: Ends) -> None:
     one, other = ends
     one.close()
     one.send({"event": "late"})
-    one.send({"seat": "late"}, 0)
+    one.send({"seat": "late"}, [0])
     assert other.drain() == []
 
 
@@ -175,9 +208,9 @@ def test_a_descriptor_comes_with_its_own_message() -> None:
     one, other = pair()
     reading, writing = os.pipe()
     one.send({"written": True})
-    one.send({"rank": 0}, reading)
-    assert other.receive() == ({"written": True}, -1)
-    message, descriptor = other.receive()
-    assert message == {"rank": 0} and descriptor >= 0
+    one.send({"rank": 0}, [reading])
+    assert other.receive() == ({"written": True}, [])
+    message, (descriptor,) = other.receive()
+    assert message == {"rank": 0}
     os.write(writing, b"x")
     assert os.read(descriptor, 1) == b"x"

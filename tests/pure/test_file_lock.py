@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from unisono.processes.forking import fork
 from unisono.storage.file_lock import HeldFile, Timeout, hold, is_held
 
 
@@ -73,15 +75,63 @@ def test_one_holds_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_forked_processes_hold_it_until_they_end(tmp_path: Path, killed: list[int]) -> None:
+def start_worker() -> int:
+    process = fork(signal.pause, (), "worker")
+    assert process.pid is not None
+    return process.pid
+
+
+def start_child_of_a_worker() -> int:
+    reading, writing = os.pipe()
+
+    def worker() -> None:
+        os.write(writing, b"%d" % fork_idle())
+        signal.pause()
+
+    fork(worker, (), "worker")
+    return int(os.read(reading, 20))
+
+
+def test_workers_hold_it_until_they_end(tmp_path: Path, killed: list[int]) -> None:
     """A killed supervisor's workers may still write. Fails without the copy of the descriptor."""
     path = tmp_path / "lock"
-    holder, worker = hold_elsewhere(path, fork_idle)
+    holder, worker = hold_elsewhere(path, start_worker)
     killed.append(worker)
     end(holder)
     assert is_held(path)
     os.kill(worker, signal.SIGKILL)  # it is a child of nobody here
     HeldFile(path).release()
+
+
+def test_a_child_of_the_task_does_not_hold_it(tmp_path: Path, killed: list[int]) -> None:
+    """It may outlive the run. Fails if every forked process kept the copy."""
+    holder, child = hold_elsewhere(tmp_path / "lock", fork_idle)
+    killed.append(child)
+    end(holder)
+    os.kill(child, 0)
+    assert not is_held(tmp_path / "lock")
+
+
+def test_a_child_of_a_worker_does_not_hold_it(tmp_path: Path, killed: list[int]) -> None:
+    """Fails if what a worker forks counted as a worker."""
+    path = tmp_path / "lock"
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if not holder:
+        with suppress(BaseException):
+            held = HeldFile(path)
+            child = start_child_of_a_worker()
+            workers = multiprocessing.active_children()
+            os.write(writing, b"%d %d" % (child, workers[0].pid or 0))
+            signal.pause()
+            held.release()
+        os._exit(1)
+    child, worker = map(int, os.read(reading, 40).split())
+    killed += [child, worker]
+    end(holder)
+    os.kill(worker, signal.SIGKILL)
+    HeldFile(path).release()
+    os.kill(child, 0)
 
 
 def test_executed_programs_do_not_inherit_it(tmp_path: Path, killed: list[int]) -> None:

@@ -19,10 +19,17 @@ from hypothesis import strategies as st
 from unisono.processes import progress_table as progress_tables
 from unisono.processes.progress_table import PHASES, ProgressTable, Row
 from unisono.runtime import hang_detection
-from unisono.runtime.hang_detection import FIRST_STEP_PATIENCE, PATIENCE, HangDetector, Stuck, find_stuck
+from unisono.runtime.hang_detection import (
+    FIRST_STEP_PATIENCE,
+    PATIENCE,
+    START_PATIENCE,
+    HangDetector,
+    Stuck,
+    find_stuck,
+)
 from unisono.runtime.worker_pool import WorkerPool
 
-NOW, LIMIT = 1000.0, 10.0
+NOW, LIMIT, START = 1000.0, 10.0, 70.0
 
 
 def row(phase: str = "contribute", *, ago: float = 0.0, entered: int = 5, waiting: str = "") -> Row:
@@ -32,7 +39,9 @@ def row(phase: str = "contribute", *, ago: float = 0.0, entered: int = 5, waitin
 
 def find(*rows: Row, stopped: tuple[int, ...] = (), answered: tuple[int, ...] = ()) -> list[int]:
     """Who is found, by position."""
-    found = find_stuck(dict(enumerate(rows)), stopped=stopped, answered=answered, now=NOW, limit_seconds=LIMIT)
+    found = find_stuck(
+        dict(enumerate(rows)), stopped=stopped, answered=answered, now=NOW, limit_seconds=LIMIT, start_seconds=START
+    )
     assert all(stuck.row is rows[stuck.worker] and stuck.seconds == NOW - stuck.row.since for stuck in found)
     assert all(stuck.stopped == (stuck.worker in stopped) for stuck in found)
     return [stuck.worker for stuck in found]
@@ -92,7 +101,7 @@ def test_no_phase_excuses_who_is_stopped(phase: str, ago: float, found: list[int
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_patience_with_each_phase(phase: str) -> None:
-    patience = {"start": 10.0, "join": 10.0, "evaluate": 10.0, "save": 10.0, "finish": 60.0}
+    patience = {"start": START / LIMIT, "join": 10.0, "evaluate": 10.0, "save": 10.0, "finish": 60.0}
     patience |= {"wait": math.inf, "prepare": math.inf}
     limit = LIMIT * patience.get(phase, 1.0)
     assert find(row(phase, ago=min(limit, 1e9) - 1.0)) == []
@@ -214,6 +223,18 @@ def test_the_first_step_has_more_time(tmp_path: Path, clock: Clock) -> None:
         assert look(watch, clock, 1.48) == []
         watch.learn(0.001)
         assert look(watch, clock, 0.06) == [1]
+
+
+def test_a_start_has_a_clock_of_its_own(tmp_path: Path, clock: Clock) -> None:
+    """However short the steps are: a replacement imports, opens the data and builds the model."""
+    with children(1) as pids:
+        watch, progress_table = make_watch(0.05, tmp_path, Someone(0, 1, pids[0], generation=-1))
+        progress_table.progress_writer(0).at("start")
+        watch.learn(0.001)
+        assert look(watch, clock, 0.05 * START_PATIENCE - 0.02) == []
+        assert look(watch, clock, 0.1) == [1]
+        ((_, stuck),) = watch.find()
+        assert "was not ready 3 s after its start" in str(stuck) and "raise recovery.hang_factor" in str(stuck)
 
 
 def test_factor_zero_never_suspects(tmp_path: Path, clock: Clock) -> None:

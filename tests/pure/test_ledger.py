@@ -275,7 +275,11 @@ def test_close_tries_a_last_time(tmp_path: Path, disk: Disk) -> None:
     assert steps(tmp_path) == [1] and len(told) == 2
 
 
-def test_close_says_what_is_lost(tmp_path: Path, disk: Disk) -> None:
+def test_close_says_what_is_lost(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path, write: object) -> None:
+        raise RunFolderError("no place can be written")
+
+    monkeypatch.setattr("unisono.tracking.ledger.write_or_rescue", refuse)
     told: list[str] = []
     ledger = Ledger(tmp_path, warn=told.append)
     ledger.observe(started())

@@ -327,7 +327,7 @@ def test_a_written_folder_opens_in_transformers_with_equal_outputs(
     module = build(task(Pretrained(folder=str(folder)))).eval()
     written = tmp_path / "written"
     written.mkdir()
-    write_config(folder, written, ["no", "yes", "ja"])
+    write_config(Pretrained(folder=str(folder)), written, ["no", "yes", "ja"])
     save_file(module.state_dict(), written / "model.safetensors", metadata={"format": "pt"})
     theirs, report = transformers.AutoModel.from_pretrained(written, add_pooling_layer=False, output_loading_info=True)
     assert not report["missing_keys"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unisono.errors import LostPeerError
 from unisono.exchange import offload as desks
+from unisono.exchange.meeting import StoreMeeting
 from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.shared_memory import Shared
 
@@ -42,7 +43,7 @@ def act_together(*acts: Act) -> list[Any]:
     store, found = dist.HashStore(), [None] * len(acts)
 
     def work(rank: int) -> None:
-        exchange = Shared(store, rank=rank, workers=len(acts), timeout_seconds=120)
+        exchange = Shared(StoreMeeting(store, rank, len(acts)), rank=rank, workers=len(acts), timeout_seconds=120)
         try:
             assert exchange.offload is not None
             found[rank] = acts[rank](exchange, exchange.offload)
@@ -258,7 +259,9 @@ def join_with(affinities: list[int], monkeypatch: pytest.MonkeyPatch) -> list[An
 
     def work(rank: int) -> None:
         mine.processors = affinities[rank]
-        exchange = Shared(store, rank=rank, workers=len(affinities), timeout_seconds=120)
+        exchange = Shared(
+            StoreMeeting(store, rank, len(affinities)), rank=rank, workers=len(affinities), timeout_seconds=120
+        )
         found[rank] = (exchange.offload, exchange.gather_bytes(bytes([rank]) * (rank + 1)))
         exchange.close()
 
@@ -288,7 +291,7 @@ def test_who_cannot_open_a_desk_leaves_nothing_open(monkeypatch: pytest.MonkeyPa
 
     def work(rank: int) -> None:
         try:
-            Shared(store, rank=rank, workers=2, timeout_seconds=120)
+            Shared(StoreMeeting(store, rank, 2), rank=rank, workers=2, timeout_seconds=120)
         except LostPeerError as error:
             heard.append(str(error))
 

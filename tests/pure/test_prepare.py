@@ -78,7 +78,7 @@ def test_splits_labels_and_quarantine(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", [*lines(10), lines(1)[0], "\udcff,x", ",y"])
     test = write(tmp_path / "test.csv", [*lines(4, 100), lines(1)[0]])
     told: list[str] = []
-    dataset = prepare(recipe(tmp_path, train=train, test=test), notify=told.append)
+    dataset = prepare(recipe(tmp_path, train=train, test=test, encoding="utf-8"), notify=told.append)
     assert dataset.counts == {"train": 10, "test": 4}
     assert dataset.labels == ("x", "y")
     assert dataset.quarantined == {

@@ -129,7 +129,7 @@ GOOD, FINE = b'{"text":"good","label":"x"}\n', b'\n{"text":"fine","label":"x"}'
 def test_a_bad_row_spoils_only_itself(tmp_path: Path, name: str, content: bytes, fault: str, text: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    good, bad, fine = read_records(path, DATA)
+    good, bad, fine = read_records(path, Data(encoding="utf-8"))
     assert (good.text, good.label, good.fault) == ("good", "x", "")
     assert (bad.fault, bad.text) == (fault, text)
     assert (fine.text, fine.label, fine.fault) == ("fine", "x", "")
@@ -164,7 +164,7 @@ def test_long_field(tmp_path: Path) -> None:
         ("a.csv", b"text,text\na,x\n", {}, "two columns are named 'text'"),
         ("a.csv", b'text,label\na,x\n"b,y\nc,x\n', {}, "line 3 never closes"),
         ("a.csv", b"a,x\n", {"header_lines": 0}, "data.columns"),
-        ("a.csv", "text,label\na,x\n".encode("utf-16"), {}, "UTF-16"),
+        ("a.csv", "text,label\na,x\n".encode("utf-16"), {"encoding": "utf-8"}, "byte-order mark of UTF-16-LE"),
         ("a.tsv", b"text\tlabel\n", {}, "no record"),
         ("a.jsonl", b"\n", {}, "no record"),
         ("a.parquet", b"PAR1", {}, "Parquet"),
@@ -190,7 +190,7 @@ def test_what_is_no_frame(frame: object) -> None:
 def test_texts_keep_every_row_and_every_column(tmp_path: Path) -> None:
     path = tmp_path / "new.csv"
     path.write_bytes(b"id,text\n1,hello\n2,\xff\n3,\n4,x,y\n5,world\n")
-    new = read_texts(path, DATA)
+    new = read_texts(path, Data(encoding="utf-8"))
     assert new.texts == ("hello", "\\xff", "", "4,x,y", "world")
     assert new.faults == ("", "not UTF-8", "empty", "3 fields, not 2", "")
     assert new.usable.tolist() == [0, 4]

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pytest
 
 from unisono.errors import RecipeError, RunFolderError
 from unisono.storage import run_lock as run_locks
-from unisono.storage.run_lock import ANSWER, RUNNING, WANTED, RunLock, ask_for_workers
+from unisono.storage.run_lock import ANSWER, RUNNING, WANTED, RunLock, WorkersRequest, ask_for_workers
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +102,8 @@ def test_a_folder_that_cannot_be_written_is_trained_all_the_same(
         read_only.setattr(os, "open", refuse)
         run_lock = RunLock(tmp_path)
     run_lock.tell(workers=2)
-    assert run_lock.wanted_workers() is None
-    run_lock.answer("no", done=False)
+    assert run_lock.next_request() is None
+    run_lock.answer(WorkersRequest(name="1", workers=2), "no", done=False)
     run_lock.release()
     run_lock.release()
 
@@ -118,31 +119,32 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatc
 
 
 def test_files_left_by_a_killed_run_are_not_taken_for_wishes(tmp_path: Path) -> None:
-    (tmp_path / WANTED).write_text('{"workers": 7}')
-    (tmp_path / ANSWER).write_text('{"done": true, "text": "old"}')
+    (tmp_path / f"{WANTED}1").write_text('{"workers": 7}')
+    (tmp_path / f"{ANSWER}1").write_text('{"done": true, "text": "old"}')
     run_lock = RunLock(tmp_path)
-    assert run_lock.wanted_workers() is None
-    assert not (tmp_path / ANSWER).exists()
+    assert run_lock.next_request() is None
+    assert not (tmp_path / f"{ANSWER}1").exists()
     run_lock.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"workers": 0}', '{"workers": "3"}', '{"workers": -1}', "{}"])
 def test_a_wish_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
     run_lock = RunLock(tmp_path)
-    (tmp_path / WANTED).write_text(text)
-    assert run_lock.wanted_workers() is None
-    assert not (tmp_path / WANTED).exists()
+    (tmp_path / f"{WANTED}1").write_text(text)
+    assert run_lock.next_request() is None
+    assert not (tmp_path / f"{WANTED}1").exists()
     run_lock.release()
 
 
 def test_a_wish_is_heard_once(tmp_path: Path) -> None:
     run_lock = RunLock(tmp_path)
-    (tmp_path / WANTED).write_text('{"workers": 3}')
-    assert [run_lock.wanted_workers(), run_lock.wanted_workers()] == [3, None]
+    (tmp_path / f"{WANTED}1").write_text('{"workers": 3}')
+    assert run_lock.next_request() == WorkersRequest(name="1", workers=3)
+    assert run_lock.next_request() is None
     run_lock.release()
 
 
-def converse(folder: Path, workers: int, answer: Callable[[RunLock, int], None]) -> str | Exception:
+def converse(folder: Path, workers: int, answer: Callable[[RunLock, WorkersRequest], None]) -> str | Exception:
     """Ask a run that answers like this; return what came of it."""
     run_lock = RunLock(folder)
     run_lock.tell(workers=2, most_workers=4)
@@ -158,8 +160,8 @@ def converse(folder: Path, workers: int, answer: Callable[[RunLock, int], None])
     asking.start()
     deadline = time.monotonic() + 120
     while asking.is_alive() and time.monotonic() < deadline:
-        if (wanted := run_lock.wanted_workers()) is not None:
-            answer(run_lock, wanted)
+        if (request := run_lock.next_request()) is not None:
+            answer(run_lock, request)
         time.sleep(0.002)
     asking.join(120)
     with suppress(OSError):
@@ -167,19 +169,118 @@ def converse(folder: Path, workers: int, answer: Callable[[RunLock, int], None])
     return found[0]
 
 
+def grant(run_lock: RunLock, request: WorkersRequest) -> None:
+    run_lock.answer(request, f"{request.workers} it is", done=True)
+
+
 def test_asked_and_answered(tmp_path: Path) -> None:
-    assert converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer(f"{wanted} it is", done=True)) == "3 it is"
+    assert converse(tmp_path, 3, grant) == "3 it is"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_asked_and_refused(tmp_path: Path) -> None:
-    found = converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer("not now", done=False))
+    found = converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer(wanted, "not now", done=False))
     assert isinstance(found, RunFolderError) and "not now" in str(found)
 
 
+def test_each_of_several_askers_gets_its_own_answer(tmp_path: Path) -> None:
+    """All requests are there before the first one is answered, and the last one is answered first."""
+    run_lock = RunLock(tmp_path)
+    run_lock.tell(workers=2, most_workers=40)
+    found: dict[int, str] = {}
+    asking = [
+        threading.Thread(target=lambda count=count: found.update({count: ask_for_workers(tmp_path, count)}))
+        for count in range(1, 9)
+    ]
+    for one in asking:
+        one.start()
+    requests: list[WorkersRequest] = []
+    while len(requests) < len(asking):
+        if (request := run_lock.next_request()) is not None:
+            requests.append(request)
+    for request in reversed(requests):
+        grant(run_lock, request)
+    for one in asking:
+        one.join()
+    run_lock.release()
+    assert found == {count: f"{count} it is" for count in range(1, 9)}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_are_taken_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    run_lock = RunLock(tmp_path)
+    for name, workers, when in (("b", 3, 10), ("a", 5, 30), ("c", 4, 20)):
+        path = tmp_path / f"{WANTED}{name}"
+        path.write_text(json.dumps({"workers": workers}))
+        os.utime(path, (when, when))
+    taken = [run_lock.next_request() for _ in range(4)]
+    assert [request and request.workers for request in taken] == [3, 4, 5, None]
+    run_lock.release()
+
+
+def make_odd(path: Path, kind: str) -> None:
+    """Put something that is no file of ours at the path."""
+    victim = path.parent / "victim"
+    victim.write_text('{"workers": 3}')
+    if kind == "link":
+        path.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "endless"])
+def test_a_request_is_read_from_a_regular_file_only(tmp_path: Path, kind: str) -> None:
+    run_lock = RunLock(tmp_path)
+    make_odd(tmp_path / f"{WANTED}1", kind)
+    assert run_lock.next_request() is None
+    run_lock.release()
+    assert (tmp_path / "victim").read_text() == '{"workers": 3}'
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "endless"])
+def test_a_lock_is_a_regular_file(tmp_path: Path, kind: str) -> None:
+    make_odd(tmp_path / RUNNING, kind)
+    with pytest.raises(RunFolderError, match=r"\.running' is (a symbolic link|no regular file).*Remove it"):
+        RunLock(tmp_path)
+    assert (tmp_path / "victim").read_text() == '{"workers": 3}'
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
+def test_a_lock_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / RUNNING).touch()
+    os.chown(tmp_path / RUNNING, 12345, 12345)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(RunFolderError, match="belongs to another user"):
+        RunLock(tmp_path)
+
+
+def test_others_may_not_open_the_lock(tmp_path: Path) -> None:
+    """A reader could lock it. A file from before may have another mode."""
+    (tmp_path / RUNNING).touch(mode=0o644)
+    run_lock = RunLock(tmp_path)
+    assert (tmp_path / RUNNING).stat().st_mode & 0o777 == 0o600
+    run_lock.release()
+
+
+def test_a_process_that_has_ended_is_not_blamed(tmp_path: Path) -> None:
+    """Another one has the lock: a tool that reads the file, or a child that was forked behind our back."""
+    dead = begin_elsewhere(lambda: True)
+    end(dead)
+    (tmp_path / RUNNING).write_text(json.dumps({"host": socket.gethostname(), "pid": dead}))
+    with (tmp_path / RUNNING).open() as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        with pytest.raises(RunFolderError, match=f"process {dead}, which trained it, has ended.*fuser"):
+            RunLock(tmp_path)
+    RunLock(tmp_path).release()
+
+
 def test_an_old_answer_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    (tmp_path / ANSWER).write_text('{"done": true, "text": "old"}')
-    assert converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer("new", done=True)) == "new"
+    (tmp_path / f"{ANSWER}1").write_text('{"done": true, "text": "old"}')
+    assert converse(tmp_path, 3, lambda run_lock, wanted: run_lock.answer(wanted, "new", done=True)) == "new"
 
 
 def test_a_run_that_ends_instead_of_answering(tmp_path: Path) -> None:
@@ -195,7 +296,7 @@ def test_a_run_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("workers", [0, 5])
 def test_what_no_run_can_do_is_refused_before_it_is_asked(workers: int, tmp_path: Path) -> None:
-    asked: list[int] = []
+    asked: list[WorkersRequest] = []
     found = converse(tmp_path, workers, lambda run_lock, wanted: asked.append(wanted))
     assert isinstance(found, RecipeError) and "1 to 4 workers" in str(found)
     assert asked == []
@@ -210,7 +311,7 @@ def test_nobody_is_there_to_be_asked(tmp_path: Path) -> None:
     assert (tmp_path / RUNNING).exists()
     with pytest.raises(RunFolderError, match="is not being trained now"):
         ask_for_workers(tmp_path, 2)
-    assert not (tmp_path / WANTED).exists()
+    assert not (tmp_path / f"{WANTED}1").exists()
 
 
 def test_who_waited_for_a_claim_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

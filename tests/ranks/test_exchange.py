@@ -76,6 +76,9 @@ def converse(exchange: Exchange) -> dict[str, Any]:
         heard[f"shards {len(heard)}"] = [
             flat[start : start + size].unique().tolist() for start in range(0, len(flat), size)
         ]
+    for size in (0, 3, 100_000, 7):
+        sent = exchange.send_to_first(bytes([rank + 1]) * size * rank)  # nothing from worker 0
+        heard[f"sent to the first {size}"] = [[len(content), *set(content)] for content in sent]
     for turn in range(3):
         shard, flat = exchange.new_buffer(SHARD, torch.float32), torch.full((SHARD * workers,), -1.0)
         shard.fill_(float(10 * turn + rank))
@@ -101,6 +104,9 @@ def expected(rank: int, workers: int) -> dict[str, Any]:
     heard["no integers"] = []
     for size in SHARDS:
         heard[f"shards {len(heard)}"] = [[float(other + size)] for other in range(workers)]
+    for size in (0, 3, 100_000, 7):
+        sent = [[size * other, *([other + 1] if size * other else [])] for other in range(workers)]
+        heard[f"sent to the first {size}"] = [] if rank else sent
     for turn in range(3):
         heard[f"named shards {turn}"] = [float(10 * turn + other) for other in range(workers)]
     contents = [
@@ -131,7 +137,9 @@ def test_real_workers(workers: int, through: type[Exchange], forked: Forked) -> 
     assert forked(workers, act) == [expected(rank, workers) for rank in range(workers)]
 
 
-@pytest.mark.parametrize("call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "wait_for_all"])
+@pytest.mark.parametrize(
+    "call", ["to_owners", "add_integers", "gather_shards", "gather_bytes", "send_to_first", "wait_for_all"]
+)
 def test_a_lost_peer_is_told_as_such(call: str, through: type[Exchange], forked: Forked) -> None:
 
     def to_owners(exchange: Exchange) -> None:
@@ -143,6 +151,7 @@ def test_a_lost_peer_is_told_as_such(call: str, through: type[Exchange], forked:
         "add_integers": lambda e: e.add_integers(torch.ones(3, dtype=torch.int64)),
         "gather_shards": lambda e: e.gather_shards(torch.ones(3), torch.ones(9)),
         "gather_bytes": lambda e: e.gather_bytes(b"x"),
+        "send_to_first": lambda e: e.send_to_first(b"x"),
         "wait_for_all": lambda e: e.wait_for_all(),
     }
 

@@ -20,17 +20,20 @@ import torch
 from unisono.api.arguments import as_path, count_or_auto
 from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
+from unisono.config.small_files import read_small
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
 from unisono.engine.evaluation import measure_all
-from unisono.errors import DataError, ModelError
+from unisono.engine.replica import tensors_sha256
+from unisono.errors import DamagedError, DataError
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
 from unisono.storage.files import to_json, whole_file
+from unisono.storage.model_files import REMEDY, check_files, read_model_facts
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
 from unisono.tasks.kinds import find_kind, named_kind
 from unisono.tasks.task import Task
@@ -57,19 +60,28 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
         DamagedError: a file is not readable.
     """
     folder = model_folder(as_path("run", run))
-    path = folder / FACTS
-    if not path.is_file():
-        raise ModelError(
-            f"{str(folder)!r} holds no model of unisono (no {FACTS}). Restore the folder as it was written."
-        )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        table = dict(facts["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(path)!r} is damaged ({error}). Restore the folder as it was written.") from None
-    recipe = recipes.check(table)
+    facts = read_model_facts(folder / FACTS)
+    recipe = recipes.check(facts["recipe"])
+    check_files(folder, facts)
     kind = find_kind(recipe.task.kind, trusted=False) if task is None else named_kind(task)
-    return kind.load(folder, recipe, facts, measure_model)
+    model = kind.load(folder, recipe, facts, measure_model)
+    _compare_with_summary(folder.parent / "summary.json", model)
+    return model
+
+
+def _compare_with_summary(path: Path, model: TrainedModel) -> None:
+    """Refuse a model whose weights are not those that its run reported. A folder without a run has no such report."""
+    if not path.exists():
+        return
+    try:
+        reported = json.loads(read_small(path)).get("weights_sha256")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{str(path)!r} is damaged ({error}). {REMEDY}") from None
+    if reported is not None and tensors_sha256(model.module.state_dict()) != reported:
+        raise DamagedError(
+            f"{str(path.parent)!r}: the weights in the folder model are not those in summary.json: their "
+            f"weights_sha256 is not {reported}. {REMEDY}"
+        )
 
 
 def _load_to_compute(run: str | Path, task: TaskName, workers: object) -> Any:
@@ -107,10 +119,12 @@ def evaluate(
     model = _load_to_compute(run, task, workers)
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
+    own = model.own_test(Path(run)) if data is None else None  # once, for all workers
+    rows = None if data is None else model.read(data)
 
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         report = Path(scratch) / "report.json"
-        act = partial(_evaluate_part, model, Path(run), data, report)
+        act = partial(_evaluate_part, model, own, rows, report)
         if not _run(model, act, workers, launcher):
             return {}
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
@@ -186,11 +200,11 @@ def predict(
             raise DataError(f"predict: {str(target)!r} is the input as well, and would be lost. Name another output.")
     frame = settle(source)
     rows = model.read(frame)
-    results, speaks = _share_out(model, rows, workers, launcher) if len(rows.usable) else ({}, True)
-    new = model.new_columns(rows, results)
+    results, speaks = _share_out(model, rows, workers, launcher, target is None) if len(rows.usable) else ({}, True)
     if target is None:
-        return add_columns(frame if is_frame(frame) else rows.table, new)
+        return add_columns(frame if is_frame(frame) else rows.table, model.new_columns(rows, results))
     if speaks:
+        new = model.new_columns(rows, results)
         with whole_file(Path(target)) as part:
             write_table(add_columns(rows.table, new), part, Path(target).suffix)
         unusable = len(rows.faults) - len(rows.usable)
@@ -202,36 +216,42 @@ def predict(
 
 
 def _share_out(
-    model: TrainedModel, rows: Any, workers: str | int, launcher: str | Launcher
+    model: TrainedModel, rows: Any, workers: str | int, launcher: str | Launcher, everywhere: bool
 ) -> tuple[dict[str, np.ndarray], bool]:
     """The model's predictions for the usable rows, computed by all workers; and whether this process has to return the
-    result."""
+    result. everywhere: each process that has called `predict` gets them; false: only one that writes them."""
     with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         path = Path(scratch) / "results.npz"
-        speaks = _run(model, partial(_predict_part, model, rows, path, os.getpid()), workers, launcher)
+        act = partial(_predict_part, model, rows, path, os.getpid(), everywhere)
+        speaks = _run(model, act, workers, launcher)
+        if not path.exists():
+            return {}, speaks
         with np.load(path) as found:
             keys = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             return {name: found[f"arr_{place}"] for place, name in enumerate(keys)}, speaks
 
 
 def _predict_part(
-    model: TrainedModel, rows: Any, path: Path, caller: int,
+    model: TrainedModel, rows: Any, path: Path, caller: int, everywhere: bool,
     assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
 ) -> None:  # fmt: skip
     """An `Act`: one worker's part of `predict`, which process `caller` has called."""
-    found = measure_model(model, model.task.predict, model.samples(rows), exchange, device)
-    if assignment.rank == 0 or os.getpid() == caller:  # under torchrun only one worker writes to the folder
+    mine = everywhere and os.getpid() == caller  # under torchrun, where each worker has a folder of its own
+    everywhere = exchange.gather_bytes(bytes([mine])) == [b"\1"] * exchange.workers
+    source = model.samples(rows, exchange)
+    found = measure_model(model, model.task.predict, source, exchange, device, everywhere=everywhere)
+    if assignment.rank == 0 or everywhere:
         path.with_suffix(".json").write_text(json.dumps(list(found)), encoding="utf-8")
         np.savez(path, *found.values())
 
 
 def _evaluate_part(
-    model: TrainedModel, run: Path, data: object, report: Path,
+    model: TrainedModel, own: Source | None, rows: Any, report: Path,
     assignment: RankAssignment, exchange: Exchange, device: torch.device, stop: Stop,
 ) -> None:  # fmt: skip
-    """An `Act`: one worker's part of `evaluate`. Worker 0 writes the report."""
-    source, left_out = (model.own_test(run), {}) if data is None else model.labelled(model.read(data))
-    results = measure_model(model, model.task.measure, source, exchange, device)
+    """An `Act`: one worker's part of `evaluate`, on the run's own samples or on rows. Worker 0 writes the report."""
+    source, left_out = model.labelled(rows, exchange) if own is None else (own, {})
+    results = measure_model(model, model.task.measure, source, exchange, device, everywhere=False)
     if assignment.rank == 0:
         report.write_text(json.dumps({**model.report(results), "left_out": left_out}), encoding="utf-8")
 
@@ -250,8 +270,10 @@ def measure_model(
     source: Source,
     exchange: Exchange | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    everywhere: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Results of `measure`, a method of the model's task, for every sample, in sample order."""
+    """Results of `measure`, a method of the model's task, for every sample, in sample order; `everywhere`: see
+    `measure_all`."""
     recipe = model.recipe
     return measure_all(
         TorchBackend(model.task, model.module.to(device), precision=recipe.train.precision),
@@ -261,6 +283,7 @@ def measure_model(
         device=device,
         samples_per_microbatch=recipe.evaluate.samples_per_microbatch,
         seed=recipe.train.seed,
+        everywhere=everywhere,
     )
 
 

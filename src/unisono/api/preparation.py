@@ -14,6 +14,7 @@ from unisono.config.recipe import Recipe
 from unisono.data import prepare as stages
 from unisono.errors import DataError
 from unisono.processes.forking import count_cores
+from unisono.storage.run_folder import complete
 from unisono.tracking.terminal import print_now
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def prepare(
     Raises:
         UserError: the recipe or the data cannot be used.
     """
-    recipe = as_recipe(what, overrides, "unisono.prepare")
+    recipe = complete(as_recipe(what, overrides, "unisono.prepare"))
     if frames is not None and not isinstance(frames, Mapping):
         raise DataError(
             f"frames is {type(frames).__name__}; allowed is a mapping of splits to frames, such as {{'train': frame}}."

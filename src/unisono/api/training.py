@@ -6,8 +6,11 @@ Owns the public signatures and the results that they return. The work is done in
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,11 +35,12 @@ from unisono.runtime.launchers.launcher import (
     read_workers,
     refuse_within_import,
 )
-from unisono.runtime.launchers.rank_assignment import restarted_by_torchrun
+from unisono.runtime.launchers.rank_assignment import count_peers, restarted_by_torchrun
 from unisono.runtime.logger_process import LoggerProcess
 from unisono.runtime.runner import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
-from unisono.storage.run_folder import choose_folder
+from unisono.runtime.signals import noted
+from unisono.storage.run_folder import choose_folder, complete, removed_if_empty
 from unisono.tasks.kinds import OpenKind, find_kind, name_of
 from unisono.tasks.own_inputs import OpenOwn
 from unisono.tasks.task import Task
@@ -133,12 +137,12 @@ def train(
     refuse_within_import()
     recipe = resolve(what, name, overrides, settings)
     inputs = _opener(what, recipe, {"train": data, "validation": validation, "test": test}, collate, sampler)
-    place, mode = _choose_start(recipe, run, resume)
-    if mode is not None:
-        options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
-        job = Job(recipe=recipe, folder=place, resume=mode, trace=trace and as_path("trace", trace), **options)
-        reporter = Reporter(place, quiet=quiet, as_json=as_json)
-        run_job(job, inputs, workers=workers, reporter=reporter, observers=observers, faults=faults, launcher=launcher)
+    with noted(), _place(recipe, run, resume) as (place, mode):
+        if mode is not None:
+            options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
+            job = Job(recipe=recipe, folder=place, resume=mode, trace=trace and as_path("trace", trace), **options)
+            begin = partial(run_job, reporter=Reporter(place, quiet=quiet, as_json=as_json), observers=observers)
+            begin(job, inputs, workers=workers, faults=faults, launcher=launcher)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
 
 
@@ -149,15 +153,28 @@ def _read_summary(place: Path) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _place(
+    recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]
+) -> Iterator[tuple[Path, Resume | None]]:
+    """Within, the run has its folder, which is removed afterwards if nothing came into it; and how it begins."""
+    place, mode = _choose_start(recipe, run, resume)
+    with removed_if_empty(place):
+        yield place, mode
+
+
 def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Resume | None]:
     """The run folder, and whether to resume its run; None if that has been trained to its end."""
     if resume not in (False, True, AUTO):
         raise RecipeError(f'resume = {resume!r}: allowed are True, False and "auto".')
     run = None if run is None else as_path("run", run)
     resume = resume or ("auto" if restarted_by_torchrun() else False)
-    place = choose_folder(recipe.name, run, resume=resume)
+    place = choose_folder(recipe.name, run, resume=resume, make=not count_peers())
     if resume == "auto" and (place / "summary.json").exists():
-        print_now(f"{place} has been trained to its end: nothing is left to do.")
+        print_now(
+            f"{place} has been trained to its end: nothing is left to do. To train it longer, resume it with more "
+            'train.epochs (not with "auto").'
+        )
         return place, None
     return place, "auto" if resume == "auto" else "yes" if resume else "no"
 
@@ -228,17 +245,18 @@ def run_job(
             dispatcher.loggers = (LoggerProcess if may_fork else Deliveries)(job.recipe, dispatcher.warn)
         return dispatcher
 
-    chosen.train(
-        Training(
-            runner=Runner(job, open_inputs),
-            recipe=job.recipe,
-            folder=job.folder,
-            workers=count,
-            open_observer=open_observer,
-            may_stop=bool(observers),
-            faults=injected,
+    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+        chosen.train(
+            Training(
+                runner=Runner(job, open_inputs, Path(scratch) / "hashes.json"),
+                recipe=job.recipe,
+                folder=job.folder,
+                workers=count,
+                open_observer=open_observer,
+                may_stop=bool(observers),
+                faults=injected,
+            )
         )
-    )
 
 
 def resolve(
@@ -253,6 +271,8 @@ def resolve(
         key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery", "tracking")
     }
     train = {key: value for key, value in settings.items() if key not in tables}
+    if isinstance(start := train.get("start_from"), str | Path) and str(start):
+        train["start_from"] = str(Path(start).resolve())
     if isinstance(what, Task):
         refuse_overrides(as_texts("overrides", "--set", overrides, "train.epochs=3"), "a task")
         task = {"kind": name_of(what), **what.settings()}
@@ -263,7 +283,7 @@ def resolve(
     table = what.model_dump(mode="json", exclude_unset=True)
     for section, value in {"train": train, **tables}.items():
         table[section] = table.get(section, {}) | value
-    return recipes.check(table | ({"name": name} if name else {}))
+    return complete(recipes.check(table | ({"name": name} if name else {})))
 
 
 def _explain(what: object) -> str:

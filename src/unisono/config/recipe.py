@@ -5,6 +5,7 @@ Owns reading, overrides, checks and their messages; the keys are in `sections.py
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 import tomllib
@@ -68,8 +69,11 @@ PATHS = (
     ("data", "test"),
     ("encode", "tokenizer"),
     ("model", "folder"),
+    ("train", "start_from"),
     ("tracking", "folder"),
 )
+MOST_BYTES = 2**26
+"""Of a recipe file: it may list many classes."""
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
 
@@ -95,12 +99,14 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(_read(path))
     except FileNotFoundError:
         raise RecipeError(
             f"recipe {str(path)!r}: no such file. Give the path of a TOML recipe; examples/text has some."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise RecipeError(f"recipe {str(path)!r}: not readable as TOML: nested too deep.") from None
+    except (OSError, ValueError) as error:  # a zero character in the path is a ValueError, and so is TOMLDecodeError
         raise RecipeError(f"recipe {str(path)!r}: not readable as TOML: {error}") from None
     _anchor(table, path.resolve().parent)
     table.setdefault("name", path.stem)
@@ -188,11 +194,32 @@ def is_url(location: str) -> bool:
     return URL.match(location) is not None
 
 
+def _read(path: Path) -> str:
+    """The text of a recipe, without a byte-order mark."""
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"recipe {str(path)!r}: not readable: no regular file. Give the path of a TOML recipe.")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"recipe {str(path)!r}: larger than {MOST_BYTES:,} bytes. Give the path of a TOML recipe.")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RecipeError(f"recipe {str(path)!r} is UTF-16. Save it as UTF-8.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        told = f"byte 0x{content[error.start]:02X} in line {line} is no UTF-8"
+        raise RecipeError(f"recipe {str(path)!r}: {told}. Save it as UTF-8.") from None
+
+
 def _anchor(table: dict[str, Any], folder: Path) -> None:
     for section, key in PATHS:
         value = table.get(section)
         if isinstance(value, dict) and isinstance(value.get(key), str) and value[key] and not is_url(value[key]):
-            value[key] = str((folder / Path(value[key]).expanduser()).resolve())
+            try:
+                value[key] = str((folder / Path(value[key]).expanduser()).resolve())
+            except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a zero character, no such user
+                raise RecipeError(f"'{section}.{key}' = {value[key]!r}: no path: {error}. Give another one.") from None
 
 
 def _override(table: dict[str, Any], override: str) -> None:
@@ -206,6 +233,8 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    except RecursionError:
+        raise RecipeError(f"--set {key}: the value is nested too deep.") from None
     one: dict[str, Any] = {names[-1]: value}
     for name in reversed(names[:-1]):
         one = {name: one}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from unisono.config.dialect_types import ColumnNames, Comment, Delimiter, Encoding, Escape, Quote
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -38,7 +40,16 @@ TEXT = "text_classification"
 class Section(BaseModel):
     """One table of the recipe: unknown keys, wrong types and later changes are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_used(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("allowed is a text without the character NUL")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError("allowed is a number below 2^63")
+        return value
 
 
 class TaskTable(Section):
@@ -68,15 +79,36 @@ class Data(Section):
     )
     validation: str = Field("", description="the same for evaluation while training; empty: see validation_fraction")
     test: str = Field("", description="the same for the test after training; empty: see test_fraction")
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "folder"] = Field(
+    format: Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "folder"] = Field(
         "auto", description="auto goes by the file's name"
     )
-    text: str = Field("text", description="name of the column with the text")
+    text: ColumnNames = Field(
+        "text",
+        description='name of the column with the text, or a list of names (["subject", "body"]): their texts are '
+        "joined by a blank line; a.b is field b of column a",
+    )
     label: str = Field("label", description="name of the column with the class")
     header_lines: int = Field(
         1, ge=0, le=100, description="CSV, TSV: lines before the first record; the first of them names the columns"
     )
     columns: Names = Field((), description="CSV, TSV: the columns' names, instead of those in the header")
+    delimiter: Delimiter = Field(
+        "auto",
+        description="CSV, TSV: what stands between two fields: a character, or tab; auto: comma or tab, or the one of "
+        ", ; | and tab by which the header has the columns",
+    )
+    quote: Quote = Field(
+        "auto", description='CSV, TSV: what encloses a field: a character, or none; auto: "; for TSV only where certain'
+    )
+    escape: Escape = Field("", description="CSV, TSV: a character that makes the next one text: \\; empty: none")
+    comment: Comment = Field("", description="CSV, TSV: lines that begin with it are left out; empty: none")
+    encoding: Encoding = Field(
+        "auto",
+        description="of text files: utf-8, cp1252, utf-16 …; auto: by a byte-order mark, else UTF-8, and nothing else",
+    )
+    max_lines: int = Field(
+        1_000, ge=1, description="CSV, TSV: a record of more lines is an error: often a quote that is not closed"
+    )
     labels: Names = Field((), description="the classes, in order; empty: those of the training records, sorted")
     validation_fraction: Rate = Field(
         0.0, description="share of the training records kept for validation, cut by a hash of their content"
@@ -96,8 +128,14 @@ class Data(Section):
     strict: bool = Field(False, description="true: a quarantined record is an error")
     store: str = Field(
         "runs/datasets",
+        pattern=r"^[^\x00]+$",
         description="folder where encoded datasets are kept, each under the hash of what it was made from",
     )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns with the text."""
+        return (self.text,) if isinstance(self.text, str) else self.text
 
 
 class Screen(Section):
@@ -176,8 +214,8 @@ class Bag(Section):
     """A bag of word n-grams, weighted by rarity: an embedding for each, added up; then a linear or a hidden layer."""
 
     kind: Literal["bag"] = "bag"
-    width: int = Field(32, ge=1, description="numbers per embedding")
-    hidden: int = Field(0, ge=0, description="width of a hidden layer; 0: none")
+    width: int = Field(32, ge=1, le=1_048_576, description="numbers per embedding")
+    hidden: int = Field(0, ge=0, le=1_048_576, description="width of a hidden layer; 0: none")
     dropout: Rate = Field(0.0, description="dropout on the summed embedding and the hidden layer")
 
 
@@ -185,10 +223,10 @@ class Transformer(Section):
     """A transformer encoder, trained from scratch."""
 
     kind: Literal["transformer"] = "transformer"
-    layers: int = Field(4, ge=1, description="encoder blocks")
-    width: int = Field(256, ge=1, description="size of the hidden states")
+    layers: int = Field(4, ge=1, le=10_000, description="encoder blocks")
+    width: int = Field(256, ge=1, le=1_048_576, description="size of the hidden states")
     heads: int = Field(4, ge=1, description="attention heads; divides width")
-    feedforward: int = Field(1024, ge=1, description="inner size of the feed-forward layers")
+    feedforward: int = Field(1024, ge=1, le=1_048_576, description="inner size of the feed-forward layers")
     dropout: Rate = Field(0.1, description="dropout everywhere in the encoder")
 
     @model_validator(mode="after")
@@ -219,7 +257,7 @@ Model = Annotated[Bag | Transformer | Pretrained, Field(discriminator="kind")]
 class Train(Section):
     """How the weights are trained. Every key except `device`, `audit_every` and `loader_workers` decides bits."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the training samples; a fraction is allowed")
+    epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the training samples; a fraction is allowed")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: no limit")
     samples_per_step: int = Field(64, ge=1, description="global batch size: samples in one step")
     drop_last: bool = Field(
@@ -259,6 +297,11 @@ class Train(Section):
         False,
         description="sparse embeddings: update and decay only the rows that a step touched, as torch.optim.SparseAdam "
         "does; false: all of them",
+    )
+    start_from: str = Field(
+        "",
+        description="run folder of a finished run: begin with its weights, for new data or another schedule; of the "
+        "head, the classes that both have; a text model reads the run's vocabulary; docs/longer-training.md",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and dropout")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads per worker; other counts give other bits")
@@ -347,8 +390,8 @@ class Recovery(Section):
     hang_factor: float = Field(
         20.0,
         ge=0,
-        description="a worker that makes no progress for so many times the longest step (one second at least) is lost; "
-        "0: never",
+        description="a worker that makes no progress for so many times the longest step (one second at least) is lost, "
+        "and one that is not ready so many minutes after its start; 0: never",
     )
     grace_seconds: float = Field(
         30.0, gt=0, description="after SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and write a checkpoint"

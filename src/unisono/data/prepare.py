@@ -27,10 +27,10 @@ from unisono.data import store
 from unisono.data.encoding import encode
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.encoding.parts import Parts, add_reviews, read_quarantine_lines, write_part
-from unisono.data.ingest.column_batch import ColumnBatch
+from unisono.data.ingest.column_batch import ColumnBatch, FieldFault
 from unisono.data.ingest.input_splits import read_input_split
 from unisono.data.ingest.inputs import Input, find_inputs, make_key
-from unisono.data.ingest.read import find_column
+from unisono.data.ingest.read import LABEL_LIST, find_column
 from unisono.data.ingest.staging import StagedRecords, stage
 from unisono.data.screening.decisions import Decisions, load_records, refuse, refuse_absent_labels, show, tell_counts
 from unisono.data.screening.report_page import render
@@ -80,7 +80,8 @@ def prepare(
         _make_store(folder.parent)
         with hold(folder.with_name(f".{folder.name}.work.lock")):
             if not folder.exists():
-                return _make(recipe, inputs, key, folder, share, notify)
+                made = _make(recipe, inputs, key, folder, share, notify)
+                return made if workers == 1 else store.open_dataset(folder)  # verified here, once for all workers
     notify(f"dataset {folder}: prepared before")
     dataset = store.open_dataset(folder)
     if recipe.data.strict and dataset.quarantined:
@@ -183,18 +184,21 @@ class _Stages:
         """Read and examine every part of the input; return the staged records of each."""
         for one in self._inputs.values():
             self._notify(f"reading {one.name}")
+            for note in one.notes:
+                self._notify(note)
         data = self._recipe.data
         examiner = Examiner(self._recipe.screen, data.labels)
         paths = [self._work / f"staged-{number:06}" for number in range(len(self._parts))]
 
         def read(number: int) -> None:
             split, part = self._parts[number]
-            column_batches = (
-                [part] if isinstance(part, ColumnBatch) else read_input_split(part, data, (data.text, data.label))
-            )
-            name = part.name if isinstance(part, ColumnBatch) else part.source
             place = self._cut and split == "train"
-            stage(paths[number], column_batches, name, data, examiner, place=place, near=self._near)
+            if isinstance(part, ColumnBatch):
+                stage(paths[number], [part], part.name, data, examiner, place=place, near=self._near)
+                return
+            read = read_input_split(part, data, (*data.texts, data.label))
+            name, columns = part.source, part.columns
+            stage(paths[number], read, name, data, examiner, place=place, near=self._near, columns=columns)
 
         self._share.do(read, [number for number, path in enumerate(paths) if not path.exists()])
         staged = [StagedRecords(path) for path in paths]
@@ -202,7 +206,7 @@ class _Stages:
             mine = [file for file, (of, _) in zip(staged, self._parts, strict=True) if of == split]
             if not any(file.facts.rows for file in mine):
                 raise DataError(f"{one.name!r}: there is no record in it. Give a file with at least one.")
-            _refuse_absent_columns(mine, {"text": data.text, "label": data.label})
+            _refuse_absent_columns(mine, [*(("text", name) for name in data.texts), ("label", data.label)])
         return staged
 
     def _learn(self, decided: Decisions) -> Encoder:
@@ -252,14 +256,21 @@ def _make_store(folder: Path) -> None:
         raise DataError(f"{str(folder)!r}: {told}.") from None
 
 
-def _refuse_absent_columns(files: Sequence[StagedRecords], wanted: Mapping[str, str]) -> None:
-    """Raise DataError if no column batch of a file has a column that is needed."""
+def _refuse_absent_columns(files: Sequence[StagedRecords], wanted: Sequence[tuple[str, str]]) -> None:
+    """Raise DataError if no column batch of a file has a column that is needed: pairs of key and name."""
     names: dict[str, dict[str, list[object]]] = {}
+    first: dict[str, StagedRecords] = {}
     for file in files:
         names.setdefault(file.facts.name, {}).update({name: [] for name in file.facts.names})
+        if file.facts.rows:
+            first.setdefault(file.facts.name, file)
     for name, columns in names.items():
-        for key, column in wanted.items():
-            find_column(ColumnBatch(name=name, rows=0, columns=columns), column, key)
+        faults = {}
+        if not columns and name in first:
+            row = first[name].batch(0).slice(0, 1).to_pylist()[0]
+            faults = {0: FieldFault(reason=row["reason"], raw=row["text"])}
+        for key, column in wanted:
+            find_column(ColumnBatch(name=name, rows=0, columns=columns, faults=faults), column, key)
 
 
 def _refuse_empty_splits(decided: Decisions, splits: Sequence[str]) -> None:
@@ -270,5 +281,7 @@ def _refuse_empty_splits(decided: Decisions, splits: Sequence[str]) -> None:
         if decided.counts.get(split):
             first = show(next(line for line in decided.list_quarantined() if line["split"] == split))
             reasons = tell_counts(decided.counts)
-            raise DataError(f"{split}: no record can be used: {reasons}. First: {first}.")
+            lists = any(LABEL_LIST in counted for counted in decided.counts.get(split, ()))
+            remedy = " Set data.label to a column of classes; to learn lists, see docs/tasks.md." if lists else ""
+            raise DataError(f"{split}: no record can be used: {reasons}. First: {first}.{remedy}")
         raise DataError(f"{split}: no record is left for it. Raise data.{split}_fraction, or give more records.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unisono.data.encoding.encoder import Encoder
+from unisono.storage.files import WatchedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ class EncodedSamples:
         lengths: int32 [samples], each at least 1.
         labels: int64 [samples], or None.
         sha256: hash of the content, see `hash_content`.
+        file: where they are mapped from; None: they lie in memory of this process.
     """
 
     padded = False
@@ -53,7 +55,9 @@ class EncodedSamples:
         lengths: np.ndarray,
         labels: np.ndarray | None,
         sha256: str,
+        file: WatchedFile | None = None,
     ) -> None:
+        self.file = file
         self.lengths = lengths
         self.labels = labels
         self.sha256 = sha256
@@ -82,17 +86,29 @@ class EncodedSamples:
         return microbatch
 
 
-def encode_samples(
-    encoder: Encoder, texts: Sequence[str], labels: Sequence[int] | np.ndarray | None = None
-) -> EncodedSamples:
-    """Encode texts into memory, for prediction or for evaluation on new data; `labels` are class numbers."""
-    chunk = make_chunk(encoder, texts, labels)
+def pack_share(encoder: Encoder, texts: Sequence[str]) -> bytes:
+    """Encode texts; return the samples as bytes: their number, their lengths, their tokens, int32 each."""
+    chunk = make_chunk(encoder, texts, None)
+    parts = (np.array([len(chunk.lengths)]), chunk.lengths, chunk.ids)
+    return b"".join(np.ascontiguousarray(part, "<i4").tobytes() for part in parts)
+
+
+def join_shares(shares: Sequence[bytes], labels: Sequence[int] | np.ndarray | None = None) -> EncodedSamples:
+    """The samples of all shares, each packed by `pack_share`: share k of n has samples k, k + n, k + 2n …"""
+    arrays = [np.frombuffer(share, "<i4") for share in shares]
+    lengths, starts = (np.empty(sum(int(array[0]) for array in arrays), kind) for kind in (np.int32, np.int64))
+    begin = 0
+    for number, array in enumerate(arrays):
+        mine = array[1 : 1 + array[0]]
+        lengths[number :: len(shares)] = mine
+        starts[number :: len(shares)] = begin + np.cumsum(mine, dtype=np.int64) - mine
+        begin += len(array) - 1 - len(mine)
     return EncodedSamples(
-        ids=chunk.ids,
-        starts=np.cumsum(chunk.lengths, dtype=np.int64) - chunk.lengths,
-        lengths=chunk.lengths,
-        labels=None if chunk.labels is None else chunk.labels.astype(np.int64),
-        sha256=hash_content([chunk]),
+        ids=np.concatenate([array[1 + array[0] :] for array in arrays]),
+        starts=starts,
+        lengths=lengths,
+        labels=None if labels is None else np.asarray(labels, np.int64),
+        sha256="",  # of no run: nothing is compared with it
     )
 
 

@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from unisono.config.small_files import read_small
 from unisono.data.arrow import as_array, as_numbers
 from unisono.data.encoding.encode import load_encoder
 from unisono.data.encoding.encoder import Encoder
 from unisono.data.samples import ContentHash, EncodedSamples, SampleChunk
 from unisono.errors import DamagedError, DataError
+from unisono.storage import known_hashes
 from unisono.storage.file_lock import hold
-from unisono.storage.files import check_file, facts_sha256, file_sha256, sync
+from unisono.storage.files import FileStamp, WatchedFile, check_file, facts_sha256, file_sha256, sync
 
 FORMAT = 1
 """Raise it whenever a reader of the old layout could not read the new one."""
@@ -54,6 +56,8 @@ class Dataset:
     quarantined: Mapping[str, Mapping[str, int]]
     """Records left out, by split, then by reason."""
     manifest: Mapping[str, Any]
+    stamps: Mapping[str, FileStamp]
+    """Of each file, from before it was verified."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -65,7 +69,9 @@ class Dataset:
         if name not in self.manifest["splits"]:
             return None
         entry = self.manifest["splits"][name]
-        return _map_samples(self.folder / entry["file"], entry["sha256"])
+        file = self.folder / entry["file"]
+        watched = WatchedFile(file, self.stamps[file.name], self.manifest["files"][file.name]["sha256"])
+        return _map_samples(file, entry["sha256"], watched)
 
 
 def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -113,11 +119,12 @@ def write_dataset(
         else:
             fault = f"cannot be written: {error.strerror or error}. Set data.store to a folder that can"
         raise DataError(f"{str(folder)!r}: {fault}.") from None
-    return _open(folder, _read_manifest(folder / MANIFEST))
+    manifest = _read_manifest(folder / MANIFEST)
+    return _open(folder, manifest, _stamp(folder, manifest))
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Read a dataset's manifest and verify every file that it lists.
+    """Read a dataset's manifest and verify every file that it lists, unless this run has done so on this host.
 
     Raises:
         DataError: there is no dataset, or one of another format.
@@ -128,13 +135,22 @@ def open_dataset(folder: Path) -> Dataset:
         remedy = REMEDY if folder.exists() else "Prepare the data first."
         raise DataError(f"{str(folder)!r}: no dataset, since there is no {MANIFEST} in it. {remedy}")
     manifest = _read_manifest(path)
+    stamps = _stamp(folder, manifest)
     for name, known in manifest["files"].items():
-        check_file(folder / name, known["bytes"], known["sha256"], REMEDY)
-    return _open(folder, manifest)
+        key = known_hashes.identify("file", [folder / name])
+        if known_hashes.find(key) != known["sha256"]:
+            check_file(folder / name, known["bytes"], known["sha256"], REMEDY)
+            known_hashes.keep(key, known["sha256"])
+    return _open(folder, manifest, stamps)
 
 
-def _open(folder: Path, manifest: Mapping[str, Any]) -> Dataset:
+def _stamp(folder: Path, manifest: Mapping[str, Any]) -> dict[str, FileStamp]:
+    return {name: FileStamp.of(folder / name) for name in manifest["files"] if (folder / name).exists()}
+
+
+def _open(folder: Path, manifest: Mapping[str, Any], stamps: Mapping[str, FileStamp]) -> Dataset:
     return Dataset(
+        stamps=stamps,
         folder=folder,
         labels=tuple(manifest["labels"]),
         sha256=manifest["sha256"],
@@ -238,7 +254,7 @@ def read_chunk(batch: pa.RecordBatch) -> SampleChunk:
     return SampleChunk(ids=as_numbers(ids.values), lengths=lengths, labels=as_numbers(labels))
 
 
-def _map_samples(path: Path, sha256: str) -> EncodedSamples:
+def _map_samples(path: Path, sha256: str, file: WatchedFile) -> EncodedSamples:
     """Map a split's file as one int32 array, so that samples of any record batch are gathered at once."""
     whole = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(whole))
@@ -257,14 +273,15 @@ def _map_samples(path: Path, sha256: str) -> EncodedSamples:
         lengths=np.concatenate(lengths),
         labels=np.concatenate(labels),
         sha256=sha256,
+        file=file,
     )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     damaged = DamagedError(f"{str(path)!r} is damaged: not what was written. {REMEDY}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        manifest = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError):
         raise damaged from None
     if not isinstance(manifest, dict):
         raise damaged

@@ -26,6 +26,8 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 def check_target(path: Path) -> None:
     """Raise DataError unless a table can be written there."""
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: no file can have the character NUL in its name. Give another one.")
     if path.suffix not in FORMATS:
         raise DataError(
             f"{str(path)!r}: cannot tell the format to write. Allowed are names that end in {', '.join(FORMATS)}."

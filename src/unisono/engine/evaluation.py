@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -50,13 +50,18 @@ def measure_all(
     seed: int = 0,
     progress: Progress = UNWATCHED,
     loaders: int = 0,
+    everywhere: bool = True,
 ) -> Results:
-    """Call `measure` on every sample once, split over the workers; return all results on every worker.
+    """Call `measure` on every sample once, split over the workers; return all results.
 
+    everywhere: on every worker; false: on worker 0, and nothing on others.
     loaders: processes that load ahead from a source that is not prefetchable.
+
+    Raises:
+        ContractError: `measure` gives no number for each sample, or other results for some microbatches.
     """
     cut = pieces(source.lengths, samples_per_microbatch)
-    found: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
+    found: dict[str, list[Tensor]] = {}
     mine = range(exchange.rank, len(cut), exchange.workers)
     loaded = load_in_turn(source, [cut[number] for number in mine], 0 if source.prefetchable else loaders)
     process = os.getpid()
@@ -76,35 +81,64 @@ def measure_all(
                         f"measure gave {name!r} the shape {tuple(values.shape)} for {len(cut[number])} samples; "
                         'allowed is one number, or one row, per sample. Use reduction="none".'
                     )
-                found.setdefault(name, []).append((cut[number], values.detach()))
-    return {
-        name: _gather(found.get(name, []), len(source), floating, width, exchange)
-        for name, floating, width in _columns(found, exchange)
-    }
-
-
-def _columns(found: Mapping[str, list[tuple[np.ndarray, Tensor]]], exchange: Exchange) -> list[tuple[str, bool, int]]:
-    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: if any worker has a
-    microbatch, worker 0 has one."""
-    mine = [
-        (name, rows[0][1].is_floating_point(), rows[0][1].shape[1] if rows[0][1].ndim > 1 else 0)
-        for name, rows in found.items()
-    ]
-    return [tuple(column) for column in json.loads(exchange.gather_bytes(json.dumps(mine).encode())[0])]
+                found.setdefault(name, []).append(values.detach())
+    return _gather(found, cut, exchange, everywhere)
 
 
 def _gather(
-    rows: list[tuple[np.ndarray, Tensor]],
-    samples: int,
-    floating: bool,
-    width: int,
-    exchange: Exchange,
-) -> np.ndarray:
-    """Put every worker's rows in their places. Floats travel as bits, so that adding zeros cannot change them."""
-    shape = (samples, width) if width else (samples,)
-    bits = torch.zeros(shape, dtype=torch.int64)
-    for places, values in rows:
-        exact = values.cpu().to(torch.float64).view(torch.int64) if floating else values.cpu().to(torch.int64)
-        bits[torch.from_numpy(places)] = exact
-    everyone = exchange.add_integers(bits)
-    return (everyone.view(torch.float64) if floating else everyone).numpy()
+    found: Mapping[str, Sequence[Tensor]], cut: Sequence[np.ndarray], exchange: Exchange, everywhere: bool
+) -> Results:
+    """Put every worker's rows in their places. The places are known from the cut, so only values travel, as bits."""
+    columns = _columns(found, exchange)
+    mine = len(cut[exchange.rank :: exchange.workers])
+    if mine and (odd := found.keys() ^ {name for name, _, _ in columns} or _uneven(found, columns, mine)):
+        raise ContractError(
+            f"measure gave {min(odd)!r} for some microbatches only, or in different shapes; allowed are the same "
+            "results for all. Return it always."
+        )
+    content = b"".join(_as_bytes(found.get(name, ()), floating) for name, floating, _ in columns)
+    everyone = exchange.gather_bytes(content) if everywhere else exchange.send_to_first(content)
+    samples = sum(map(len, cut))
+    results = {
+        name: np.empty((samples, width) if width else samples, np.float64 if floating else np.int64)
+        for name, floating, width in columns
+        if everyone
+    }
+    for rank, sent in enumerate(everyone):
+        places = np.concatenate([np.empty(0, np.int64), *cut[rank :: exchange.workers]])
+        start = 0
+        for name, floating, width in columns:
+            values = np.frombuffer(
+                sent, np.float64 if floating else np.int64, count=len(places) * max(width, 1), offset=start
+            )
+            results[name][places] = values.reshape(len(places), *results[name].shape[1:])
+            start += values.nbytes
+    return results
+
+
+def _columns(found: Mapping[str, Sequence[Tensor]], exchange: Exchange) -> list[tuple[str, bool, int]]:
+    """Names, whether floats, and widths (0: one number a sample), as worker 0 has them: if any worker has a
+    microbatch, worker 0 has one."""
+    mine = [(name, rows[0].is_floating_point(), _width(rows[0])) for name, rows in found.items()]
+    return [tuple(column) for column in json.loads(exchange.gather_bytes(json.dumps(mine).encode())[0])]
+
+
+def _uneven(
+    found: Mapping[str, Sequence[Tensor]], columns: Sequence[tuple[str, bool, int]], microbatches: int
+) -> set[str]:
+    """Names of results that not all of a worker's microbatches have, in the form that worker 0's first one has."""
+    return {
+        name
+        for name, floating, width in columns
+        if len(found[name]) != microbatches
+        or any(row.is_floating_point() != floating or _width(row) != width for row in found[name])
+    }
+
+
+def _width(rows: Tensor) -> int:
+    return rows.shape[1] if rows.ndim > 1 else 0
+
+
+def _as_bytes(rows: Sequence[Tensor], floating: bool) -> bytes:
+    kind = torch.float64 if floating else torch.int64
+    return b"".join(row.cpu().to(kind).contiguous().numpy().tobytes() for row in rows)

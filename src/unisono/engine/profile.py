@@ -256,6 +256,10 @@ class Timed:
         with self._marked("gather_bytes"):
             return self._exchange.gather_bytes(content)
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        with self._marked("send_to_first"):
+            return self._exchange.send_to_first(content)
+
     def wait_for_all(self) -> None:
         with self._marked("wait_for_all"):
             self._exchange.wait_for_all()

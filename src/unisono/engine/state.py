@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class TrainState:
     done. has_best: whether the best evaluation's weights are kept. finished: an observer has requested the end, so no
     step follows; it is committed with the step, so that a loss after it changes nothing. stream: where a stream of
     samples stands, from its own state; None: there is none, or it has no state. read_stream: the same, for a number of
-    steps.
+    steps. lineage: what came before the run or was added to it: the run whose weights it began with, and each time that
+    it went on after its end; plain values.
     """
 
     step: int
@@ -47,6 +48,7 @@ class TrainState:
     evaluated: bool = True
     finished: bool = False
     last: Mapping[str, Any] | None = None
+    lineage: list[dict[str, Any]] = field(default_factory=list)
     read_stream: Callable[[int], Any] | None = None
     stream: Any = None
     _took_best: bool = False
@@ -78,6 +80,7 @@ class TrainState:
             "evaluated": self.evaluated,
             "finished": self.finished,
             "last": self.last,
+            "lineage": self.lineage,
             **({} if self.read_stream is None else {"stream": self.stream}),
         }
 

@@ -103,6 +103,21 @@ class Distributed:
     def gather_bytes(self, content: bytes) -> list[bytes]:
         return gather_padded(self, content)
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        sizes = torch.zeros(self.workers, dtype=torch.int64)
+        sizes[self.rank] = len(content)
+        found = [content]
+        for worker, size in enumerate(self.add_integers(sizes).tolist()):
+            if worker == self.rank > 0 and size:
+                mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                _call(lambda: dist.send(mine, 0, group=self._host))  # noqa: B023 - called at once
+            elif worker > self.rank == 0:
+                theirs = torch.zeros(size, dtype=torch.uint8)
+                if size:
+                    _call(lambda: dist.recv(theirs, worker, group=self._host))  # noqa: B023 - called at once
+                found.append(theirs.numpy().tobytes())
+        return [] if self.rank else found
+
     def wait_for_all(self) -> None:
         if self._device.type == "cuda":  # queued work of the device is done before another worker relies on it
             torch.cuda.synchronize(self._device)

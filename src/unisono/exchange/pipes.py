@@ -9,6 +9,7 @@ Owns the pipes, and the waiting. `shared_memory.py` defines what the messages me
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
@@ -17,6 +18,7 @@ from typing import Protocol
 
 from unisono.errors import LostPeerError
 
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, and no sign of another's end
 SPIN_SECONDS = 1e-4  # a sleeping process takes as long to wake up, and messages are mostly quicker
 
 
@@ -159,4 +161,6 @@ def open_end(pid: int, file: int, flags: int) -> int:
     try:
         return os.open(f"/proc/{pid}/fd/{file}", flags)
     except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise
         raise LostPeerError(f"another worker has gone: {error}") from error

@@ -93,6 +93,11 @@ class Exchange(Protocol):
         """Return what every worker passed, in order of rank."""
         ...
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        """Return on worker 0 what every worker passed, in order of rank; on others nothing, and nothing is sent to
+        them."""
+        ...
+
     def wait_for_all(self) -> None:
         """Return when every worker has called this, and all work queued on its device before is done."""
         ...

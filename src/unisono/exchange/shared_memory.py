@@ -2,8 +2,8 @@
 
 Each worker keeps its tree's buffers in anonymous shared memory (memfd: no name, so nothing outlives the processes, and
 no limit of /dev/shm applies); an owner reads its part of every node in place. The small exchanges go through pipes and
-are the barriers: after one of them, all workers can read what a worker wrote before it. Workers meet at a store, which
-all have left when the pipes are open.
+are the barriers: after one of them, all workers can read what a worker wrote before it. Workers need their meeting only
+until the pipes are open.
 
 Owns the memory. The engine decides what is added, and in which order, so the bits are those of any other exchange.
 """
@@ -17,13 +17,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from unisono.errors import LostPeerError
+from unisono.exchange.meeting import Meeting
 from unisono.exchange.offload import OffloadQueue
 from unisono.exchange.padding import gather_padded
-from unisono.exchange.pipes import Pipes
+from unisono.exchange.pipes import Pipes, open_end
 
 SMALL_BYTES = 65_536  # below, a message costs less than shared memory
 
@@ -32,13 +32,13 @@ class Shared:
     """An `Exchange` of a worker among processes of one host, on CPUs."""
 
     def __init__(
-        self, store: dist.Store, *, rank: int, workers: int, timeout_seconds: float, generation: int = 0
+        self, meeting: Meeting, *, rank: int, workers: int, timeout_seconds: float, generation: int = 0
     ) -> None:
         self.rank = rank
         self.workers = workers
         self.generation = generation
         self._pipes = Pipes(
-            lambda numbers: _meet(store, "pipes", rank, workers, numbers),
+            lambda numbers: _meet(meeting, "pipes", numbers),
             rank=rank,
             workers=workers,
             timeout_seconds=timeout_seconds,
@@ -104,6 +104,20 @@ class Shared:
     def gather_bytes(self, content: bytes) -> list[bytes]:
         return gather_padded(self, content)
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        sizes = torch.zeros(self.workers, dtype=torch.int64)
+        sizes[self.rank] = len(content)
+        lengths: list[int] = self.add_integers(sizes).tolist()
+        window = self._next_window(max(1, len(content)))
+        window.numpy()[: len(content)] = np.frombuffer(content, np.uint8)
+        names = self._announce(self.name(window))
+        found = [content]
+        if self.rank == 0:
+            rows = [self._read(worker, names[worker], torch.uint8) for worker in range(1, self.workers)]
+            found += [row[:length].numpy().tobytes() for row, length in zip(rows, lengths[1:], strict=True)]
+        self.wait_for_all()  # worker 0 has read what lies in others' memory
+        return [] if self.rank else found
+
     def wait_for_all(self) -> None:
         self._pipes.swap(b"0")
 
@@ -123,10 +137,7 @@ class Shared:
     def _read(self, worker: int, file: int, dtype: torch.dtype) -> Tensor:
         """The whole of another worker's buffer, mapped here."""
         if (worker, file) not in self._maps:
-            try:
-                handle = os.open(f"/proc/{self._pipes.pids[worker]}/fd/{file}", os.O_RDWR)
-            except OSError as error:
-                raise LostPeerError(f"another worker has gone: {error}") from error
+            handle = open_end(self._pipes.pids[worker], file, os.O_RDWR)
             self._maps[worker, file] = mmap.mmap(handle, os.fstat(handle).st_size)
             os.close(handle)
         return torch.frombuffer(self._maps[worker, file], dtype=dtype)
@@ -140,13 +151,13 @@ class Shared:
         return window
 
 
-def can_share(store: dist.Store, rank: int, workers: int) -> bool:
+def can_share(meeting: Meeting) -> bool:
     """Whether all workers can read each other's memory. Every worker must call this; all get the same result."""
     file = os.memfd_create("unisono") if hasattr(os, "memfd_create") else -1
-    files = _meet(store, "memory", rank, workers, [os.getpid(), file])
+    files = _meet(meeting, "memory", [os.getpid(), file])
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # limits memory files too
     readable = unlimited and all(_can_open(pid, other) for pid, other in files)
-    answers = _meet(store, "readable", rank, workers, [int(readable)])
+    answers = _meet(meeting, "readable", [int(readable)])
     if file >= 0:
         os.close(file)
     return all(answer for (answer,) in answers)
@@ -158,16 +169,14 @@ def _can_assist(workers: int) -> bool:
     return unlimited and len(os.sched_getaffinity(0)) >= workers * torch.get_num_threads()
 
 
-def _meet(store: dist.Store, what: str, rank: int, workers: int, numbers: list[int]) -> list[list[int]]:
-    """The numbers that every worker stores under `what`, in order of rank."""
-    store.set(f"{what}-{rank}", " ".join(map(str, numbers)))
-    told = store.multi_get([f"{what}-{worker}" for worker in range(workers)])
-    return [[int(number) for number in row.split()] for row in told]
+def _meet(meeting: Meeting, what: str, numbers: list[int]) -> list[list[int]]:
+    """The numbers that every worker passes under `what`, in order of rank."""
+    return [[int(number) for number in row.split()] for row in meeting.gather(what, " ".join(map(str, numbers)))]
 
 
 def _can_open(pid: int, file: int) -> bool:
     try:
-        os.close(os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR))
-    except OSError:
+        os.close(open_end(pid, file, os.O_RDWR))
+    except LostPeerError:
         return False
     return True

@@ -83,6 +83,10 @@ class Simulated:
     def gather_bytes(self, content: bytes) -> list[bytes]:
         return self._stage.swap(self.rank, content, list)
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        everyone = self._stage.swap(self.rank, content, list)
+        return [] if self.rank else everyone
+
     def wait_for_all(self) -> None:
         self._stage.swap(self.rank, None, list)
 

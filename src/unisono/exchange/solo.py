@@ -40,6 +40,9 @@ class Solo:
     def gather_bytes(self, content: bytes) -> list[bytes]:
         return [content]
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        return [content]
+
     def wait_for_all(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -56,6 +56,12 @@ class Watched:
         self._progress.leave()
         return found
 
+    def send_to_first(self, content: bytes) -> list[bytes]:
+        self._progress.enter("send_to_first")
+        found = self._exchange.send_to_first(content)
+        self._progress.leave()
+        return found
+
     def wait_for_all(self) -> None:
         self._progress.enter("wait_for_all")
         self._exchange.wait_for_all()

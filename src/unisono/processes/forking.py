@@ -42,6 +42,8 @@ class ChildProcess(Protocol):
         ...
 
 
+ends_with_this_one = False
+"""Whether the process that is being forked now ends with this one at the latest: `fork` says so, and no other fork."""
 PR_SET_PDEATHSIG = 1
 OMP_PAUSE_HARD = 2
 
@@ -50,8 +52,9 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Co
     """Start a copy of this process that runs `target`.
 
     Signals in `hold` wait in the child until it unblocks them: a signal for the parent must not reach the child
-    before it handles signals.
+    before it handles signals. `target` has to call `end_with_parent` first.
     """
+    global ends_with_this_one
     caller = multiprocessing.current_process()
     is_daemonic = caller.daemon
     if is_daemonic:  # multiprocessing forbids children of a daemon, which might outlive it; these end with it
@@ -60,8 +63,10 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Co
     gc.freeze()  # a collection in the child must not touch, and so copy, inherited objects
     try:
         process = multiprocessing.get_context("fork").Process(target=target, args=args, name=name)
+        ends_with_this_one = True
         process.start()
     finally:
+        ends_with_this_one = False
         gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if is_daemonic:
@@ -123,10 +128,12 @@ def _read_quotas(cgroups: Path, membership: Path) -> Iterator[float]:
         return
     for line in lines:
         _, controllers, place = line.split(":", 2)
-        root = cgroups / controllers if controllers else cgroups
-        inner = root / place.strip("/")
         if controllers and "cpu" not in controllers.split(","):
             continue
+        root = cgroups / controllers
+        if controllers and not root.is_dir():
+            root = cgroups / "cpu"  # as some systems mount it
+        inner = root / place.strip("/")
         for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root))):
             with suppress(OSError, ValueError):  # the file is absent, or holds "max"
                 if controllers:

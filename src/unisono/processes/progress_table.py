@@ -47,7 +47,7 @@ _GENERATION, _REQUEST, _PREPARED, _ASKED_FIRST, _STRUCK, _HEADER = 0, 1, 2, 3, 8
 MOST_FAULTS = _HEADER - _STRUCK
 _PHASE, _STEP, _MICROBATCH, _SINCE, _ENTERED, _LEFT, _CALL, _HEARD, _ROW = 0, 1, 2, 3, 4, 5, 6, 7, 8
 HEARING_SECONDS = 0.0005  # between two reads of the number of events that observers have seen
-CALLS = ("", "add_integers", "to_owners", "gather_shards", "gather_bytes", "wait_for_all", "join")
+CALLS = ("", "add_integers", "to_owners", "gather_shards", "gather_bytes", "wait_for_all", "join", "send_to_first")
 """Ways to wait for other workers."""
 
 

@@ -26,11 +26,12 @@ class BackgroundWriter:
     def __init__(self, tell: Callable[[events.Event], None]) -> None:
         self._tell = tell
         self._thread = ThreadPoolExecutor(1, "unisono-checkpoint")
-        self._checkpoint_writer: Future[tuple[Path, float]] | None = None
+        self._checkpoint_writer: Future[tuple[Path, str, float]] | None = None
         self._waited_seconds = 0.0
 
-    def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
-        """Begin to write the state; every worker calls this, worker 0 writes. Waits for the one before."""
+    def save(self, state: TrainState, facts: Mapping[str, Any], run: Path, keep: int) -> None:
+        """Begin to write the state into the run folder; every worker calls this, worker 0 writes. Waits for the one
+        before."""
         began = time.perf_counter()
         self.settle()
         found = state.content()
@@ -41,7 +42,7 @@ class BackgroundWriter:
                 optimizer=found.optimizer,
                 facts={**found.facts, **facts},
             )
-            self._checkpoint_writer = self._thread.submit(_write, copied, folder, keep)
+            self._checkpoint_writer = self._thread.submit(_write, copied, run, keep)
             self._waited_seconds = time.perf_counter() - began
 
     def settle(self) -> bool:
@@ -50,10 +51,12 @@ class BackgroundWriter:
             return True
         writing, self._checkpoint_writer = self._checkpoint_writer, None
         try:
-            path, seconds = writing.result()
+            path, why, seconds = writing.result()
         except RunFolderError as error:
             self._tell(warn_unwritten(str(error)))
             return False
+        if why:
+            self._tell(warn_rescued(path, why))
         self._tell(tell_written(path, seconds, self._waited_seconds))
         return True
 
@@ -74,6 +77,16 @@ def warn_unwritten(why: str) -> events.Notice:
     return events.Notice(message=f"no checkpoint, and training goes on: {why}", warning=True)
 
 
-def _write(content: Content, folder: Path, keep: int) -> tuple[Path, float]:
+def warn_rescued(path: Path, why: str) -> events.Notice:
+    """The event that a checkpoint is on disk, not in the run's own folder."""
+    return events.Notice(
+        message=f"{why} The checkpoint is in {str(path)!r} instead. Make the place writable; if the run ends before, "
+        f"go on with `--run-folder {path.parent.parent} --resume`.",
+        warning=True,
+    )
+
+
+def _write(content: Content, run: Path, keep: int) -> tuple[Path, str, float]:
     began = time.perf_counter()
-    return checkpoints.write(content, folder, keep=keep), time.perf_counter() - began
+    path, why = checkpoints.write_somewhere(content, run, keep=keep)
+    return path, why, time.perf_counter() - began

@@ -5,16 +5,20 @@ Owns the framing. A line that a killed worker has left unfinished is never deliv
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import select
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from unisono.errors import LostPeerError
 
 Message = dict[str, Any]
 CHUNK_BYTES = 1 << 16
-_WITH = "with a descriptor"
+MOST_DESCRIPTORS = 253  # in one message of a socket: SCM_MAX_FD of Linux
+_WITH = "descriptors"
 
 
 class Channel:
@@ -29,40 +33,49 @@ class Channel:
         """For `select`."""
         return self._socket.fileno()
 
-    def send(self, message: Message, descriptor: int = -1) -> None:
-        """Send a message, and a file descriptor with it. Where the other end is gone, or this one closed, nothing
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Send a message, and file descriptors with it. Where the other end is gone, or this one closed, nothing
         happens: the supervisor notices the end of a process itself."""
         if self._socket.fileno() < 0:
             return
-        line = json.dumps(message | {_WITH: True} if descriptor >= 0 else message).encode() + b"\n"
+        line = json.dumps(message | {_WITH: len(descriptors)} if descriptors else message).encode() + b"\n"
         try:
-            if descriptor < 0:
-                self._socket.sendall(line)
-            else:
-                sent = socket.send_fds(self._socket, [line], [descriptor])
-                self._socket.sendall(line[sent:])
+            for begin in range(0, len(descriptors), MOST_DESCRIPTORS):  # each part travels with a byte of the line
+                socket.send_fds(self._socket, [line[:1]], descriptors[begin : begin + MOST_DESCRIPTORS])
+                line = line[1:]
+            self._socket.sendall(line)
         except (BrokenPipeError, ConnectionResetError):
             return
 
-    def receive(self) -> tuple[Message, int]:
-        """Wait for a message; return it, and the file descriptor that came with it, or −1.
+    def receive(self) -> tuple[Message, list[int]]:
+        """Wait for a message; return it, and the file descriptors that came with it. No program that is executed
+        inherits them.
 
         Raises:
             LostPeerError: the other end is gone.
+            OSError: EMFILE; this process may not have so many descriptors.
         """
         while b"\n" not in self._rest:
-            content, descriptors, _, _ = socket.recv_fds(self._socket, CHUNK_BYTES, 1)
+            content, descriptors, _, _ = socket.recv_fds(self._socket, CHUNK_BYTES, MOST_DESCRIPTORS)
             if not content:
                 raise LostPeerError("the supervisor has gone")
             self._rest += content
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
             self._descriptors += descriptors
         line, _, self._rest = self._rest.partition(b"\n")
         message: Message = json.loads(line)
-        return message, self._descriptors.pop(0) if message.pop(_WITH, False) else -1
+        count = message.pop(_WITH, 0)
+        if len(self._descriptors) < count:  # the system has dropped the others
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        found, self._descriptors = self._descriptors[:count], self._descriptors[count:]
+        return message, found
 
     def drain(self) -> list[Message]:
         """Return what has arrived, without waiting."""
-        while select.select([self._socket], [], [], 0)[0]:
+        arrivals = select.poll()  # select takes no descriptor above 1023
+        arrivals.register(self._socket, select.POLLIN)
+        while arrivals.poll(0):
             try:
                 content = self._socket.recv(CHUNK_BYTES)
             except ConnectionResetError:

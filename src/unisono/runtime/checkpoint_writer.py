@@ -6,6 +6,7 @@ the values come from the snapshot.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -18,12 +19,13 @@ from typing import Any
 from unisono.engine.snapshot import Snapshot
 from unisono.errors import RunFolderError
 from unisono.processes.forking import describe_end, end_with_parent, fork
-from unisono.runtime.background_writer import tell_written, warn_unwritten
+from unisono.runtime.background_writer import tell_written, warn_rescued, warn_unwritten
 from unisono.runtime.signals import ASKING
 from unisono.storage import checkpoints
 from unisono.tracking.events import CheckpointWritten, Notice
 
 NICENESS = 5  # training has priority
+MOST_LETTERS = 4096  # of the reason why a checkpoint is not where it should be
 
 Reply = Callable[[dict[str, Any]], None]
 
@@ -31,15 +33,14 @@ Reply = Callable[[dict[str, Any]], None]
 class CheckpointWriter:
     """Writes the run's checkpoints, one at a time. `tell` is called with the result of each."""
 
-    def __init__(
-        self, folder: Path, keep: int, memory: int, tell: Callable[[CheckpointWritten | Notice], None]
-    ) -> None:
+    def __init__(self, run: Path, keep: int, memory: int, tell: Callable[[CheckpointWritten | Notice], None]) -> None:
         self.step = -1  # the step that is being written, or was written last
         self.was_written = True
-        self._folder = folder
+        self.place = run  # the run folder, or another one where it cannot be written
+        self._run = run
         self._keep = keep
         self._memory = memory
-        self._error = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - for as long as the run lives
+        self._result = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - for as long as the run lives
         self._tell = tell
         self._process: BaseProcess | None = None
         self._began = 0.0
@@ -105,7 +106,7 @@ class CheckpointWriter:
     def _begin(self, facts: Mapping[str, Any], waited_seconds: float) -> None:
         self.step = int(facts["step"])
         self._began, self._waited_seconds = time.monotonic(), waited_seconds
-        os.ftruncate(self._error.fileno(), 0)
+        os.ftruncate(self._result.fileno(), 0)
         self._process = fork(self._write, (facts, os.getpid()), "checkpoint")
 
     def _conclude(self) -> None:
@@ -113,13 +114,15 @@ class CheckpointWriter:
             return
         code, seconds, self._process = self._process.exitcode, time.monotonic() - self._began, None
         self.was_written = code == 0
+        result = json.loads(os.pread(self._result.fileno(), 65_536, 0) or b"{}")
         if self.was_written:
-            path = checkpoints.name_checkpoint(self._folder, self.step)
+            path = Path(result["path"])
+            self.place = path.parent.parent
+            if result["why"]:
+                self._tell(warn_rescued(path, result["why"]))
             self._tell(tell_written(path, seconds, self._waited_seconds))
         else:
-            how = f"the writer {describe_end(code)}"
-            why = os.pread(self._error.fileno(), 65_536, 0).decode()
-            self._tell(warn_unwritten(why or how))
+            self._tell(warn_unwritten(result.get("why") or f"the writer {describe_end(code)}"))
             self.step = -1
 
     def _write(self, facts: Mapping[str, Any], parent: int) -> None:
@@ -127,13 +130,13 @@ class CheckpointWriter:
         for signum in ASKING:
             signal.signal(signum, signal.SIG_IGN)
         os.nice(NICENESS)
-        why = ""
+        why, path = "", None
         try:
             content = Snapshot(self._memory).content(facts)
-            checkpoints.write(content, self._folder, keep=self._keep)
+            path, why = checkpoints.write_somewhere(content, self._run, keep=self._keep)
         except RunFolderError as error:
             why = str(error)
         except BaseException as error:  # noqa: BLE001 - a process of its own: every failure is reported
             why = f"{type(error).__name__}: {error}"
-        os.pwrite(self._error.fileno(), why.encode(), 0)
-        os._exit(int(bool(why)))
+        os.pwrite(self._result.fileno(), json.dumps({"path": str(path), "why": why[:MOST_LETTERS]}).encode(), 0)
+        os._exit(int(path is None))

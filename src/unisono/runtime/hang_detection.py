@@ -16,7 +16,6 @@ from unisono.processes.progress_table import ProgressTable, Row
 from unisono.runtime.worker_pool import WorkerHandle, WorkerPool
 
 PATIENCE = {
-    "start": 10.0,
     "join": 10.0,
     "evaluate": 10.0,
     "finish": 60.0,
@@ -28,6 +27,8 @@ PATIENCE = {
 samples of a step, the longest first. Preparing data has no deadline: it may take hours."""
 FIRST_STEP_PATIENCE = 30.0
 """Factor before any step has been measured."""
+START_PATIENCE = 60.0
+"""Factor for a worker that starts, whatever a step takes: it imports, opens the data and builds the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,11 @@ class Stuck:
 
     def __str__(self) -> str:
         stopped = ", stopped by a signal" if self.stopped else ""
+        if self.row.phase == "start" and not self.stopped:
+            return (
+                f"worker {self.worker} was not ready {self.seconds:.0f} s after its start (if a start takes as long "
+                "here, raise recovery.hang_factor)"
+            )
         return f"worker {self.worker} made no progress for {self.seconds:.0f} s (at {self.row}{stopped})"
 
 
@@ -51,18 +57,19 @@ def find_stuck(
     answered: Collection[int] = (),
     now: float,
     limit_seconds: float,
+    start_seconds: float,
 ) -> list[Stuck]:
     """The workers that have made no progress for longer than their deadline, and wait for no other worker.
 
     rows: of one group of workers. stopped: workers stopped by a signal, for which no phase is an excuse. answered:
-    workers that wait for the supervisor. now: seconds of the monotonic clock.
+    workers that wait for the supervisor. now: seconds of the monotonic clock. start_seconds: the deadline of a start.
     """
     fewest = min((row.entered for row in rows.values()), default=0)
     late = []
     for worker, row in rows.items():
         excused = worker in answered or (row.waiting and fewest < row.entered)
-        patience = 1.0 if worker in stopped else math.inf if excused else PATIENCE.get(row.phase, 1.0)
-        if now - row.since > limit_seconds * patience:
+        own = start_seconds if row.phase == "start" else limit_seconds * PATIENCE.get(row.phase, 1.0)
+        if now - row.since > (limit_seconds if worker in stopped else math.inf if excused else own):
             late.append(Stuck(worker=worker, seconds=now - row.since, row=row, stopped=worker in stopped))
     return [stuck for stuck in late if stuck.stopped] or late  # a stopped worker explains the others
 
@@ -79,14 +86,16 @@ class HangDetector:
         self._found = 0
         self._looked = time.monotonic()
         self._not_before = 0.0
+        self._spared_until = 0.0
 
     def learn(self, step_seconds: float) -> None:
         """Note how long a step has taken."""
         self._longest_step = max(self._longest_step, step_seconds)
 
     def spare(self) -> None:
-        """A group has been dissolved: workers that waited for a lost one need time to come back."""
-        self._not_before = time.monotonic() + self.limit_seconds
+        """A group has been dissolved: workers that waited for a lost one need time to come back. One that starts has
+        waited for none."""
+        self._spared_until = time.monotonic() + self.limit_seconds
 
     @property
     def limit_seconds(self) -> float:
@@ -102,7 +111,9 @@ class HangDetector:
         if not self.limit_seconds or now < self._not_before:
             return []
         found: list[tuple[WorkerHandle, Stuck]] = []
-        at_work = [handle for handle in self._pool.staying() if not handle.waiting]
+        is_spared = now < self._spared_until
+        staying = self._pool.staying()
+        at_work = [one for one in staying if not one.waiting and not (is_spared and one.generation >= 0)]
         for generation in {handle.generation for handle in at_work}:
             group = {handle.number: handle for handle in at_work if handle.generation == generation}
             rows = {number: self._progress_table.row(handle.slot) for number, handle in group.items()}
@@ -112,6 +123,7 @@ class HangDetector:
                 answered=[number for number, handle in group.items() if handle.asking],
                 now=now,
                 limit_seconds=self.limit_seconds,
+                start_seconds=self._factor * START_PATIENCE,
             )
             found += [(group[one.worker], one) for one in stuck]
         return found

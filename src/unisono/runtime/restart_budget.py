@@ -20,6 +20,10 @@ from unisono.tracking import events
 MOST_BACKOFF_SECONDS = 60.0
 MOST_FRAME_LINES = 12
 MOST_CAUSE_CHARACTERS = 200
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: " (out of memory? dmesg tells)",
+    signal.SIGBUS: " (a file that it maps was made shorter, or /dev/shm is full?)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +58,14 @@ def name_loss(ends: Sequence[End], step: int) -> Loss:
         if end.report and end.report["kind"] == CorruptionError.__name__:
             told.append(f"{who}: {end.report['message']}")
         elif end.report:
+            limit = end.report.get("limit", "").removesuffix(".")
             cause = f"{end.report['kind']}: {end.report['message']}"
-            told.append(f"{who} failed ({_shorten(cause)})")
-            trace = trace or str(end.report["traceback"])
-            frames = frames or "\n".join(str(end.report["traceback"]).rstrip().splitlines()[-MOST_FRAME_LINES:])
+            told.append(f"{who} failed: {limit}" if limit else f"{who} failed ({_shorten(cause)})")
+            found = "" if limit else str(end.report["traceback"])
+            trace = trace or found
+            frames = frames or "\n".join(found.rstrip().splitlines()[-MOST_FRAME_LINES:])
         elif end.code < 0:
-            hint = " (out of memory? dmesg tells)" if end.code == -signal.SIGKILL else ""
+            hint = _HINTS.get(-end.code, "")
             told.append(f"{who} {describe_end(end.code)}{hint}")
             trace = trace or end.stacks
             frames = frames or "\n".join(end.stacks.splitlines()[:MOST_FRAME_LINES])  # the innermost comes first

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,25 @@ from unisono.engine.loop import steps
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
-from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError
+from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
+from unisono.runtime.launchers.rank_assignment import count_peers
 from unisono.runtime.setup import Job, Ready, Run, join, run_facts
 from unisono.runtime.supervisor_client import SupervisorClient, UnsupervisedClient
+from unisono.storage.checkpoints import name_checkpoint
+from unisono.storage.elsewhere import write_or_rescue
 from unisono.storage.files import save_tensors, whole_folder, write_text
+from unisono.storage.run_folder import SUMMARY, begin
 from unisono.tasks.metrics import summarise
 from unisono.tracking import events
 from unisono.tracking import profile_report as profiles
+
+CHANGED = (
+    "the data was written into while it was trained on, so the weights belong to no data that still exists. Leave it "
+    "alone until training has ended, or give a copy of it (frame.copy(), array.copy(), a copied file); a prepared "
+    "dataset that is not what it was is deleted, and prepared again. Checkpoints from before are whole."
+)
 
 
 def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> bool:
@@ -80,9 +89,11 @@ def execute(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient
 
 def _tell_stop(run: Run, saved: bool) -> str:
     if saved:
+        is_here = name_checkpoint(run.job.folder / "checkpoints", run.state.step).is_dir()
+        where = f"`--run-folder {run.job.folder} --resume`" if is_here else "the folder that the last warning names"
         return (
             f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
-            f"command and `--run-folder {run.job.folder} --resume` (run=…, resume=True), on any number of workers."
+            f"command and {where} (run=…, resume=True), on any number of workers."
         )
     return (
         f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: the "
@@ -92,15 +103,14 @@ def _tell_stop(run: Run, saved: bool) -> str:
 
 def _open_folder(run: Run) -> None:
     folder = run.job.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    if run.job.resume != "no" or not count_peers():  # else it is made already
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        begin(folder)
+    if run.state.lineage and (folder / SUMMARY).exists() and run.state.step < run.order.total_steps:
+        (folder / SUMMARY).rename(folder / f"summary-step-{run.state.step:08}.json")  # of the end that it goes beyond
     write_text(folder / "recipe.toml", recipes.to_toml(run.recipe, run.inputs.unused))
     write_text(folder / "fingerprint.json", json.dumps(run.fingerprint, indent=1) + "\n")
-
-
-def remove_begun(folder: Path) -> None:
-    """Remove a run folder in which nothing has happened yet; one with more in it stays."""
-    if folder.exists() and {path.name for path in folder.iterdir()} <= {"recipe.toml", "fingerprint.json"}:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _announce(run: Run) -> None:
@@ -167,6 +177,7 @@ def _attend(run: Run, seconds: float, data_seconds: float) -> None:
     """Do what follows a committed step: report, evaluate, save. Doing it again changes nothing."""
     state, lengths = run.state, run.inputs.train.lengths
     assert state.last is not None
+    _refuse_overwritten(run)
     run.progress.at("report", state.step - 1)
     step = run.order.step(state.step - 1)
     run.tell(
@@ -260,7 +271,7 @@ def _score(run: Run, source: Any) -> dict[str, float]:
 def _save(run: Run) -> None:
     run.progress.at("save", run.state.step - 1)
     facts = run_facts(run.job, run.ready, run.order.total_steps)
-    run.client.save(run.state, facts, run.job.folder / "checkpoints", run.recipe.checkpoint.keep)
+    run.client.save(run.state, facts, run.job.folder, run.recipe.checkpoint.keep)
     run.saved_step = run.state.step
 
 
@@ -291,14 +302,26 @@ def _write_profile(run: Run, profile: Profile, feed: Feed | None) -> None:
         run.tell(events.Notice(message=f"the profile was not written: {error}", warning=True))
 
 
+def _refuse_overwritten(run: Run) -> None:
+    """Refuse to go on after the dataset's files were written into. Only where they were touched are they read."""
+    if run.inputs.touched():
+        run.progress.at("prepare", run.state.step - 1)  # it may take long, and has no deadline
+        if run.inputs.overwritten():
+            raise DataError(CHANGED)
+
+
 def _refuse_changed_data(run: Run) -> None:
-    """Refuse data in shared memory that was changed during training: then the hash is not that of the data seen."""
+    """Refuse data that was changed during training: then the hash is not that of the data seen."""
     changed = run.exchange.add_integers(torch.tensor([int(run.inputs.changed())]))
     if changed.item():
-        raise DataError(
-            "the data was written into while it was trained on, so the weights belong to no data that still exists. "
-            "Give a copy of it (frame.copy(), array.copy()), or leave it alone until training has ended."
-        )
+        raise DataError(CHANGED)
+
+
+def _export(run: Run, tensors: dict[str, torch.Tensor], place: Path) -> None:
+    """Write the model into a run folder, or another one."""
+    with whole_folder(place / "model") as part:
+        save_tensors(part / "model.safetensors", tensors)
+        run.inputs.export(part)
 
 
 def _finish(run: Run, feed: Feed) -> None:
@@ -319,9 +342,7 @@ def _finish(run: Run, feed: Feed) -> None:
         if run.exchange.rank == 0:
             run.client.settle()  # a checkpoint that fills the disk frees the space before the model needs it
             tensors = state.replica.tensors()
-            with whole_folder(folder / "model") as part:
-                save_tensors(part / "model.safetensors", tensors)
-                run.inputs.export(part)
+            place, why = write_or_rescue(folder, lambda place: _export(run, tensors, place))
             summary = {
                 "name": run.recipe.name,
                 "steps": state.step,
@@ -334,6 +355,7 @@ def _finish(run: Run, feed: Feed) -> None:
                 "test": test,
                 "best_step": state.best_step or None,
                 "stopped_by": _find_stopper(run),
+                "lineage": state.lineage,
                 "weights_sha256": tensors_sha256(tensors),
                 "optimizer_sha256": optimizer_sha256,
             }
@@ -343,6 +365,9 @@ def _finish(run: Run, feed: Feed) -> None:
                         step=state.step, epoch=round(run.epoch(), 6), split="test", scores=test, best=False
                     )
                 )
+            if why:
+                write_text(place / SUMMARY, json.dumps(summary, indent=1) + "\n")
+                raise RunFolderError(f"{why} The model and its summary are in {str(place)!r} instead, and are whole.")
             run.tell(events.RunEnded(folder=str(folder), summary=summary))
     try:
         run.exchange.wait_for_all()

@@ -7,7 +7,9 @@ of one group.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from unisono.exchange.protocol import Exchange
 from unisono.runtime.run import execute
 from unisono.runtime.setup import Job, Ready, leave_alone, make_ready
 from unisono.runtime.supervisor_client import SupervisorClient
+from unisono.storage import known_hashes
 from unisono.tasks.run_inputs import RunInputs
 from unisono.tracking import events
 
@@ -26,12 +29,14 @@ OpenInputs = Callable[[int, Callable[[str], None]], RunInputs]
 
 class Runner:
     """A worker's part in a run, through all the groups of workers that it belongs to. `on_built` is called with
-    what the task has built, before anything is done to it."""
+    what the task has built, before anything is done to it. hashes: the file by which workers of a host pass on what one
+    of them has verified."""
 
-    def __init__(self, job: Job, open_inputs: OpenInputs) -> None:
+    def __init__(self, job: Job, open_inputs: OpenInputs, hashes: Path) -> None:
         self.on_built: Callable[[Any], None] = leave_alone
         self._job = job
         self._open_inputs = open_inputs
+        self._hashes = hashes
         self._inputs: RunInputs | None = None
         self._ready: Ready | None = None
 
@@ -58,9 +63,13 @@ class Runner:
             self._ready, self._job = None, dataclasses.replace(self._job, resume="auto")
         if local_rank == 0 and self._inputs is None:
             tell = client.tell if exchange.rank == 0 else lambda event: None
+            known_hashes.forget()
             self._open(local_workers, lambda line: tell(events.Notice(message=line)))
+            known_hashes.pass_on(self._hashes)
             client.prepared = True
         exchange.wait_for_all()
+        places = exchange.gather_bytes(os.fsencode(self._hashes))  # one for all, except under torchrun
+        self._hashes = Path(os.fsdecode(places[exchange.rank - local_rank]))
         return execute(self._job, self._make_ready(device, local_workers), exchange, client)
 
     def _open(self, workers: int, notify: Callable[[str], None]) -> RunInputs:
@@ -70,6 +79,8 @@ class Runner:
         return self._inputs
 
     def _make_ready(self, device: torch.device, workers: int) -> Ready:
+        if self._inputs is None:
+            known_hashes.take_over(self._hashes)
         inputs = self._inputs or self._open(workers, lambda line: None)
         if self._ready is None:
             self._ready = make_ready(self._job, inputs, device, self.on_built)

@@ -19,7 +19,6 @@ from torch import Tensor
 from unisono.backends.backend import Backend
 from unisono.backends.backend_registry import find_backend
 from unisono.config.recipe import Recipe
-from unisono.config.sections import TEXT
 from unisono.data.order import Order, count_steps
 from unisono.data.streams import SampleStream
 from unisono.determinism import keys
@@ -31,10 +30,12 @@ from unisono.engine.purity import probe
 from unisono.engine.replica import Replica, layout_digest, same_bits
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
+from unisono.engine.warm_start import WarmStart, start_from
 from unisono.errors import ContractError, DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.forking import end_copy
 from unisono.processes.progress_table import Progress
+from unisono.runtime.resuming import Resumption, decisive, resume
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.storage import checkpoints
 from unisono.storage.files import facts_sha256
@@ -70,6 +71,7 @@ class Ready:
 
     fingerprint: of the model as it was built, so it does not depend on when it is taken. settings: the state of the
     process, as the fingerprint describes it. profile: what this worker was doing and for how long, where requested.
+    warm: where the first weights come from, if from another run.
     """
 
     inputs: RunInputs
@@ -78,6 +80,7 @@ class Ready:
     fingerprint: Mapping[str, Any]
     settings: numerics.Settings
     profile: Profile | None = None
+    warm: WarmStart | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,7 +157,12 @@ def make_ready(
     keys.seed_all(key := keys.key(train.seed, "build"))
     kind = find_backend(inputs.task.backend)
     process, threads = os.getpid(), torch.get_num_threads()
-    backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
+    try:
+        backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # torch has no kind of its own for it
+            raise RecipeError(f"the model does not fit into memory: {error}. Make it smaller.") from error
+        raise
     end_copy(process)
     numerics.reset_modes()  # build may have left them otherwise
     if torch.get_num_threads() != threads:
@@ -163,7 +171,9 @@ def make_ready(
             f"is train.threads, which is {train.threads}. Set train.threads = {torch.get_num_threads()}, or end build "
             f"with torch.set_num_threads({train.threads})."
         )
-    data = {**inputs.data, **backend.fingerprint()}
+    start = train.start_from
+    warm = start_from(start, backend, inputs.task, inputs.labels) if start else None
+    data = {**inputs.data, **backend.fingerprint(), **(warm.fingerprint if warm else {})}
     found = numerics.fingerprint(train, device=device, data=data, layout=layout_digest(backend))
     profile = Profile() if job.profile else None
     return Ready(
@@ -173,6 +183,7 @@ def make_ready(
         fingerprint=found,
         settings=numerics.Settings(),
         profile=profile,
+        warm=warm,
     )
 
 
@@ -215,7 +226,18 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         if job.resume != "no":
             warnings += _set_aside(run, saved, everyone)
             if saved is not None:
-                warnings += _resume(run, saved)
+                now = Resumption(
+                    recipe=recipe,
+                    fingerprint=run.fingerprint,
+                    total_steps=order.total_steps,
+                    folder=str(job.folder),
+                    accepts=job.accept_new_numerics,
+                )
+                warnings += resume(now, run.state, saved)
+                run.saved_step = run.state.step
+        if ready.warm is not None and not run.state.step:
+            run.state.lineage = [dict(ready.warm.facts)]
+            run.tell(events.Notice(message=ready.warm.notice))
         _go_on_in_stream(run)
         run.state.begin()
         for warning in warnings:
@@ -355,45 +377,3 @@ def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Ori
     went_on = f"going on from {saved.folder.name}" if saved else "beginning anew"
     aside = dict.fromkeys(everyone[0].faults, f"Set aside as *{checkpoints.ASIDE}; ")
     return [f"{fault} {aside.get(fault, 'Not used; ')}{went_on}." for fault in faults]
-
-
-def _resume(run: Run, saved: checkpoints.Saved) -> list[str]:
-    """Load a checkpoint; refuse one of another recipe or other numerics."""
-    warnings: list[str] = []
-    known = decisive(Recipe())  # a key that is newer than the run had its default
-    mine, theirs = known | decisive(run.recipe), known | saved.facts["recipe"]
-    if changed := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
-        told = ", ".join(f"{key} = {mine.get(key)!r} (was {theirs.get(key)!r})" for key in changed)
-        raise RunFolderError(
-            f"--resume: the recipe has changed: {told}. Resume with the recipe that began the run, or start a new run."
-        )
-    if run.job.accept_new_numerics:
-        if names := numerics.differences(run.fingerprint, saved.facts["fingerprint"]):
-            warnings.append(f"going on under new numerics ({', '.join(names)} differ): the bits are those of neither")
-    else:
-        remedy = (
-            "Resume where the run began, or give --accept-new-numerics (accept_new_numerics=True): it then goes on, to "
-            "other bits."
-        )
-        warnings += numerics.compare(
-            run.fingerprint, saved.facts["fingerprint"], who="in the checkpoint", here="here", remedy=remedy
-        )
-    try:
-        run.state.restore(checkpoints.read(saved))
-    except (KeyError, RuntimeError) as error:
-        raise DamagedError(
-            f"{str(saved.folder)!r} does not fit this model: {error}. Resume with the recipe that began the run."
-        ) from error
-    run.saved_step = run.state.step
-    return warnings
-
-
-def decisive(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide a run's course; the dataset's hash stands for [data] and [encode]. A task that
-    is no preset has its own keys in [task]."""
-    dump = recipe.model_dump(mode="json")
-    for key in ("device", "audit_every", "loader_workers"):
-        dump["train"].pop(key)
-    dump["model"].pop("folder", None)
-    sections = ("model" if recipe.task.kind == TEXT else "task", "train", "evaluate")
-    return {f"{section}.{key}": value for section in sections for key, value in dump[section].items()}

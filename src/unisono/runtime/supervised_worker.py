@@ -27,10 +27,11 @@ from unisono.exchange.protocol import Exchange
 from unisono.exchange.watched import Watched
 from unisono.processes.fault_injection import Fault, parse
 from unisono.processes.forking import end_with_parent, flush_output
+from unisono.processes.limits import explain
 from unisono.processes.progress_table import FINISH, PHASES, RUNNING, ProgressTable, ProgressWriter
 from unisono.runtime.background_writer import BackgroundWriter
 from unisono.runtime.channel import Channel
-from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.launchers.rank_assignment import RankAssignment, receive_assignment
 from unisono.runtime.signals import ASKING
 from unisono.runtime.supervisor_client import SupervisorClient
 from unisono.runtime.worker import guarded, keep_memory
@@ -68,7 +69,8 @@ _PLAIN = ("slot", "memory", "threads", "device", "workers", "parent")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
     """What a worker's process gets at its start. memory: file of the run's snapshot. workers: their number. report,
-    stacks: unnamed files, for the error that it raises, and for its stacks."""
+    stacks: unnamed files, for the error that it raises, and for its stacks. inherited: of other workers, what a copy
+    of the supervisor has to close."""
 
     slot: int
     channel: Channel
@@ -81,6 +83,7 @@ class WorkerSpec:
     stacks: TextIO
     parent: int
     faults: tuple[Fault, ...] = ()
+    inherited: tuple[Channel | TextIO, ...] = ()
 
     def descriptors(self) -> list[int]:
         """The files that its process must have inherited."""
@@ -165,6 +168,8 @@ class SupervisedClient:
 def serve(spec: WorkerSpec, open_workload: Callable[[], Workload]) -> None:
     """Serve as a worker, until all is done or the supervisor releases it."""
     end_with_parent(spec.parent)
+    for one in spec.inherited:
+        one.close()
     gc.freeze()  # inherited objects are never garbage: a collection after a loss need not visit them
     faulthandler.enable(spec.stacks)
     faulthandler.register(DUMP, spec.stacks, all_threads=True)
@@ -190,11 +195,11 @@ def _serve(spec: WorkerSpec, workload: Workload) -> None:
     _leave_group(progress_writer)
     while True:
         spec.channel.send({"waiting": why})
-        assignment, listener = spec.channel.receive()
-        if "leave" in assignment:
+        assignment = receive_assignment(spec.channel)
+        if assignment is None:
             return
         try:
-            if _take_part(RankAssignment(**assignment, listener=listener), progress_writer, workload, device, client):
+            if _take_part(assignment, progress_writer, workload, device, client):
                 break
             why = ""
         except LostPeerError as error:
@@ -227,6 +232,8 @@ def _take_part(
     try:
         exchange: Exchange = Watched(assignment.join(device), progress_writer)
     except RuntimeError as error:  # the error of a store or a backend when others do not come
+        if explain(error):
+            raise
         raise LostPeerError(f"the workers could not meet: {error}") from error
     progress_writer.leave()
     try:

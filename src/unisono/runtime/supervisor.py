@@ -22,17 +22,18 @@ from unisono.engine.snapshot import Snapshot, new_file
 from unisono.errors import Interrupted, ObserverError, Preempted, RecipeError, WorkerError
 from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import flush_output, forget_kernel_buffers
+from unisono.processes.limits import allow_files, explain
 from unisono.processes.progress_table import FINISH, MOST_FAULTS, REGROUP, RUNNING, STOP, ProgressTable
 from unisono.runtime.channel import Message
 from unisono.runtime.checkpoint_writer import CheckpointWriter
 from unisono.runtime.hang_detection import HangDetector
 from unisono.runtime.launchers.devices import check_gpus, count_gpus
 from unisono.runtime.restart_budget import Change, Loss, RestartBudget, find_verdict, name_loss
-from unisono.runtime.run import remove_begun
 from unisono.runtime.signals import StopSignals
 from unisono.runtime.supervised_worker import Workload
 from unisono.runtime.worker_pool import StartWorker, WorkerHandle, WorkerPool, start_forked
-from unisono.storage.run_lock import RunLock
+from unisono.storage.run_folder import remove_begun
+from unisono.storage.run_lock import RunLock, WorkersRequest
 from unisono.tracking import events
 
 MOST_WORKERS = 4096
@@ -81,6 +82,7 @@ class Supervisor:
         self._memory = new_file()
         self._budget = RestartBudget(recipe.recovery)
         self._run_lock: RunLock | None = None
+        self._resizing: WorkersRequest | None = None  # it has no answer yet
         self._error: Exception | None = None  # what ends the run
         self._has_ended = False  # the result has been reported
         self._training = False  # the first group of workers has begun
@@ -107,7 +109,7 @@ class Supervisor:
             self._run_lock = RunLock(self._folder)
         with StopSignals() as self._interrupts:
             train, keep = self._recipe.train, self._recipe.checkpoint.keep
-            self._checkpoint_writer = CheckpointWriter(self._folder / "checkpoints", keep, self._memory, self._tell)
+            self._checkpoint_writer = CheckpointWriter(self._folder, keep, self._memory, self._tell)
             self._pool = WorkerPool(
                 self._workload,
                 self._start,
@@ -227,8 +229,8 @@ class Supervisor:
         if self._error is not None or now < self._look_at:
             return
         self._look_at = now + LOOK_SECONDS
-        if self._run_lock is not None and (wanted := self._run_lock.wanted_workers()):
-            self._resize(self._run_lock, wanted)
+        if self._run_lock is not None and self._resizing is None and (request := self._run_lock.next_request()):
+            self._resize(self._run_lock, request)
         if self._dissolved_at is not None and now > self._dissolved_at + MEETING_SECONDS:
             at_work = [handle for handle in self._pool.staying() if not handle.waiting]
             self._terminate(handle for handle in at_work if self._progress_table.row(handle.slot).waiting == "join")
@@ -238,7 +240,7 @@ class Supervisor:
         if self._error is None and (found := self._hang_detector.find()):
             told = self._hang_detector.describe(found, self._step)
             self._terminate(handle for handle, _ in found)
-            self._lose(Loss(step=self._step, what=told))
+            self._lose(Loss(step=self._step, what=told), fresh=any(handle.generation < 0 for handle, _ in found))
 
     def _handle_signals(self) -> None:
         """A signal has requested the end."""
@@ -249,8 +251,7 @@ class Supervisor:
             self._terminate(self._pool.staying())
             if self._training:  # it had just begun
                 return
-            remove_begun(self._folder)
-            self._fail(self._named("stopped before the first step; nothing was left behind."))
+            self._fail(self._named(f"stopped before the first step; {remove_begun(self._folder)}"))
         elif self._stop_at is None:
             self._progress_table.request = STOP
             self._stop_at = time.monotonic() + self._recipe.recovery.grace_seconds * (1 - WRITING_SHARE)
@@ -266,8 +267,8 @@ class Supervisor:
         if not self._checkpoint_writer.write_now(seconds):
             return f"Step {step} could not be saved. {LAST_CHECKPOINT}"
         return (
-            f"Everything up to step {step} is saved. Go on with the same command and `--run-folder {self._folder} "
-            "--resume` (run=…, resume=True), on any number of workers."
+            f"Everything up to step {step} is saved. Go on with the same command and `--run-folder "
+            f"{self._checkpoint_writer.place} --resume` (run=…, resume=True), on any number of workers."
         )
 
     def _named(self, message: str) -> Interrupted:
@@ -275,20 +276,28 @@ class Supervisor:
         wanted_back = bool(self._interrupts.asked) and self._interrupts.asked[0] != signal.SIGINT
         return Preempted(message) if wanted_back else Interrupted(message)
 
-    def _resize(self, run_lock: RunLock, wanted: int) -> None:
-        """Handle a request for another number of workers."""
-        most = self._progress_table.rows
+    def _resize(self, run_lock: RunLock, request: WorkersRequest) -> None:
+        """Handle a request for another number of workers; while one is being fulfilled, the next ones wait."""
+        most, wanted = self._progress_table.rows, request.workers
+
+        def answer(text: str, *, done: bool = False) -> None:
+            run_lock.answer(request, text, done=done)
+
         if wanted > most:
-            run_lock.answer(f"at most {most} workers can share a step", done=False)
+            answer(f"at most {most} workers can share a step")
         elif 0 < self._gpus < wanted:
-            run_lock.answer(f"at most {self._gpus} workers can be at work: each needs a GPU of its own", done=False)
+            answer(f"at most {self._gpus} workers can be at work: each needs a GPU of its own")
         elif self._change is not None or not self._training or self._stop_at is not None:
-            run_lock.answer(
-                "workers are being started, replaced or stopped just now; ask again in a moment", done=False
-            )
+            answer("workers are being started, replaced or stopped just now; ask again in a moment")
         elif wanted == self._wanted:
-            run_lock.answer(f"{wanted} workers are at work already", done=True)
+            answer(f"{wanted} workers are at work already", done=True)
         else:
+            try:
+                allow_files(wanted)
+            except RecipeError as error:
+                answer(str(error))
+                return
+            self._resizing = request
             self._change = Change(since=time.monotonic(), before=self._wanted)
             self._wanted = wanted
 
@@ -299,7 +308,13 @@ class Supervisor:
         if self._error is not None or self._has_ended or self._orphan is not None:
             return
         if time.monotonic() >= self._start_at:
-            self._pool.start_workers(self._wanted)
+            try:
+                self._pool.start_workers(self._wanted)
+            except OSError as error:
+                self._terminate(self._pool.staying())
+                why = f"a worker cannot be started: {explain(error) or error}"
+                self._fail(WorkerError(f"{why} {self._rescue()}" if self._training else why))
+                return
         staying = self._pool.staying()
         change = self._change
         resizing = (
@@ -350,9 +365,10 @@ class Supervisor:
             end = ObserverError(f"{error} {'The run itself is complete.' if self._has_ended else self._rescue()}")
             end.__cause__ = error.__cause__
             self._fail(end)
-        if isinstance(event, events.Resized) and self._run_lock is not None:
-            sizes = f"{event.before} → {event.workers} workers"
-            self._run_lock.answer(f"{sizes} after step {event.step}, in {event.seconds:.2f} s", done=True)
+        if isinstance(event, events.Resized) and self._run_lock is not None and self._resizing is not None:
+            told = f"{event.before} → {event.workers} workers after step {event.step}, in {event.seconds:.2f} s"
+            self._run_lock.answer(self._resizing, told, done=True)
+            self._resizing = None
 
     def _finish(self) -> None:
         """The observer has requested the end: the next step is the last one."""

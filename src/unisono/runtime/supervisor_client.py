@@ -46,8 +46,8 @@ class SupervisorClient(Protocol):
         ...
 
     def save(self, state: TrainState, facts: Mapping[str, Any], folder: Path, keep: int) -> None:
-        """Begin to write the committed state to disk; every worker calls this. Waits while the one before is being
-        written. A failure is reported as a warning, and training goes on."""
+        """Begin to write the committed state into the run folder; every worker calls this. Waits while the one before
+        is being written. A failure is reported as a warning, and training goes on."""
         ...
 
     def settle(self) -> bool:

@@ -21,9 +21,10 @@ import torch
 from unisono.engine import numerics
 from unisono.errors import Interrupted, LostPeerError, RecipeError, UnisonoError
 from unisono.exchange.protocol import Exchange
+from unisono.processes.limits import explain
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import RankAssignment
-from unisono.runtime.signals import in_main_thread
+from unisono.runtime.signals import in_main_thread, take_noted
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """The signals that ask a run to stop."""
@@ -50,7 +51,7 @@ class Stop:
         """Handle the signal."""
         self._asked = True
         if not self.graceful:
-            raise Interrupted("stopped before the first step; nothing was left behind.")
+            raise Interrupted("stopped before the first step.")
 
 
 class Act(Protocol):
@@ -66,6 +67,8 @@ def work(assignment: RankAssignment, act: Act, *, threads: int, wanted_device: s
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, stop.ask)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets a terminal's Ctrl-C, too
+        for signum in take_noted():
+            stop.ask(signum, None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a local launcher blocks them until here
     keep_memory()
     try:
@@ -124,6 +127,7 @@ def guarded(main: Callable[[], None], write: Callable[[str], object], rank: int)
             "known": known,
             "symptom": isinstance(error, LostPeerError),
             "traceback": traceback.format_exc(),
+            "limit": explain(error),
             "when": time.monotonic(),  # one clock for all processes of a host, never set back
         }
         write(json.dumps(report))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from unisono.processes.fault_injection import Fault
 from unisono.processes.forking import ChildProcess, fork
 from unisono.processes.progress_table import ProgressTable
 from unisono.runtime.channel import Channel, Message, pair
+from unisono.runtime.launchers.rank_assignment import give_assignments
 from unisono.runtime.restart_budget import End
 from unisono.runtime.signals import ASKING
 from unisono.runtime.supervised_worker import DUMP, WorkerSpec, Workload, serve
@@ -57,6 +57,10 @@ class WorkerHandle:
         """Answer the worker's request."""
         self.asking = False
         self.channel.send(message)
+
+    def files(self) -> tuple[Channel | TextIO, ...]:
+        """What the supervisor has open for this worker."""
+        return self.channel, self.report, self.stacks
 
     @property
     def number(self) -> int:
@@ -118,6 +122,7 @@ class WorkerPool:
                 stacks=stacks,
                 parent=os.getpid(),
                 faults=self._faults,
+                inherited=tuple(one for handle in self.handles.values() for one in handle.files()),
             )
             try:
                 process = self._start(spec, self._workload)
@@ -127,21 +132,9 @@ class WorkerPool:
 
     def assignment(self, generation: int, chosen: Sequence[WorkerHandle]) -> None:
         """Give the chosen workers rank assignments in a new group."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(len(chosen))
-            port = listener.getsockname()[1] if len(chosen) > 1 else 0
-            for rank, handle in enumerate(chosen):
-                handle.rank, handle.generation, handle.waiting = rank, generation, False
-                assignment: Message = {
-                    "rank": rank,
-                    "workers": len(chosen),
-                    "local_rank": rank,
-                    "local_workers": len(chosen),
-                    "port": port,
-                    "generation": generation,
-                }
-                handle.channel.send(assignment, listener.fileno() if port and rank == 0 else -1)
+        for rank, handle in enumerate(chosen):
+            handle.rank, handle.generation, handle.waiting = rank, generation, False
+        give_assignments([handle.channel for handle in chosen], generation)
 
     def release(self, handles: Iterable[WorkerHandle]) -> None:
         """Release waiting workers: they are not needed any more."""

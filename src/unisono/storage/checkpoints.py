@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from unisono.errors import DamagedError
+from unisono.storage.elsewhere import write_or_rescue
 from unisono.storage.files import (
     load_tensors,
     open_sealed,
@@ -81,6 +82,21 @@ def write(content: Content, folder: Path, *, keep: int, at: Callable[[str], None
     return path
 
 
+def write_somewhere(content: Content, run: Path, *, keep: int) -> tuple[Path, str]:
+    """Write a state into `run/checkpoints`, or where that cannot be written into another folder, which keeps one.
+    Return the checkpoint's path, and why it is elsewhere; "": it is not.
+
+    Raises:
+        RunFolderError: no place can be written.
+    """
+
+    def write_to(place: Path) -> None:
+        write(content, place / "checkpoints", keep=keep if place == run else 1)
+
+    place, why = write_or_rescue(run, write_to)
+    return name_checkpoint(place / "checkpoints", int(content.facts["step"])), why
+
+
 def name_checkpoint(folder: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return folder / f"step-{step:08d}"
@@ -100,6 +116,9 @@ def verify(path: Path) -> Saved:
     facts = open_sealed(path, "state.json")
     if facts.get("format") != FORMAT:
         raise DamagedError(f"{str(path)!r} has format {facts.get('format')!r}; this version reads {FORMAT}.")
+    step, tables = facts.get("step"), [facts.get(name, {}) for name in ("recipe", "fingerprint")]
+    if not isinstance(step, int) or step < 0 or not all(isinstance(table, dict) for table in tables):
+        raise DamagedError(f"{str(path / 'state.json')!r} is not what was written. Delete the folder {str(path)!r}.")
     return Saved(folder=path, facts=facts)
 
 

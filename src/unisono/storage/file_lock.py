@@ -1,8 +1,9 @@
 """A lock on a file, by filelock: the kernel's, so it ends with the processes that hold it, however they end.
 
-Ensures that processes which are forked meanwhile hold it as well, and that no file is left behind. filelock releases
-the lock in forked processes; here they keep it through a copy of the descriptor, so that no other process gets the lock
-while workers of a killed process are still ending. A program that is executed does not inherit it.
+Ensures that workers which are forked meanwhile hold it as well, and that no file is left behind. filelock releases the
+lock in forked processes; workers, which end with their parent, keep it through a copy of the descriptor, so that no
+other process gets the lock while workers of a killed process are still ending. Processes that a task forks may outlive
+the holder, so they do not keep it. A program that is executed does not inherit it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,25 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from unisono.processes import forking
+
 __all__ = ["HeldFile", "Timeout", "hold", "is_held"]
 
 _FOREVER = -1.0
+_copies: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _keep_or_close() -> None:
+    """In a forked process: keep the locks only where it ends with its parent; what it forks itself does not keep
+    them."""
+    if forking.ends_with_this_one:
+        forking.ends_with_this_one = False
+        return
+    while _copies:
+        os.close(_copies.pop())
+
+
+os.register_at_fork(after_in_child=_keep_or_close)
 
 
 class HeldFile:
@@ -47,13 +64,16 @@ class HeldFile:
 
     def _copy(self, descriptor: int) -> None:
         self.descriptor = os.dup(descriptor)
+        _copies.add(self.descriptor)
 
     def release(self) -> None:
         """Remove the file and release the lock, in all processes."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
         self._lock.release()
-        os.close(self.descriptor)
+        if self.descriptor in _copies:  # in a process that a task has forked, it is closed already
+            _copies.remove(self.descriptor)
+            os.close(self.descriptor)
         self.descriptor = -1
 
 

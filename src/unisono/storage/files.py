@@ -6,6 +6,7 @@ Owns temporary names, fsync, rename, checksums. Does not depend on what the file
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -14,19 +15,20 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from unisono.config.small_files import read_small
 from unisono.errors import DamagedError, RunFolderError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PART, OLD = ".part", ".old"
-"""Endings of names: of a folder that is being written, and of one that is being replaced. Both names begin with a
-dot."""
+"""Endings of names: of what is being written, and of a folder that is being replaced. Both names begin with a dot."""
 
 
 @contextmanager
@@ -38,10 +40,11 @@ def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -
         RunFolderError: the disk is full, or the place cannot be written.
     """
     parent = folder.parent
-    temporary = parent / f".{folder.name}{PART}"
+    temporary = _name_part(folder)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in parent.glob(f".{glob.escape(folder.name)}*{PART}"):  # by a writer that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         at("sync")
@@ -71,7 +74,7 @@ def whole_folder(folder: Path, at: Callable[[str], None] = lambda phase: None) -
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; for others it disappears at once and wholly. An unfinished removal leaves a leftover."""
-    hidden = folder.with_name(f".{folder.name}{PART}")
+    hidden = _name_part(folder)
     with suppress(OSError):  # it stays, whole
         folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -99,7 +102,8 @@ def boot_id() -> str:
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary file's path beside `path`; on success fsync it and rename it there; else remove it.
+    """Yield the path of a new, empty file beside `path`; on success fsync it and rename it there; else remove it. Its
+    name cannot be known before, so it is no other file, nor a link to one.
 
     durable: false leaves out the fsync. The file is then whole or absent for all readers while the machine is up, and
     may have any content after a power loss; see `boot_id`.
@@ -107,8 +111,9 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
         RunFolderError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}{PART}")
+    temporary = _name_part(path)
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield temporary
         if durable:
             sync(temporary)
@@ -116,7 +121,8 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the place itself may be gone, and the error says so
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -169,10 +175,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+        raise DamagedError(f"{str(path)!r} is no regular file. Restore it as it was written.")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DamagedError(f"{str(path)!r} is damaged: {error}.") from error
+        raise DamagedError(f"{str(path)!r} is damaged: {error}. Restore it as it was written.") from error
 
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> None:
@@ -194,17 +202,18 @@ def open_sealed(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(read_small(path))
         sha256, files = facts.pop("sha256"), dict(facts["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        known = {file: (int(entry["bytes"]), str(entry["sha256"])) for file, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
             f"{str(path)!r} is missing or damaged ({error}). Delete the folder {str(folder)!r}."
         ) from error
     if facts_sha256(facts) != sha256:
         raise DamagedError(f"{str(path)!r} is altered: its SHA-256 is not {sha256}. Delete the folder {str(folder)!r}.")
     remedy = f"Delete the folder {str(folder)!r}; an older one beside it is used then."
-    for file, expected in files.items():
-        check_file(folder / file, expected["bytes"], expected["sha256"], remedy)
+    for file, (size_bytes, file_sha) in known.items():
+        check_file(folder / file, size_bytes, file_sha, remedy)
     return facts
 
 
@@ -222,7 +231,7 @@ def facts_sha256(facts: object) -> str:
 def check_file(path: Path, size_bytes: int, sha256: str, remedy: str) -> None:
     """Raise DamagedError unless a file has this size and SHA-256."""
     if not path.is_file():
-        fault = "is missing"
+        fault = "is no regular file" if path.exists() else "is missing"
     elif path.stat().st_size < size_bytes:
         fault = f"is truncated: {path.stat().st_size} bytes, not {size_bytes}"
     elif path.stat().st_size > size_bytes or file_sha256(path) != sha256:
@@ -232,6 +241,58 @@ def check_file(path: Path, size_bytes: int, sha256: str, remedy: str) -> None:
     raise DamagedError(f"{str(path)!r} {fault}. {remedy}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What the system notes when a file is written: another stamp may mean other bytes, the same one means the same."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    written_ns: int
+    changed_ns: int
+
+    @staticmethod
+    def of(path: Path) -> FileStamp:
+        """The stamp of the file at a path."""
+        return FileStamp.from_stat(path.stat())
+
+    @staticmethod
+    def from_stat(found: os.stat_result) -> FileStamp:
+        """The stamp in what the system says of a file."""
+        return FileStamp(
+            device=found.st_dev,
+            inode=found.st_ino,
+            size_bytes=found.st_size,
+            written_ns=found.st_mtime_ns,
+            changed_ns=found.st_ctime_ns,
+        )
+
+
+class WatchedFile:
+    """An open file, of which one can ask whether its bytes are still those with this SHA-256. It is the open file that
+    counts, also where another one has its name now."""
+
+    def __init__(self, path: Path, stamp: FileStamp, sha256: str) -> None:
+        self._file = path.open("rb")
+        self._stamp = stamp
+        self._sha256 = sha256
+
+    def changed(self) -> bool:
+        """Whether the bytes have changed. They are read only where the stamp is another one."""
+        if not self.touched():
+            return False
+        now = FileStamp.from_stat(os.fstat(self._file.fileno()))
+        self._file.seek(0)
+        changed = hashlib.file_digest(self._file, "sha256").hexdigest() != self._sha256
+        if not changed:
+            self._stamp = now
+        return changed
+
+    def touched(self) -> bool:
+        """Whether the stamp is another one: written, linked, renamed or only touched."""
+        return FileStamp.from_stat(os.fstat(self._file.fileno())) != self._stamp
+
+
 def sync(path: Path) -> None:
     """Write a file or a folder to the disk, not only to the system's cache."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -239,6 +300,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _name_part(path: Path) -> Path:
+    """A name that nobody has used yet, for what becomes `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PART}")
 
 
 def _unwritable(path: Path, error: Exception) -> RunFolderError:

@@ -6,7 +6,6 @@ train.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,11 @@ from typing import Any
 from unisono.config.recipe import Recipe
 from unisono.data.columns import Columns
 from unisono.data.samplers import EpochSamples
+from unisono.data.samples import EncodedSamples
 from unisono.data.source import Source
 from unisono.errors import RecipeError
+from unisono.storage.files import WatchedFile
+from unisono.storage.model_files import write_model_facts
 from unisono.storage.run_folder import FACTS
 from unisono.tasks.metrics import directions
 from unisono.tasks.task import Task
@@ -48,8 +50,22 @@ class RunInputs:
         return len(self.train) if self.sampled is None else self.sampled.per_epoch
 
     def changed(self) -> bool:
-        """Whether data in memory has changed since it was opened."""
-        return any(isinstance(source, Columns) and source.changed() for source in self._sources)
+        """Whether data has changed since it was opened, in memory or in the dataset's files. Reads all data in
+        memory."""
+        return self.overwritten() or any(isinstance(source, Columns) and source.changed() for source in self._sources)
+
+    def overwritten(self) -> bool:
+        """Whether a file of the dataset was written into since it was opened. Reads those that were touched."""
+        return any(file.changed() for file in self._files)
+
+    def touched(self) -> bool:
+        """Whether a file of the dataset may have been written into. Cheap enough for each step."""
+        return any(file.touched() for file in self._files)
+
+    @property
+    def _files(self) -> list[WatchedFile]:
+        mapped = [source.file for source in self._sources if isinstance(source, EncodedSamples)]
+        return [file for file in mapped if file is not None]
 
     @property
     def _sources(self) -> tuple[Source | None, ...]:
@@ -96,5 +112,5 @@ class RunInputs:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts about a model that `unisono.load` reads first."""
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the facts about a model that `unisono.load` reads first; after all other files, whose hashes they hold."""
+    write_model_facts(folder / FACTS, facts)

@@ -19,7 +19,8 @@ from unisono.data.ingest.frames import add_columns, is_frame, settle
 from unisono.data.own_sources import open_source
 from unisono.data.source import Source
 from unisono.errors import DataError, ModelError
-from unisono.storage.files import load_tensors
+from unisono.exchange.protocol import Exchange
+from unisono.storage.model_files import load_weights
 from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
 from unisono.tasks.tables import RecordRows, read_rows, read_splits, samples_of
 from unisono.tasks.task import Task
@@ -61,11 +62,11 @@ class TableModel:
         needed = [name for name in self.task.columns if name not in self.task.targets]
         return read_rows(source, self.recipe.data.model_copy(update={"format": "auto"}), needed)
 
-    def samples(self, rows: RecordRows) -> Source:
+    def samples(self, rows: RecordRows, exchange: Exchange | None = None) -> Source:
         """The usable rows as samples, without the columns to be predicted."""
         return samples_of(self.task, rows.table.take(pa.array(rows.usable)), rows.name, predict=True)
 
-    def labelled(self, rows: RecordRows) -> tuple[Source, dict[str, int]]:
+    def labelled(self, rows: RecordRows, exchange: Exchange | None = None) -> tuple[Source, dict[str, int]]:
         """The rows as samples to be scored; and the number of rows left out, by reason."""
         targets = [name for name in self.task.targets if name in rows.table.column_names]
         left_out: dict[str, int] = {}
@@ -132,6 +133,7 @@ def load(folder: Path, recipe: Recipe, task: Task, measure_model: MeasureModel) 
 
     Raises:
         ModelError: the module and the weights do not belong together.
+        DamagedError: the weights are not readable, or no numbers.
     """
     if task.backend != "torch":
         raise ModelError(
@@ -139,13 +141,8 @@ def load(folder: Path, recipe: Recipe, task: Task, measure_model: MeasureModel) 
             "Read the arrays from model.safetensors."
         )
     module = task.build()
-    try:
-        module.load_state_dict(load_tensors(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise ModelError(
-            f"{str(folder)!r}: the weights do not fit the module that {type(task).__name__} builds: {error}. Use the "
-            "task, and its settings, with which the model was trained."
-        ) from None
+    asked_by = f"the module that {type(task).__name__} builds with the settings of the run's recipe"
+    load_weights(module, folder / "model.safetensors", asked_by)
     return TableModel(module=module.eval(), task=task, recipe=recipe, measure_model=measure_model)
 
 

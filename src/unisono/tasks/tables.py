@@ -50,7 +50,7 @@ def read_rows(source: object, data: Data, needed: Sequence[str] = (), name: str 
     Raises:
         DataError: it cannot be read, or has no rows.
     """
-    batch = read_file(source, data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
+    batch = read_file(source, data, needed) if isinstance(source, (str, Path)) else read_frame(source, data, name)
     columns = {column: _as_numbers(values) for column, values in batch.columns.items()}
     table = pa.table(columns)
     return RecordRows(name=batch.name, table=table, faults=_faults(batch, table, needed))

@@ -41,6 +41,10 @@ class Task(ABC):
     """Name of the backend that computes this task's model: "torch", or another one that is installed or registered.
     Another backend describes the form of `build`, `loss` and `measure` for it."""
 
+    class_rows: tuple[str, ...] = ()
+    """Names of parameters and buffers with one row per class, in the order of the labels: `train.start_from` copies the
+    rows of classes that both runs have."""
+
     columns: tuple[str, ...] = ()
     """Names of the columns that a record must have, before `encode`; (): all its columns of numbers."""
 

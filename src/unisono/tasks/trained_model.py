@@ -14,6 +14,7 @@ import numpy as np
 
 from unisono.config.recipe import Recipe
 from unisono.data.source import Source
+from unisono.exchange.protocol import Exchange
 from unisono.tasks.metrics import Results
 from unisono.tasks.task import Task
 
@@ -59,11 +60,12 @@ class TrainedModel(Protocol):
         """The rows of a file or a frame, in the columns that the recipe names."""
         ...
 
-    def samples(self, rows: Any) -> Source:
-        """The usable rows as samples, without the columns to be predicted."""
+    def samples(self, rows: Any, exchange: Exchange | None = None) -> Source:
+        """The usable rows as samples, without the columns to be predicted. Workers that share an exchange may each
+        encode a part."""
         ...
 
-    def labelled(self, rows: Any) -> tuple[Source, dict[str, int]]:
+    def labelled(self, rows: Any, exchange: Exchange | None = None) -> tuple[Source, dict[str, int]]:
         """Rows as samples to be scored; the number left out, by reason. Raises DataError if none is left."""
         ...
 

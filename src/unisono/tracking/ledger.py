@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unisono.errors import RunFolderError
+from unisono.storage.elsewhere import write_or_rescue
 from unisono.storage.files import to_json, whole_file, write_text
 from unisono.tracking import events
 from unisono.tracking.goodput import goodput, measure_speed
@@ -104,7 +105,12 @@ class Ledger:
         """Try a last time to write the waiting lines."""
         self._write_waiting()
         if self._waiting and self._has_begun:
-            self._warn(f"{len(self._waiting)} lines of {str(self._path)!r} are lost: {self._trouble}.")
+            content = _encode(self._read_all()).decode()
+            try:
+                place, _ = write_or_rescue(self._folder, lambda place: write_text(place / "metrics.jsonl", content))
+                self._warn(f"all lines of {str(self._path)!r} are in {str(place / 'metrics.jsonl')!r}.")
+            except RunFolderError:
+                self._warn(f"{len(self._waiting)} lines of {str(self._path)!r} are lost: {self._trouble}.")
         if self._file is not None:
             os.close(self._file)
             self._file = None

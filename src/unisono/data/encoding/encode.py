@@ -12,10 +12,12 @@ from pathlib import Path
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
+from unisono.config.small_files import read_small
 from unisono.data.encoding.encoder import Encoder
-from unisono.data.encoding.ngrams import NGrams
+from unisono.data.encoding.ngrams import FEATURES, NGrams
 from unisono.data.encoding.tokens import SubwordEncoder, read_tokenizer, train_bpe, train_wordpiece
 from unisono.errors import DataError, ModelError
+from unisono.storage.run_folder import model_folder
 
 VERSION = 2
 """Raise it whenever the same text and settings begin to give other numbers."""
@@ -31,6 +33,8 @@ def find_settings(recipe: Recipe) -> dict[str, object]:
     automatic = {"bag": "ngrams", "transformer": "wordpiece", "pretrained": "tokenizer"}
     kind = automatic[recipe.model.kind] if encode.kind == "auto" else encode.kind
     settings: dict[str, object] = {"kind": kind, "max_tokens": encode.max_tokens}
+    if recipe.train.start_from:
+        return settings | {"files_sha256": _hash_encoder(_started_from(recipe))}
     if kind == "tokenizer":
         path = _find_tokenizer(recipe)
         if not path.is_file():
@@ -53,6 +57,8 @@ def choose_encoder(recipe: Recipe, texts: Iterable[Sequence[str]], *, workers: i
         DataError: a tokenizer.json is missing or unusable, or a setting leaves no room for text.
     """
     encode = recipe.encode
+    if recipe.train.start_from:
+        return load_encoder(_started_from(recipe))
     kind = str(find_settings(recipe)["kind"])
     if kind == "ngrams":
         return NGrams.learn(
@@ -80,13 +86,27 @@ def load_encoder(folder: Path) -> Encoder:
     """
     path = folder / "encoder.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{str(path)!r}: cannot be read: {error}. Give a folder that unisono wrote."
         raise ModelError(message) from None
     if not isinstance(fields, dict):
         raise ModelError(f"{str(path)!r}: not an object with a kind. Give a folder that unisono wrote.")
     return NGrams.load(folder, fields) if fields.get("kind") == "ngrams" else SubwordEncoder.load(folder, fields)
+
+
+def _started_from(recipe: Recipe) -> Path:
+    """The model folder whose encoder is used again."""
+    return model_folder(recipe.train.start_from)
+
+
+def _hash_encoder(folder: Path) -> str:
+    """SHA-256 of the files of an encoder."""
+    found = hashlib.sha256()
+    for name in ("encoder.json", "tokenizer.json", FEATURES):
+        if (folder / name).is_file():
+            found.update(name.encode() + (folder / name).read_bytes())
+    return found.hexdigest()
 
 
 def _find_tokenizer(recipe: Recipe) -> Path:

@@ -149,8 +149,10 @@ class NGrams:
                 f"{KIND!r} with {', '.join(names)}. Prepare the data again, or restore the file."
             )
         try:
+            if not (folder / FEATURES).is_file():  # a pipe would keep the reader waiting
+                raise OSError
             known = np.load(folder / FEATURES)
-        except (OSError, ValueError, EOFError):  # NumPy's own message would advise to read it as pickle
+        except (OSError, ValueError, EOFError, MemoryError):  # NumPy's own message would advise to read it as pickle
             raise ModelError(f"{str(folder / FEATURES)!r}: missing or no row of numbers. Restore the file.") from None
         if known.ndim != 1 or known.dtype != np.uint64:
             raise ModelError(f"{str(folder / FEATURES)!r}: allowed is a row of uint64 numbers. Restore the file.")

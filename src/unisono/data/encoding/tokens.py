@@ -14,10 +14,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import numpy as np
 
+from unisono.config.small_files import read_small
 from unisono.data.encoding.words import Words
 from unisono.errors import DataError, ModelError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read whenever the library would start threads
 
+MOST_TOKENIZER_BYTES = 2**30
 KINDS = ("wordpiece", "bpe", "tokenizer")
 _PADDING, _UNKNOWN, _FIRST, _LAST = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
@@ -83,6 +85,16 @@ class SubwordEncoder:
         (folder / "encoder.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
+    def describe(self, folder: Path) -> None:
+        """Write `tokenizer_config.json`, with which transformers uses the folder's `tokenizer.json` as it is: the limit
+        of tokens, and the padding. Other special tokens stay unnamed: within a text they are words like others."""
+        fields = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_tokens,
+            "pad_token": self._tokenizer.id_to_token(self.padding),
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
     @classmethod
     def load(cls, folder: Path, fields: Mapping[str, Any]) -> Self:
         """Make the encoder whose `save` wrote the fields and the folder.
@@ -91,13 +103,18 @@ class SubwordEncoder:
             ModelError: a field or `tokenizer.json` is missing or unusable.
         """
         kind, max_tokens, padding = (fields.get(name) for name in ("kind", "max_tokens", "padding"))
-        if kind not in KINDS or type(max_tokens) is not int or type(padding) is not int:
+        if kind not in KINDS or not _is_count(max_tokens) or not _is_count(padding):
             kinds = ", ".join(KINDS)
             raise ModelError(f"{folder}/encoder.json: needed are kind ({kinds}), max_tokens, padding. Export it again.")
         try:
             encoder = cls(read_tokenizer(folder / "tokenizer.json"), kind=kind, max_tokens=max_tokens)
         except DataError as error:
             raise ModelError(str(error)) from None
+        if padding >= encoder.vocabulary_size:
+            raise ModelError(
+                f"{folder}/encoder.json: padding = {padding}; allowed are numbers below {encoder.vocabulary_size}, the "
+                "size of tokenizer.json. Export it again."
+            )
         encoder.padding = padding
         return encoder
 
@@ -111,12 +128,16 @@ class SubwordEncoder:
         return text if len(words) <= self.max_tokens or shorter[-1:].isspace() else shorter
 
 
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`. Raises DataError if it does not exist, or if the library cannot read it."""
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(read_small(path, MOST_TOKENIZER_BYTES))
     except OSError as error:
         raise DataError(f"{str(path)!r}: cannot be read: {error.strerror}. Give a tokenizer.json.") from None
     except Exception as error:  # the library raises bare Exceptions

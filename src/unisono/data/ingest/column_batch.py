@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -71,12 +72,70 @@ def _slice(column_batch: ColumnBatch, start: int, stop: int) -> ColumnBatch:
     )
 
 
-def cut_by_size(column_batch: ColumnBatch, name: str, size_bytes: int = COLUMN_BATCH_BYTES) -> Iterator[ColumnBatch]:
-    """Cut a column batch after each row with which the texts of column `name` reach `size_bytes` as UTF-8.
+def pick_column(column_batch: ColumnBatch, name: str) -> Column | None:
+    """The column `name`, or the field b of a column a for the name a.b; None where there is neither.
+
+    A column of exactly that name has priority. In JSONL that holds for each row, as each row has its own columns.
+    """
+    column = column_batch.columns.get(name)
+    if "." not in name or isinstance(column, pa.ChunkedArray):
+        return column
+    for root, values in column_batch.columns.items():
+        if name.startswith(f"{root}.") and (nested := _pick_field(values, name[len(root) + 1 :])) is not None:
+            if column is None:
+                return nested
+            both = zip(column, list_values(nested), strict=True)
+            return [below if value is None else value for value, below in both]
+    return column
+
+
+def _pick_field(column: Column, path: str) -> Column | None:
+    if isinstance(column, list):
+        values = [_descend(value, path) for value in column]
+        return None if all(value is None for value in values) else values
+    while path:
+        names = [one.name for one in column.type] if pa.types.is_struct(column.type) else []
+        name = next((one for one in names if path == one or path.startswith(f"{one}.")), None)
+        if name is None:
+            return None
+        column, path = pc.struct_field(column, names.index(name)), path[len(name) + 1 :]
+    return column
+
+
+def _descend(value: object, path: str) -> object:
+    if not isinstance(value, Mapping) or path in value:
+        return value.get(path) if isinstance(value, Mapping) else None
+    name, _, rest = path.partition(".")
+    return _descend(value.get(name), rest) if rest else None
+
+
+def is_wanted(column: str, wanted: Sequence[str]) -> bool:
+    """Whether a column is among those that are wanted, or holds one of them as a field."""
+    return any(name == column or name.startswith(f"{column}.") for name in wanted)
+
+
+def list_names(column_batch: ColumnBatch, wanted: Sequence[str]) -> list[str]:
+    """The names of the columns, and of their fields as a.b; of JSONL's, those that are wanted or stand first."""
+    names = dict.fromkeys(column_batch.columns)
+    for name, column in column_batch.columns.items():
+        if isinstance(column, list):
+            below = next((value for value in islice(column, 100) if isinstance(value, Mapping)), {})
+            names |= {f"{name}.{key}": None for key in below}
+        elif pa.types.is_struct(column.type):
+            names |= {f"{name}.{one.name}": None for one in column.type}
+    found = (name for name in wanted if name not in names and pick_column(column_batch, name) is not None)
+    return [*names, *found]
+
+
+def cut_by_size(
+    column_batch: ColumnBatch, names: Sequence[str], size_bytes: int = COLUMN_BATCH_BYTES
+) -> Iterator[ColumnBatch]:
+    """Cut a column batch after each row with which the texts of the columns `names` reach `size_bytes` as UTF-8.
 
     So the same content is cut in the same places, whatever holds it.
     """
-    ends = np.cumsum(_measure(column_batch.columns.get(name, [])))
+    sizes = [_measure(column) for name in names if (column := pick_column(column_batch, name)) is not None]
+    ends = np.cumsum(sum(sizes[1:], sizes[0])) if sizes else np.empty(0, np.int64)
     start = reached = 0
     while start < column_batch.rows:
         stop = (

@@ -1,7 +1,8 @@
 """Rows of JSONL, TSV and CSV: from lines to column batches of bounded size.
 
-Owns the text formats: CSV (quoting as in RFC 4180), TSV (cut at tabs alone, no quoting), JSONL. Does not know
-where lines come from (`lines.py`) or what columns mean (`read.py`).
+Owns the text formats: fields with quotes (as in RFC 4180) or an escape character, fields cut at the delimiter alone,
+JSONL. Does not know where lines come from (`lines.py`), which dialect they have (`dialects.py`), or what columns mean
+(`read.py`).
 
 A byte that is not UTF-8 becomes a lone surrogate, as in `os.fsdecode`, so that it spoils its own field only. A
 row that cannot be cut into fields stays a row, with a fault. Blank lines are no rows.
@@ -15,7 +16,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -29,35 +29,62 @@ from unisono.data.ingest.column_batch import (
     check_names,
     transpose,
 )
-from unisono.data.ingest.lines import Long, decode, decode_head
+from unisono.data.ingest.dialects import Dialect
+from unisono.data.ingest.documents import SCAN, cut_document
+from unisono.data.ingest.lines import HEAD_BYTES, Long, decode, decode_head
 from unisono.errors import DataError
 
 TOO_LARGE = "larger than data.max_record_bytes"
 TOO_DEEP = "nested deeper than data.max_depth"
+NOT_JSON = "not JSON"
 COLUMN_BATCH_CELLS = 64 * COLUMN_BATCH_ROWS
 """Objects of all different keys would make columns of their number squared."""
-SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+COMMAS, QUOTED = Dialect(), Dialect(quote='"')
 STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator[ColumnBatch]:
     """Column batches of rows, one from each line's object."""
+    return _stand_rows(_cut_jsonl(lines, data), name)
+
+
+def read_document(blocks: Iterator[bytes], name: str, told: str, data: Data) -> Iterator[ColumnBatch]:
+    """Column batches of the objects of a JSON document. Raises DataError: see `cut_document`."""
+
+    def cut() -> Iterator[tuple[dict[object, object] | FieldFault, int]]:
+        for value, text in cut_document(blocks, told, data.max_record_bytes):
+            if len(text) > data.max_record_bytes:
+                value = FieldFault(reason=TOO_LARGE, raw=decode_head(text[:HEAD_BYTES].encode(errors="replace")))
+            elif text.count("{") + text.count("[") > data.max_depth and measure_depth(text) > data.max_depth:
+                value = FieldFault(reason=TOO_DEEP, raw=text)
+            yield value if isinstance(value, dict | FieldFault) else FieldFault(reason="no object", raw=text), len(text)
+
+    return _stand_rows(cut(), name)
+
+
+def _cut_jsonl(lines: Iterable[bytes | Long], data: Data) -> Iterator[tuple[dict[object, object] | FieldFault, int]]:
+    """The object of each line, with the line's bytes."""
+    depth = data.max_depth
+    for line in lines:
+        if isinstance(line, Long):
+            yield FieldFault(reason=TOO_LARGE, raw=decode_head(line.head)), 0
+            continue
+        text = decode(line)
+        if not text or text.isspace():
+            continue
+        if text.count("{") + text.count("[") > depth and measure_depth(text) > depth:
+            yield FieldFault(reason=TOO_DEEP, raw=text), len(line)
+        else:
+            yield _parse(text), len(line)
+
+
+def _stand_rows(cut: Iterable[tuple[dict[object, object] | FieldFault, int]], name: str) -> Iterator[ColumnBatch]:
     rows: list[Mapping[object, object]] = []
     faults: dict[int, FieldFault] = {}
     names: set[object] = set()
-    size, depth = 0, data.max_depth
-    for line in lines:
-        if isinstance(line, Long):
-            row: Any = FieldFault(reason=TOO_LARGE, raw=decode_head(line.head))
-        else:
-            text = decode(line)
-            if not text or text.isspace():
-                continue
-            size += len(line)
-            if text.count("{") + text.count("[") > depth and measure_depth(text) > depth:
-                row = FieldFault(reason=TOO_DEEP, raw=text)
-            else:
-                row = _parse(text)
+    size = 0
+    for row, row_bytes in cut:
+        size += row_bytes
         if isinstance(row, FieldFault):
             faults[len(rows)] = row
             row = {}
@@ -71,17 +98,20 @@ def read_jsonl(lines: Iterable[bytes | Long], name: str, data: Data) -> Iterator
 
 
 def _parse(text: str) -> dict[object, object] | FieldFault:
-    """Parse an object, as json.loads does, which spends a third of its time on the spaces around it."""
+    """Parse an object, as json.loads does, which spends a third of its time on the spaces around it.
+
+    A comma after the object is no part of it: lines of an array's inside have one.
+    """
     try:
         row, end = SCAN(text, 0)
     except (ValueError, RecursionError, StopIteration):
         end = -1
     if end != len(text):
         try:
-            row = json.loads(text)
+            row = json.loads(text.rstrip().removesuffix(","))
         except (ValueError, RecursionError):
             row = None
-    return row if isinstance(row, dict) else FieldFault(reason="not JSON", raw=text)
+    return row if isinstance(row, dict) else FieldFault(reason=NOT_JSON, raw=text)
 
 
 def measure_depth(text: str) -> int:
@@ -92,16 +122,26 @@ def measure_depth(text: str) -> int:
     return int(np.cumsum(opened - closed).max(initial=0))
 
 
-def read_tsv(lines: Iterable[bytes | Long], name: str, columns: Sequence[str]) -> Iterator[ColumnBatch]:
-    """Column batches of rows that must have as many fields as there are columns; without the header lines."""
-    return _read_fields(cut_tsv(lines), name, columns, "\t")
+def read_plain(
+    lines: Iterable[bytes | Long], name: str, columns: Sequence[str], dialect: Dialect
+) -> Iterator[ColumnBatch]:
+    """Column batches of rows without quotes, as many fields each as there are columns; without the header lines."""
+    return _read_fields(cut_plain(lines, dialect), name, columns, dialect)
 
 
-def read_csv(lines: Iterable[bytes | Long], name: str, told: str, data: Data) -> Iterator[ColumnBatch]:
-    """Column batches of CSV, from its header on. Raises DataError for a bad header and a quote that never closes."""
-    rows = cut_csv(lines, told, data)
+def read_csv(
+    lines: Iterable[bytes | Long], name: str, told: str, data: Data, dialect: Dialect = QUOTED
+) -> Iterator[ColumnBatch]:
+    """Column batches of fields in lines, from the header on.
+
+    Raises:
+        DataError: a bad header, or a quote that does not close, or not within data.max_lines.
+    """
+    if dialect.separator_line:
+        lines = islice(lines, 1, None)
+    rows = cut_csv(lines, told, data, dialect) if dialect.quote or dialect.escape else cut_plain(lines, dialect)
     columns = read_header((row for row, _ in rows), told, data)
-    return _read_fields(rows, name, columns, ",")
+    return _read_fields(rows, name, columns, dialect)
 
 
 def read_header(rows: Iterable[Sequence[str] | FieldFault], told: str, data: Data) -> list[str]:
@@ -127,7 +167,7 @@ def read_header(rows: Iterable[Sequence[str] | FieldFault], told: str, data: Dat
 
 
 def _read_fields(
-    cut: Iterable[tuple[Sequence[str] | FieldFault, int]], name: str, columns: Sequence[str], separator: str
+    cut: Iterable[tuple[Sequence[str] | FieldFault, int]], name: str, columns: Sequence[str], dialect: Dialect
 ) -> Iterator[ColumnBatch]:
     rows: list[Sequence[str | None]] = []
     faults: dict[int, FieldFault] = {}
@@ -140,7 +180,13 @@ def _read_fields(
         elif not row:
             continue
         elif len(row) != width:
-            faults[len(rows)] = FieldFault(reason=f"{len(row)} fields, not {width}", raw=separator.join(row))
+            raw = dialect.delimiter.join(row)
+            if not dialect.quote_seen and any(field.startswith('"') for field in row):
+                raise DataError(
+                    f"{name}: a row has {len(row)} fields, not {width}, and a quote opens in it: {raw[:80]!r}. Set "
+                    "data.quote = '\"' if quotes enclose fields, or data.quote = 'none' if they are text."
+                )
+            faults[len(rows)] = FieldFault(reason=f"{len(row)} fields, not {width}", raw=raw)
             rows.append(blank)
         else:
             rows.append(row)
@@ -161,14 +207,18 @@ def _stand(
     return ColumnBatch(name=name, rows=len(rows), columns=fields, faults=faults)
 
 
-def cut_tsv(lines: Iterable[bytes | Long]) -> Iterator[tuple[list[str] | FieldFault, int]]:
-    """Rows, each with its size in bytes; a blank line is an empty row."""
+def cut_plain(lines: Iterable[bytes | Long], dialect: Dialect = COMMAS) -> Iterator[tuple[list[str] | FieldFault, int]]:
+    """Rows cut at the delimiter alone, each with its size in bytes; a blank line is an empty row."""
+    comment = dialect.comment.encode()
     for line in lines:
+        content = line.head if isinstance(line, Long) else line
+        if comment and content.startswith(comment):
+            continue
         if isinstance(line, Long):
             yield FieldFault(reason=TOO_LARGE, raw=decode_head(line.head)), 0
         else:
             text = decode(line)
-            yield text.split("\t") if text else [], len(line)
+            yield text.split(dialect.delimiter) if text else [], len(line)
 
 
 class _Large(Exception):
@@ -178,10 +228,16 @@ class _Large(Exception):
 class _Feed:
     """Lines for csv.reader, with those of the row in progress, and the end of a row that is too large."""
 
-    def __init__(self, lines: Iterable[bytes | Long], limit: int) -> None:
+    def __init__(self, lines: Iterable[bytes | Long], told: str, data: Data, dialect: Dialect) -> None:
         self._lines = iter(lines)
-        self._limit = limit
-        self.number = 0
+        self._told = told
+        self._limit = data.max_record_bytes
+        self._most_lines = data.max_lines
+        self._dialect = dialect
+        self._quote = dialect.quote.encode()
+        self._comment = dialect.comment.encode()
+        self.number = int(dialect.separator_line)
+        self.start = 0
         self.size = 0
         self.consumed: list[bytes] = []
 
@@ -191,6 +247,13 @@ class _Feed:
     def __next__(self) -> str:
         line = next(self._lines)
         self.number += 1
+        if self.consumed:
+            self._count_lines()
+        elif self._comment:
+            while (line.head if isinstance(line, Long) else line).startswith(self._comment):
+                line = next(self._lines)
+                self.number += 1
+            self.start = self.number
         if isinstance(line, Long):
             self.skip(line.quotes)
             self.consumed.append(line.head)
@@ -204,31 +267,53 @@ class _Feed:
 
     def skip(self, quotes: int) -> None:
         """Skip to the end of a row that is too large: the line after which every quote is closed."""
-        quotes += sum(line.count(b'"') for line in self.consumed)
+        if self._dialect.escape:
+            raise DataError(
+                f"{self._told}: the row from line {self.start} is larger than data.max_record_bytes = {self._limit}; "
+                "with data.escape its end is not certain. Raise the limit, or mend the row."
+            )
+        quotes += sum(line.count(self._quote) for line in self.consumed)
         while quotes % 2:
             line = next(self._lines, None)
             if line is None:
                 raise csv.Error("unexpected end of data")
             self.number += 1
-            quotes += line.quotes if isinstance(line, Long) else line.count(b'"')
+            self._count_lines()
+            quotes += line.quotes if isinstance(line, Long) else line.count(self._quote)
 
     def begin_row(self) -> None:
         self.consumed.clear()
         self.size = 0
+        self.start = self.number + 1
+
+    def _count_lines(self) -> None:
+        if self.number - self.start >= self._most_lines:
+            raise DataError(
+                f"{self._told}: the record from line {self.start} has more than data.max_lines = {self._most_lines} "
+                "lines: most likely a quote in it does not close. Close or double it, or raise data.max_lines."
+            )
 
 
-def cut_csv(lines: Iterable[bytes | Long], told: str, data: Data) -> Iterator[tuple[list[str] | FieldFault, int]]:
-    """Cut CSV into rows, each with its size in bytes; a bad row becomes a fault.
+def cut_csv(
+    lines: Iterable[bytes | Long], told: str, data: Data, dialect: Dialect = QUOTED
+) -> Iterator[tuple[list[str] | FieldFault, int]]:
+    """Cut fields with quotes or an escape character into rows, each with its size in bytes; a bad row becomes a fault.
 
     Raises:
-        DataError: a quote never closes, so that the rest of the file would be one field.
+        DataError: a quote never closes, so that the rest of the file would be one field, or not in data.max_lines.
     """
-    feed = _Feed(lines, data.max_record_bytes)
+    feed = _Feed(lines, told, data, dialect)
     csv.field_size_limit(sys.maxsize)  # by default it is 131,072 characters; there is no limit per reader
-    reader = csv.reader(feed, strict=True)
+    reader = csv.reader(
+        feed,
+        strict=True,
+        delimiter=dialect.delimiter,
+        quotechar=dialect.quote or None,
+        quoting=csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE,
+        escapechar=dialect.escape or None,
+    )
     while True:
         feed.begin_row()
-        start = feed.number + 1
         try:
             yield next(reader), feed.size
         except StopIteration:
@@ -237,7 +322,8 @@ def cut_csv(lines: Iterable[bytes | Long], told: str, data: Data) -> Iterator[tu
             yield FieldFault(reason=TOO_LARGE, raw=decode_head(b"\n".join(feed.consumed))), 0
         except csv.Error as error:
             if "unexpected end of data" in str(error):
-                message = f"{told}: a quote in the row from line {start} never closes. Close or double it."
+                message = f"{told}: a quote in the row from line {feed.start} never closes. Close or double it."
                 raise DataError(message) from None
             raw = b"\n".join(feed.consumed).decode("utf-8", "surrogateescape").rstrip("\r\n")
-            yield FieldFault(reason="not CSV", raw=raw), feed.size
+            lines_of = f", lines {feed.start} to {feed.number}" if feed.number > feed.start else ""
+            yield FieldFault(reason=f"not CSV{lines_of}", raw=raw), feed.size

@@ -21,6 +21,7 @@ SUFFIXES: dict[str, Format] = {
     ".tab": "tsv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
 }
@@ -35,7 +36,7 @@ def find_suffix_format(name: str, told: str, data: Data) -> Format:
     if data.format == "folder":
         raise DataError(f"{told} is a file, but data.format = 'folder'. Give a folder with one folder per class.")
     if data.format != "auto":
-        return data.format
+        return "jsonl" if data.format == "json" else data.format  # a file's beginning shows which of both it is
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in SUFFIXES:
         known, packed = ", ".join(SUFFIXES), ", ".join(COMPRESSED)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from unisono.config.sections import Data
-from unisono.data.ingest.column_batch import COLUMN_BATCH_ROWS, ColumnBatch
+from unisono.data.ingest.column_batch import COLUMN_BATCH_ROWS, ColumnBatch, is_wanted
 from unisono.data.ingest.parquet import cut_table
 from unisono.errors import DataError
 
@@ -58,7 +58,7 @@ def read_dataset(
     if dataset._fingerprint != fingerprint:
         raise DataError(f"{location!r}: changed while it was read. Start again when it is complete.")
     if columns is not None:
-        dataset = dataset.select_columns([column for column in dataset.column_names if column in columns])
+        dataset = dataset.select_columns([column for column in dataset.column_names if is_wanted(column, columns)])
     tables = dataset.with_format("arrow")
     for start in range(rows.start, rows.stop, COLUMN_BATCH_ROWS):
         table = tables[start : min(start + COLUMN_BATCH_ROWS, rows.stop)]

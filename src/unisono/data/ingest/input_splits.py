@@ -3,9 +3,9 @@
 Owns what a recipe's location means, how it is cut, and how an input split is read and hashed. Each place has a module
 of its own (`locations.py`, `hub.py`), and so has each format (`delimited.py`, `parquet.py`).
 
-Lines (JSONL, TSV) are cut by bytes: a line belongs to the input split in which its first byte lies. Parquet is cut by
-row groups, folders by files, datasets by rows. A CSV file (in which a quoted newline ends no row) and a compressed
-file are one input split each, read as a stream.
+Lines (JSONL, fields without quotes) are cut by bytes: a line belongs to the input split in which its first byte lies.
+Parquet is cut by row groups, folders by files, datasets by rows. A file in which a newline may end no record (CSV with
+quotes, a JSON document), in another encoding than UTF-8, or compressed, is one input split, read as a stream.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from unisono.config.sections import Data
 from unisono.data.ingest import delimited as rows
-from unisono.data.ingest import hub, locations
+from unisono.data.ingest import folders, hub, locations
 from unisono.data.ingest import parquet as tables
-from unisono.data.ingest.column_batch import COLUMN_BATCH_BYTES, Column, ColumnBatch, FieldFault, join_column_batches
+from unisono.data.ingest.column_batch import ColumnBatch, FieldFault, join_column_batches
 from unisono.data.ingest.compressed import Unpacked, find_compression
+from unisono.data.ingest.dialects import Dialect, check_utf8, find_dialect, take_head, transcode
 from unisono.data.ingest.formats import Format, find_suffix_format
 from unisono.data.ingest.lines import (
     MARK,
     Long,
     Stream,
+    count_lines,
     cut_lines,
-    decode_file,
-    decode_head,
     escape,
     own_blocks,
     read_blocks,
-    refuse_utf16,
     strip_mark,
 )
 from unisono.data.ingest.locations import SourceFile, explain, hide_secrets, open_file, tell
 from unisono.errors import DataError
 
 INPUT_SPLIT_BYTES = 8 * 2**20
-INPUT_SPLIT_FILES = 4_096
+PLAIN = Dialect()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,13 @@ class InputSplit:
     stream: bool = False
     compression: str = ""
     columns: tuple[str, ...] = ()
-    """The columns' names, where they are known before reading: TSV, Parquet, datasets."""
+    """The columns' names, where they are known before reading: cut lines, Parquet, datasets."""
+    dialect: Dialect = PLAIN
+    """Cut lines: how they are written. A stream shows it when it is read."""
+    wanted: tuple[str, ...] = ()
+    """Streams: the columns that are needed, by which a delimiter is known; none: the text and the class."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the source; with its first input split."""
     groups: tuple[int, int] = (0, 0)
     """Parquet: row groups [first, last)."""
     files: tuple[tuple[str, int], ...] = ()
@@ -79,27 +86,39 @@ class InputSplit:
 
 
 def find_input_splits(
-    location: str | Path, data: Data, *, input_split_bytes: int = INPUT_SPLIT_BYTES
+    location: str | Path, data: Data, wanted: Sequence[str] = (), *, input_split_bytes: int = INPUT_SPLIT_BYTES
 ) -> list[InputSplit]:
     """Cut what a location names (a path, folder, pattern, URL or dataset) into input splits, in order.
 
     Reads lists and sizes, the header of TSV and the footer of Parquet. An empty list, or input splits without a row,
-    mean a source without records.
+    mean a source without records. `wanted`: see `InputSplit`.
 
     Raises:
         DataError: there is nothing, its format is unknown, or its header is not what the recipe says.
     """
     location = str(location)
     location = location.removeprefix("file://") if location.startswith("file:///") else location
+    if "\0" in location:
+        raise DataError(f"{location!r}: a zero character is in it, so it is no path. Give another one.")
+    with explain(location):
+        return _find_input_splits(location, data, tuple(wanted), input_split_bytes)
+
+
+def _find_input_splits(location: str, data: Data, wanted: tuple[str, ...], input_split_bytes: int) -> list[InputSplit]:
     if hub.is_dataset(location):
         return _cut_dataset(location, input_split_bytes)
+    told, note = tell(location), ""
     if locations.is_folder(location):
-        return _cut_folder(location, input_split_bytes)
-    return [
-        input_split
-        for file in locations.find_files(location)
-        for input_split in _cut_file(file, data, input_split_bytes)
-    ]
+        inside = locations.list_folder(location)
+        files, note = folders.find_parts(inside, told, data)
+        if not files:
+            return _cut_folder(location, inside, input_split_bytes)
+    else:
+        files = locations.find_files(location)
+        if locations.is_pattern(location):
+            files, note = folders.leave_out(files, told)
+    pieces = [input_split for file in files for input_split in _cut_file(file, data, wanted, input_split_bytes)]
+    return [replace(pieces[0], notes=(note, *pieces[0].notes)), *pieces[1:]] if pieces and note else pieces
 
 
 def read_input_split(
@@ -119,26 +138,33 @@ def read_input_split(
             input_split.location, input_split.source, numbers, input_split.version, data, columns
         )
     elif input_split.kind == "folder":
-        yield from _read_folder(input_split, data)
+        yield from folders.read_folder(input_split.location, input_split.source, input_split.files, data)
     else:
         _refuse_change(input_split)
-        with open_file(input_split.location, ranged=input_split.ranged) as file:
-            told = tell(input_split.location)
+        told = tell(input_split.location)
+        with _open_content(input_split, data) as file:
             if input_split.kind == "parquet":
                 yield from tables.read_parquet(
                     file, input_split.source, told, data, range(*input_split.groups), columns
                 )
             elif input_split.stream:
-                packed = input_split.compression
-                stream = Unpacked(file, packed, told, data.max_expansion) if packed else file
-                yield from _read_stream(input_split, stream, told, data)
+                yield from _read_stream(input_split, file, told, data)
             else:
-                blocks = own_blocks(file, input_split.start, input_split.stop, first=input_split.first)
-                lines = cut_lines(blocks, data.max_record_bytes)
-                if input_split.kind == "jsonl":
-                    yield from rows.read_jsonl(lines, input_split.source, data)
-                else:
-                    yield from rows.read_tsv(lines, input_split.source, input_split.columns)
+                yield from _read_lines(input_split, file, told, data)
+
+
+@contextmanager
+def _open_content(input_split: InputSplit, data: Data) -> Iterator[Any]:
+    """The file of an input split, unpacked if it is compressed."""
+    with open_file(input_split.location, ranged=input_split.ranged) as file:
+        packed = input_split.compression
+        yield Unpacked(file, packed, tell(input_split.location), data.max_expansion) if packed else file
+
+
+def list_files(input_split: InputSplit) -> list[str]:
+    """The files that an input split is read from."""
+    place = input_split.location.rstrip("/")
+    return [f"{place}/{name}" for name, _ in input_split.files] if input_split.kind == "folder" else [place]
 
 
 def hash_input_split(input_split: InputSplit) -> str:
@@ -185,15 +211,15 @@ def hash_stream(file: Stream, size: int | None) -> str:
     return result.hexdigest()
 
 
-def read_file(location: str | Path, data: Data) -> ColumnBatch:
-    """Read all of a location, as one column batch.
+def read_file(location: str | Path, data: Data, wanted: Sequence[str] = ()) -> ColumnBatch:
+    """Read all of a location, as one column batch. `wanted`: see `InputSplit`.
 
     Raises:
         DataError: it is missing, unreadable, empty or damaged, or its header is not what the recipe says.
     """
     column_batches = [
         column_batch
-        for input_split in find_input_splits(location, data)
+        for input_split in find_input_splits(location, data, wanted)
         for column_batch in read_input_split(input_split, data)
     ]
     if not column_batches:
@@ -210,7 +236,7 @@ def _refuse_change(input_split: InputSplit) -> None:
                 )
 
 
-def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[InputSplit]:
+def _cut_file(file: SourceFile, data: Data, wanted: tuple[str, ...], input_split_bytes: int) -> list[InputSplit]:
     name, told = escape(file.name), tell(file.location)
     inner, compression = find_compression(hide_secrets(file.location).rpartition("/")[2])
     kind = find_suffix_format(inner, told, data)
@@ -227,50 +253,81 @@ def _cut_file(file: SourceFile, data: Data, input_split_bytes: int) -> list[Inpu
         compression=compression,
         version=file.version,
         ranged=file.ranged,
+        wanted=wanted,
     )
-    if kind == "csv" or compression or not (file.ranged or kind == "parquet"):
-        return [whole]
     if kind == "parquet":
         return _cut_parquet(whole, told, input_split_bytes)
-    return _cut_lines(whole, told, data, input_split_bytes)
+    if compression or not file.ranged:
+        return [whole]
+    with open_file(whole.location) as stream:
+        head, all_of_it, _ = take_head(stream)
+        dialect = find_dialect(head, all_of_it, kind, told, data, wanted)
+        whole = replace(whole, notes=(dialect.note,) if dialect.note else ())
+        if dialect.streamed:
+            return [whole]
+        stream.seek(0)
+        return _cut_lines(whole, stream, told, data, dialect, input_split_bytes)
 
 
-def _cut_lines(whole: InputSplit, told: str, data: Data, input_split_bytes: int) -> list[InputSplit]:
+def _cut_lines(
+    whole: InputSplit, file: BinaryIO, told: str, data: Data, dialect: Dialect, input_split_bytes: int
+) -> list[InputSplit]:
     """Cut a text file by bytes, after its byte-order mark and its header."""
     columns: list[str] = []
-    with open_file(whole.location) as file:
-        head = file.read(len(MARK))
-        refuse_utf16(head, told)
-        start = len(MARK) if head == MARK else 0
-        if whole.kind == "tsv":
-            file.seek(start)
-            lines = cut_lines(read_blocks(file), data.max_record_bytes)
-            header, start = _take_header(lines, start, data.header_lines)
-            columns = rows.read_header(header, told, data)
-    pieces = []
-    for number, begin in enumerate(range(start, whole.stop, input_split_bytes)):
-        input_split = InputSplit(
-            source=whole.source,
-            kind=whole.kind,
-            location=whole.location,
+    start = len(MARK) if file.read(len(MARK)) == MARK else 0
+    if whole.kind != "jsonl":
+        file.seek(start)
+        lines = cut_lines(read_blocks(file), data.max_record_bytes)
+        header, start = _take_header(lines, start, data.header_lines, dialect)
+        columns = rows.read_header(header, told, data)
+    return [
+        replace(
+            whole,
+            stream=False,
             start=begin,
             stop=min(begin + input_split_bytes, whole.stop),
             first=number == 0,
             columns=tuple(columns),
-            version=whole.version,
+            dialect=dialect,
+            notes=() if number else whole.notes,
         )
-        pieces.append(input_split)
-    return pieces
+        for number, begin in enumerate(range(start, whole.stop, input_split_bytes))
+    ]
 
 
-def _take_header(lines: Iterator[bytes | Long], start: int, count: int) -> tuple[list[list[str] | FieldFault], int]:
-    """Return the first `count` lines as fields, and the byte at which the next line begins."""
-    header = []
-    for line in islice(lines, count):
-        row, _ = next(rows.cut_tsv([line]))
-        header.append(row)
+def _take_header(
+    lines: Iterator[bytes | Long], start: int, count: int, dialect: Dialect
+) -> tuple[list[list[str] | FieldFault], int]:
+    """Return the first `count` lines that are no comments as fields, and the byte at which the next line begins."""
+    header: list[list[str] | FieldFault] = []
+    ahead = int(dialect.separator_line)
+    while (ahead or len(header) < count) and (line := next(lines, None)) is not None:
         start += (line.size if isinstance(line, Long) else len(line)) + 1
+        header += [] if ahead else [row for row, _ in rows.cut_plain([line], dialect)]
+        ahead = 0
     return header, start
+
+
+def _read_lines(input_split: InputSplit, file: BinaryIO, told: str, data: Data) -> Iterator[ColumnBatch]:
+    """Read the lines of an input split that is cut by bytes."""
+    blocks = own_blocks(file, input_split.start, input_split.stop, first=input_split.first)
+    if not input_split.dialect.utf8_seen:
+        blocks = check_utf8(blocks, told, partial(_count_lines, input_split, data))
+    lines = cut_lines(blocks, data.max_record_bytes)
+    if input_split.kind == "jsonl":
+        yield from rows.read_jsonl(lines, input_split.source, data)
+    else:
+        yield from rows.read_plain(lines, input_split.source, input_split.columns, input_split.dialect)
+
+
+def _count_lines(input_split: InputSplit, data: Data, offset: int) -> int:
+    """The lines of the file that end before the byte `offset` of what is read of it."""
+    start, first = input_split.start, input_split.first
+    with _open_content(input_split, data) as stream:
+        if input_split.stream:
+            return count_lines(read_blocks(stream), offset)
+        before = count_lines(read_blocks(stream), start - 1 + first) + 1 - first
+        return before + count_lines(own_blocks(stream, start, input_split.stop, first=first), offset)
 
 
 def _cut_parquet(whole: InputSplit, told: str, input_split_bytes: int) -> list[InputSplit]:
@@ -290,47 +347,13 @@ def _cut_parquet(whole: InputSplit, told: str, input_split_bytes: int) -> list[I
     ]
 
 
-def _cut_folder(location: str, input_split_bytes: int) -> list[InputSplit]:
+def _cut_folder(location: str, files: Sequence[SourceFile], input_split_bytes: int) -> list[InputSplit]:
     """Put the files of a folder into groups by their sizes."""
-    pieces: list[InputSplit] = []
-    group: list[tuple[str, int]] = []
-    size = 0
-    files = locations.list_folder(location)
     name = escape(hide_secrets(location).rstrip("/").rpartition("/")[2])
-    for number, file in enumerate(files, 1):
-        group.append((file.name, file.size))
-        size += file.size
-        if size >= input_split_bytes or len(group) == INPUT_SPLIT_FILES or number == len(files):
-            pieces.append(InputSplit(source=name, kind="folder", location=location, stop=size, files=tuple(group)))
-            group, size = [], 0
-    return pieces
-
-
-def _read_folder(input_split: InputSplit, data: Data) -> Iterator[ColumnBatch]:
-    """One record per file; its class is its first folder below the input split's location."""
-    group: list[tuple[str, int]] = []
-    size = 0
-    for number, file in enumerate(input_split.files, 1):
-        group.append(file)
-        size += min(file[1], data.max_record_bytes)
-        if size >= COLUMN_BATCH_BYTES or number == len(input_split.files):
-            yield _stand_files(input_split, group, data)
-            group, size = [], 0
-
-
-def _stand_files(input_split: InputSplit, files: list[tuple[str, int]], data: Data) -> ColumnBatch:
-    heads = locations.read_heads(input_split.location, files, data.max_record_bytes + 1)
-    names = [name for name, _ in files]
-    faults = {
-        row: FieldFault(reason=rows.TOO_LARGE, raw=decode_head(head))
-        for row, head in enumerate(heads)
-        if len(head) > data.max_record_bytes
-    }
-    texts = [None if row in faults else decode_file(head) for row, head in enumerate(heads)]
-    labels = [name.split("/")[0] if "/" in name and row not in faults else None for row, name in enumerate(names)]
-    shown = [escape(name) for name in names]
-    columns: dict[str, Column] = {"file": list(shown), data.text: list(texts), data.label: list(labels)}
-    return ColumnBatch(name=input_split.source, rows=len(names), columns=columns, faults=faults, files=shown)
+    return [
+        InputSplit(source=name, kind="folder", location=location, stop=sum(size for _, size in group), files=group)
+        for group in folders.group_files(files, input_split_bytes)
+    ]
 
 
 def _cut_dataset(location: str, input_split_bytes: int) -> list[InputSplit]:
@@ -353,11 +376,19 @@ def _cut_dataset(location: str, input_split_bytes: int) -> list[InputSplit]:
 
 def _read_stream(input_split: InputSplit, stream: Stream, told: str, data: Data) -> Iterator[ColumnBatch]:
     """Read a file from its beginning to its end: byte-order mark, header, rows."""
-    lines = cut_lines(strip_mark(read_blocks(stream), told), data.max_record_bytes)
-    if input_split.kind == "jsonl":
-        yield from rows.read_jsonl(lines, input_split.source, data)
-    elif input_split.kind == "csv":
-        yield from rows.read_csv(lines, input_split.source, told, data)
+    kind, name = input_split.kind, input_split.source
+    head, whole, blocks = take_head(stream)
+    dialect = find_dialect(head, whole, kind, told, data, input_split.wanted)
+    if dialect.encoding != "utf-8":
+        blocks = transcode(blocks, dialect.encoding, told)
+    elif not dialect.utf8_seen:
+        blocks = check_utf8(blocks, told, partial(_count_lines, input_split, data))
+    blocks = strip_mark(blocks)
+    if dialect.document:
+        yield from rows.read_document(blocks, name, told, data)
+        return
+    lines = cut_lines(blocks, data.max_record_bytes, (dialect.quote or '"').encode())
+    if kind == "jsonl":
+        yield from rows.read_jsonl(lines, name, data)
     else:
-        header, _ = _take_header(lines, 0, data.header_lines)
-        yield from rows.read_tsv(lines, input_split.source, rows.read_header(header, told, data))
+        yield from rows.read_csv(lines, name, told, data, dialect)

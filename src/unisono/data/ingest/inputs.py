@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,20 @@ from unisono.data.ingest.column_batch import (
     cut_column_batch,
 )
 from unisono.data.ingest.hub import is_dataset
-from unisono.data.ingest.input_splits import INPUT_SPLIT_BYTES, InputSplit, find_input_splits, hash_input_split
+from unisono.data.ingest.input_splits import (
+    INPUT_SPLIT_BYTES,
+    InputSplit,
+    find_input_splits,
+    hash_input_split,
+    list_files,
+)
 from unisono.data.ingest.locations import hide_secrets
 from unisono.data.ingest.parquet import read_frame
 from unisono.data.ingest.read import Record, take_records
 from unisono.data.screening import rules, screen
 from unisono.data.share import Share
 from unisono.errors import DataError, RecipeError
+from unisono.storage import known_hashes
 from unisono.storage.files import facts_sha256
 
 SEEN = (
@@ -42,6 +49,12 @@ SEEN = (
     "test_fraction",
     "max_record_bytes",
     "max_depth",
+    "delimiter",
+    "quote",
+    "escape",
+    "comment",
+    "encoding",
+    "max_lines",
 )
 """Keys of [data] that decide a dataset, besides the bytes of its files."""
 
@@ -54,6 +67,8 @@ class Input:
     kind: str
     parts: tuple[InputSplit | ColumnBatch, ...]
     sha256: str
+    notes: tuple[str, ...] = ()
+    """What a user should know about how it is read."""
 
 
 def find_inputs(data: Data, frames: Mapping[str, object], share: Share) -> dict[str, Input]:
@@ -120,7 +135,7 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
     if split in frames:
         name = f"{split} frame"
         blocks = [
-            tuple(cut_by_size(block, data.text)) for block in cut_column_batch(read_frame(frames[split], data, name))
+            tuple(cut_by_size(block, data.texts)) for block in cut_column_batch(read_frame(frames[split], data, name))
         ]
 
         def hash_block(number: int) -> str:
@@ -137,8 +152,20 @@ def _find_input(split: str, data: Data, frames: Mapping[str, object], share: Sha
     if not parts:
         raise DataError(f"{hide_secrets(location)!r}: there is no record in it. Give a file with at least one.")
     sources: list[list[object]] = [
-        [input_split.source, digest]
-        for input_split, digest in zip(parts, share.map(hash_input_split, parts), strict=True)
+        [input_split.source, digest] for input_split, digest in zip(parts, _hash_parts(parts, share), strict=True)
     ]
     name = location if is_dataset(location) else Path(hide_secrets(location)).name
-    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources))
+    notes = tuple(note for input_split in parts for note in input_split.notes)
+    return Input(name=name, kind=kind, parts=tuple(parts), sha256=facts_sha256(sources), notes=notes)
+
+
+def _hash_parts(parts: Sequence[InputSplit], share: Share) -> list[str]:
+    """`hash_input_split` of each, of local files once a host."""
+    keys = ["" if part.remote else known_hashes.identify(repr(part), list_files(part)) for part in parts]
+    found = [known_hashes.find(key) for key in keys]
+    computed = share.map(hash_input_split, [part for part, known in zip(parts, found, strict=True) if known is None])
+    rest = iter(computed)
+    hashes = [next(rest) if known is None else known for known in found]
+    for key, digest in zip(keys, hashes, strict=True):
+        known_hashes.keep(key, digest)
+    return hashes

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from unisono.errors import DataError
-
 BLOCK_BYTES = 2**20
 HEAD_BYTES = 1_000
 """What is kept of a line that is too long."""
@@ -47,22 +45,26 @@ def read_blocks(file: Stream) -> Iterator[bytes]:
         yield block
 
 
-def strip_mark(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """Blocks of a text file without the byte-order mark of UTF-8. Raises DataError if it is UTF-16."""
+def strip_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Blocks of a text file without the byte-order mark of UTF-8."""
     head, blocks = b"", iter(blocks)
     for block in blocks:
         head += block
         if len(head) >= len(MARK):
             break
-    refuse_utf16(head, name)
     yield head.removeprefix(MARK)
     yield from blocks
 
 
-def refuse_utf16(head: bytes, name: str) -> None:
-    """Raise DataError if a file that begins with `head` is UTF-16."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{name} is UTF-16. Save it as UTF-8.")
+def count_lines(blocks: Iterable[bytes], stop: int) -> int:
+    """The newlines in the first `stop` bytes."""
+    count = 0
+    for block in blocks:
+        if stop <= 0:
+            break
+        count += block.count(b"\n", 0, stop)
+        stop -= len(block)
+    return count
 
 
 def own_blocks(file: SeekableStream, start: int, stop: int, *, first: bool) -> Iterator[bytes]:
@@ -90,7 +92,7 @@ def own_blocks(file: SeekableStream, start: int, stop: int, *, first: bool) -> I
         yield end + newline
 
 
-def cut_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | Long]:
+def cut_lines(blocks: Iterable[bytes], limit: int, quote: bytes = b'"') -> Iterator[bytes | Long]:
     """Lines without their newline; one of more than `limit` bytes as Long. What follows the last newline is a line."""
     kept: list[bytes] = []
     size = quotes = 0
@@ -101,7 +103,7 @@ def cut_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | Long]:
             if kept or len(line) > limit:
                 size += len(line)
                 kept.append(line)
-                yield _whole(kept, size, quotes, limit)
+                yield _whole(kept, size, quotes, limit, quote)
                 kept, size, quotes = [], 0, 0
             else:
                 yield line
@@ -109,16 +111,16 @@ def cut_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | Long]:
             kept.append(last)
             size += len(last)
             if size > limit:  # from now on only its beginning is kept
-                quotes += sum(part.count(b'"') for part in kept)
+                quotes += sum(part.count(quote) for part in kept)
                 kept = [b"".join(kept)[:HEAD_BYTES]]
-                quotes -= kept[0].count(b'"')
+                quotes -= kept[0].count(quote)
     if kept:
-        yield _whole(kept, size, quotes, limit)
+        yield _whole(kept, size, quotes, limit, quote)
 
 
-def _whole(kept: list[bytes], size: int, quotes: int, limit: int) -> bytes | Long:
+def _whole(kept: list[bytes], size: int, quotes: int, limit: int, quote: bytes) -> bytes | Long:
     line = b"".join(kept)
-    return Long(line[:HEAD_BYTES], size, quotes + line.count(b'"')) if size > limit else line
+    return Long(line[:HEAD_BYTES], size, quotes + line.count(quote)) if size > limit else line
 
 
 def decode(line: bytes) -> str:

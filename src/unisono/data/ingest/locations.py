@@ -252,9 +252,12 @@ def _has_ranges(system: Any, path: str, size: int) -> bool:
 
 def _local(path: Path, name: str) -> SourceFile:
     facts = path.stat()
-    regular = stat.S_ISREG(facts.st_mode)
+    if not stat.S_ISREG(facts.st_mode):
+        raise DataError(
+            f"{str(path)!r} is no regular file (a pipe or a device has no end). Save its content as a file."
+        )
     version = f"{facts.st_size} {facts.st_mtime_ns}"
-    return SourceFile(location=str(path), name=name, size=facts.st_size, version=version, ranged=regular)
+    return SourceFile(location=str(path), name=name, size=facts.st_size, version=version)
 
 
 def _until_magic(parts: Sequence[str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from unisono.data.ingest.column_batch import (
     ColumnBatch,
     FieldFault,
     check_names,
+    is_wanted,
     transpose,
 )
 from unisono.data.ingest.delimited import TOO_LARGE
@@ -90,7 +91,7 @@ def read_parquet(
     """Column batches of some row groups, of all columns or those in `columns`. Raises DataError if damaged."""
     parquet = _open(file, told)
     facts = parquet.metadata
-    names = None if columns is None else [one for one in parquet.schema_arrow.names if one in columns]
+    names = None if columns is None else [one for one in parquet.schema_arrow.names if is_wanted(one, columns)]
     for group in groups:
         rows, size = facts.row_group(group).num_rows, facts.row_group(group).total_byte_size
         step = max(1, min(COLUMN_BATCH_ROWS, rows * COLUMN_BATCH_BYTES // max(size, 1)))
@@ -151,9 +152,9 @@ def read_frame(frame: object, data: Data, name: str) -> ColumnBatch:
     elif isinstance(frame, (list, tuple)) and all(isinstance(row, Mapping) for row in frame):
         columns = transpose(frame)
     elif isinstance(frame, (list, tuple)) and all(isinstance(text, str) for text in frame):
-        columns = {data.text: list(frame)}
+        columns = {_name_text(data): list(frame)}
     elif isinstance(frame, tuple) and len(frame) == 2:
-        columns = {data.text: take_column(frame[0]), data.label: take_column(frame[1])}
+        columns = {_name_text(data): take_column(frame[0]), data.label: take_column(frame[1])}
     else:
         columns = take_columns(frame, name)
     lengths = {key: len(values) for key, values in columns.items()}
@@ -163,3 +164,11 @@ def read_frame(frame: object, data: Data, name: str) -> ColumnBatch:
     if not rows:
         raise DataError(f"{name}: there is no record in it. Give at least one row.")
     return ColumnBatch(name=name, rows=rows, columns=columns)
+
+
+def _name_text(data: Data) -> str:
+    """The column for texts that have no name."""
+    if len(data.texts) > 1:
+        named = ", ".join(map(repr, data.texts))
+        raise DataError(f"data.text names several columns: {named}. Give a frame that has them, not a list of texts.")
+    return data.texts[0] if data.texts else "text"

@@ -18,11 +18,24 @@ import numpy as np
 import pyarrow as pa
 
 from unisono.config.sections import Data
-from unisono.data.ingest.column_batch import Column, ColumnBatch, Foreign, check_names, list_values
+from unisono.data.ingest.column_batch import (
+    Column,
+    ColumnBatch,
+    FieldFault,
+    Foreign,
+    check_names,
+    list_names,
+    list_values,
+    pick_column,
+)
+from unisono.data.ingest.delimited import NOT_JSON
 from unisono.data.ingest.input_splits import find_input_splits, read_file, read_input_split
 from unisono.data.ingest.lines import escape
 from unisono.data.ingest.parquet import read_frame
 from unisono.errors import DataError
+
+NOT_A_TEXT = "not a text"
+LABEL_LIST = "the label is a list, not one class"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +101,19 @@ def read_records(source: object, data: Data, name: str = "frame") -> list[Record
 def _number(column_batches: Iterable[ColumnBatch], data: Data) -> Iterator[Record]:
     """Records of column batches, their rows numbered within each source."""
     name, row = "", 1
-    lacking: ColumnBatch | None = None
-    found = {data.text: False, data.label: False}
+    wanted = (*data.texts, data.label)
+    names: dict[str, list[object]] = {}
+    faults: Mapping[int, FieldFault] = {}
     for column_batch in column_batches:
         name, row = column_batch.name, row if column_batch.name == name else 1
-        for column in found:
-            found[column] |= column in column_batch.columns
-        if not found.keys() <= column_batch.columns.keys():
-            lacking = lacking or column_batch
+        names |= {column: [] for column in list_names(column_batch, wanted)}
+        faults = faults or column_batch.faults
         yield from take_records(column_batch, data, first_row=row, lenient=True)
         row += column_batch.rows
-    if lacking and not all(found.values()):
-        list(take_records(lacking, data))  # says which
+    if name:
+        read = ColumnBatch(name=name, rows=0, columns=names, faults=faults)
+        for column in wanted:
+            find_column(read, column, "label" if column == data.label else "text")
 
 
 def take_records(
@@ -115,23 +129,32 @@ def take_records(
     Raises:
         DataError: the column of the texts or of the classes is missing, and not lenient.
     """
-    if lenient:
-        texts, labels = (
-            list_values(column_batch.columns.get(column, [None] * column_batch.rows))
-            for column in (data.text, data.label)
-        )
-    else:
-        texts, labels = find_column(column_batch, data.text, "text"), find_column(column_batch, data.label, "label")
-    for row, (given_text, given_label) in enumerate(zip(texts, labels, strict=True)):
+    texts = _take_texts(column_batch, data, lenient=lenient)
+    labels = find_column(column_batch, data.label, "label", lenient=lenient)
+    for row, ((text, text_fault), given_label) in enumerate(zip(texts, labels, strict=True)):
         file = column_batch.files[row] if column_batch.files else column_batch.name
         number = first_row + row
         if row in column_batch.faults:
             fault = column_batch.faults[row]
             yield Record(file=file, row=number, text=as_text(fault.raw)[0], label=None, fault=fault.reason)
             continue
-        text, text_fault = as_text(given_text)
         label, label_fault = as_text(given_label)
+        if label_fault == NOT_A_TEXT:
+            label_fault = LABEL_LIST if isinstance(given_label, list | tuple) else "the label is not a text"
         yield Record(file=file, row=number, text=text, label=label.strip() or None, fault=text_fault or label_fault)
+
+
+def _take_texts(column_batch: ColumnBatch, data: Data, *, lenient: bool = False) -> Iterator[tuple[str, str]]:
+    """The text of each row, of one column or of several, and what is wrong with it."""
+    columns = [find_column(column_batch, name, "text", lenient=lenient) for name in data.texts]
+    if len(columns) == 1:
+        return map(as_text, columns[0])
+    return map(_join_texts, zip(*columns, strict=True))
+
+
+def _join_texts(values: Iterable[object]) -> tuple[str, str]:
+    parts = [as_text(value) for value in values]
+    return "\n\n".join(text for text, _ in parts if text.strip()), next((fault for _, fault in parts if fault), "")
 
 
 def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
@@ -142,14 +165,13 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
     """
     column_batch = read_file(source, data) if isinstance(source, (str, Path)) else read_frame(source, data, name)
     texts, faults = [], []
-    for row, value in enumerate(find_column(column_batch, data.text, "text")):
-        text, fault = as_text(value)
+    for row, (text, fault) in enumerate(_take_texts(column_batch, data)):
         if row in column_batch.faults:
             text, fault = as_text(column_batch.faults[row].raw)[0], column_batch.faults[row].reason
         texts.append(text)
         faults.append(fault or ("" if text.strip() else "empty"))
     labels = None
-    if data.label in column_batch.columns:
+    if pick_column(column_batch, data.label) is not None:
         labels = tuple(as_text(value)[0].strip() or None for value in find_column(column_batch, data.label, "label"))
     names = [escape(name) for name in column_batch.columns]
     check_names(column_batch.name, names)
@@ -157,17 +179,38 @@ def read_texts(source: object, data: Data, name: str = "frame") -> Texts:
     return Texts(texts=tuple(texts), labels=labels, faults=tuple(faults), columns=columns)
 
 
-def find_column(column_batch: ColumnBatch, name: str, key: str) -> list[object]:
-    """Return the values of a column, named by data.`key`. Raises DataError if there is none."""
-    if name not in column_batch.columns:
-        names = list(column_batch.columns)
+def find_column(column_batch: ColumnBatch, name: str, key: str, *, lenient: bool = False) -> list[object]:
+    """Return the values of a column, or of the field b of column a for a.b, named by data.`key`.
+
+    Raises:
+        DataError: there is none, and not `lenient`: then its values are None.
+    """
+    column = pick_column(column_batch, name)
+    if column is None and lenient:
+        return [None] * column_batch.rows
+    if column is None:
+        if column_batch.faults and not column_batch.columns:
+            _refuse_unreadable(column_batch)
+        names = list_names(column_batch, ())
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         folded = [other for other in names if other.casefold() == name.casefold()]
         guess = f" Did you mean {(folded or near)[0]!r}?" if folded or near else ""
         there = ", ".join(map(repr, names))
         message = f"{column_batch.name}: no column {name!r} (data.{key}).{guess} There are: {there}. Set data.{key}."
         raise DataError(message)
-    return list_values(column_batch.columns[name])
+    return list_values(column)
+
+
+def _refuse_unreadable(column_batch: ColumnBatch) -> None:
+    """Raise DataError about lines of which none could be read."""
+    row, fault = next(iter(column_batch.faults.items()))
+    raw = f"{fault.raw[:80]!r}{'…' if len(fault.raw) > 80 else ''}"
+    if fault.reason != NOT_JSON:
+        raise DataError(f"{column_batch.name}: no record can be read. Row {row + 1}: {fault.reason}: {raw}.")
+    raise DataError(
+        f"{column_batch.name}: no line is JSON, for instance {raw}. JSONL has an object per line, and a JSON document "
+        "is one array of objects. Mend the file, or set data.format to what it is."
+    )
 
 
 def as_text(value: object) -> tuple[str, str]:
@@ -184,7 +227,7 @@ def as_text(value: object) -> tuple[str, str]:
     elif isinstance(value, float) and value.is_integer():
         return str(int(value)), ""
     elif isinstance(value, (list, tuple, dict, Foreign)):
-        return json.dumps(value, default=str), "not a text"
+        return json.dumps(value, default=str), NOT_A_TEXT
     else:
         text = str(value)
     if text.isascii():

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from unisono.config.sections import Data
 from unisono.data.arrow import as_array, as_strings
-from unisono.data.ingest.column_batch import ColumnBatch
+from unisono.data.ingest.column_batch import ColumnBatch, list_names
 from unisono.data.ingest.read import Record, take_records
 from unisono.data.screening.near_duplicates import BANDS, sketch
 from unisono.data.screening.rules import Examiner
@@ -52,7 +52,7 @@ class Facts:
     batches: tuple[int, ...]
     """Rows of each."""
     names: tuple[str, ...]
-    """The columns of its column batches."""
+    """The columns of the input, and fields of columns, as a.b."""
 
     @property
     def rows(self) -> int:
@@ -68,22 +68,24 @@ def stage(
     *,
     place: bool,
     near: bool,
+    columns: Iterable[str] = (),
 ) -> None:
     """Examine the records of column batches and write them, one record batch per column batch.
 
     Args:
         place: whether a split is cut from these records.
         near: whether near-duplicates are looked for.
+        columns: names of columns that the input has, whether or not they are read.
 
     Raises:
         DataError: the input cannot be read. RunFolderError: the file cannot be written.
     """
-    names: dict[str, None] = {}
+    names: dict[str, None] = dict.fromkeys(columns)
     rows: list[int] = []
     with whole_file(path, durable=False) as part, part.open("wb") as file:
         with pa.ipc.new_file(file, _SCHEMA) as writer:
             for column_batch in column_batches:
-                names |= dict.fromkeys(column_batch.columns)
+                names |= dict.fromkeys(list_names(column_batch, (*data.texts, data.label)))
                 rows.append(column_batch.rows)
                 writer.write_batch(_stand(column_batch, data, examiner, place=place, near=near))
         facts = json.dumps({"name": name, "batches": rows, "names": list(names)}).encode()

@@ -12,15 +12,13 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
-from unisono.errors import RecipeError
+from unisono.errors import LostPeerError, RecipeError
+from unisono.exchange.meeting import Meeting
 
 CPU_INSTEAD = 'or set train.device = "cpu"'
-PARTING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +77,18 @@ def describe(device: torch.device) -> Told:
     return Told(kind="cuda", gpu=str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
 
 
-def agree(store: dist.Store, rank: int, workers: int, mine: Told) -> None:
+def agree(meeting: Meeting, mine: Told) -> None:
     """Send this worker's report to all workers, and read all of theirs. Every worker calls this.
 
     Raises:
         RecipeError: as `compare` says, on every worker.
     """
-    store.set(f"device-{rank}", json.dumps(dataclasses.asdict(mine)))
-    told = store.multi_get([f"device-{other}" for other in range(workers)])
+    told = meeting.gather("device", json.dumps(dataclasses.asdict(mine)))
     try:
         compare([Told(**json.loads(one)) for one in told])
     except RecipeError:
-        store.set(f"heard-{rank}", "")
-        with suppress(RuntimeError):  # the worker that has the store may end when all have read
-            store.wait([f"heard-{other}" for other in range(workers)], timedelta(seconds=PARTING_SECONDS))
+        with suppress(RuntimeError, LostPeerError):  # the worker that has the store may end when all have read
+            meeting.gather("heard", "")
         raise
 
 

@@ -6,7 +6,6 @@ training are the supervisor's. docs/design/0006-launch.md says why not torch.dis
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -32,9 +31,11 @@ from unisono.processes.forking import (
     fork,
     rest_threads,
 )
+from unisono.processes.limits import within_limits
+from unisono.runtime.channel import Channel, pair
 from unisono.runtime.launchers.devices import check_gpus
 from unisono.runtime.launchers.launcher import Training, count_workers
-from unisono.runtime.launchers.rank_assignment import RankAssignment
+from unisono.runtime.launchers.rank_assignment import give_assignments, receive_assignment
 from unisono.runtime.signals import in_main_thread
 from unisono.runtime.supervisor import Supervisor
 from unisono.runtime.worker import STOPPING, Act, guarded, work
@@ -63,7 +64,16 @@ class Fork:
 
 
 def supervise(training: Training, start: StartWorker) -> None:
-    """Train in processes of this host that `start` starts."""
+    """Train in processes of this host that `start` starts.
+
+    Raises:
+        RecipeError: this host does not allow so many.
+    """
+    with within_limits(training.workers):
+        _supervise(training, start)
+
+
+def _supervise(training: Training, start: StartWorker) -> None:
     observer = training.open_observer(True)
     try:
         Supervisor(
@@ -82,22 +92,33 @@ def supervise(training: Training, start: StartWorker) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActSpec:
-    """What a process that runs an `Act` gets at its start. scratch: the folder for the error that it raises."""
+    """What a process that runs an `Act` gets at its start. channel: on which its rank assignment comes. scratch: the
+    folder for the error that it raises. inherited: what a copy of this process has to close."""
 
-    assignment: RankAssignment
+    rank: int
+    channel: Channel
     threads: int
     device: str
     scratch: Path
     parent: int
+    inherited: tuple[Channel, ...] = ()
 
     def plain(self) -> dict[str, Any]:
-        """The same in plain values, for a process that has inherited the listener."""
-        return dataclasses.asdict(self) | {"scratch": str(self.scratch)}
+        """The same in plain values, for a process that has inherited the channel."""
+        return {
+            "rank": self.rank,
+            "channel": self.channel.fileno(),
+            "threads": self.threads,
+            "device": self.device,
+            "scratch": str(self.scratch),
+            "parent": self.parent,
+        }
 
     @staticmethod
     def from_plain(values: dict[str, Any]) -> ActSpec:
         """What `plain` has described."""
-        given = {"scratch": Path(values["scratch"]), "assignment": RankAssignment(**values["assignment"])}
+        channel = Channel(socket.socket(fileno=values["channel"]))
+        given = {"scratch": Path(values["scratch"]), "channel": channel}
         return ActSpec(**values | given)
 
 
@@ -107,7 +128,7 @@ StartAct = Callable[[ActSpec, Act], ChildProcess]
 
 def fork_act(spec: ActSpec, act: Act) -> ChildProcess:
     """A copy of this process."""
-    return fork(serve_act, (spec, lambda: act), f"worker {spec.assignment.rank}")
+    return fork(serve_act, (spec, lambda: act), f"worker {spec.rank}")
 
 
 def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct = fork_act) -> None:
@@ -120,55 +141,64 @@ def launch(workers: int, act: Act, *, threads: int, device: str, start: StartAct
     """
     check_gpus(workers, device)
     flush_output()
-    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(workers)
-        port = listener.getsockname()[1]
+    with within_limits(workers), tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
         forget_kernel_buffers()
         children: list[ChildProcess] = []
+        channels: list[Channel] = []
         with _StopSignals(children) as interrupts:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until all are started and handle signals
             try:
                 for rank in range(workers):
-                    assignment = RankAssignment(
-                        rank=rank,
-                        workers=workers,
-                        local_rank=rank,
-                        local_workers=workers,
-                        port=port,
-                        listener=listener.fileno(),
-                    )
+                    mine, theirs = pair()
+                    channels.append(mine)
                     spec = ActSpec(
-                        assignment=assignment, threads=threads, device=device, scratch=Path(scratch), parent=os.getpid()
-                    )
-                    children.append(start(spec, act))
+                        rank=rank, channel=theirs, threads=threads, device=device, scratch=Path(scratch),
+                        parent=os.getpid(), inherited=tuple(channels),
+                    )  # fmt: skip
+                    try:
+                        children.append(start(spec, act))
+                    finally:
+                        theirs.close()
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                _watch(children)
+                _watch(children, channels)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 _end(children)
+                for channel in channels:
+                    channel.close()
         _raise_first_failure(children, Path(scratch), interrupts.asked)
 
 
 def serve_act(spec: ActSpec, open_act: Callable[[], Act]) -> None:
     """Run an `Act` in this process, as one of several."""
     end_with_parent(spec.parent)
-    rank = spec.assignment.rank
-    code = guarded(
-        lambda: work(spec.assignment, open_act(), threads=spec.threads, wanted_device=spec.device),
-        (spec.scratch / f"{rank}.json").write_text,
-        rank,
-    )
+    for channel in spec.inherited:
+        channel.close()
+
+    def main() -> None:
+        act = open_act()
+        spec.channel.send({"waiting": ""})
+        assignment = receive_assignment(spec.channel)
+        assert assignment is not None
+        work(assignment, act, threads=spec.threads, wanted_device=spec.device)
+
+    code = guarded(main, (spec.scratch / f"{spec.rank}.json").write_text, spec.rank)
     flush_output()
     os._exit(code)  # no clean-up of what was inherited from the parent
 
 
-def _watch(children: Sequence[ChildProcess]) -> None:
-    """Return when all have ended, or soon after one has failed."""
+def _watch(children: Sequence[ChildProcess], channels: Sequence[Channel]) -> None:
+    """Give out rank assignments when all wait for one. Return when all have ended, or soon after one has failed."""
     deadline: float | None = None
-    running = list(children)
+    running, late, ready = list(children), list(channels), 0
     while running and (deadline is None or time.monotonic() < deadline):
-        wait([child.sentinel for child in running], timeout=0.2 if deadline else None)
+        watched: list[Any] = [*(child.sentinel for child in running), *late]
+        said: list[Any] = wait(watched, timeout=0.2 if deadline else None)
+        for channel in [one for one in late if one in said]:
+            late.remove(channel)
+            ready += bool(channel.drain())  # nothing comes from a worker that has ended
+            if ready == len(channels):
+                give_assignments(channels)
         running = [child for child in running if child.exitcode is None]
         if deadline is None and any(child.exitcode for child in children):
             deadline = time.monotonic() + GRACE_SECONDS
@@ -234,4 +264,4 @@ def _rebuild(report: dict[str, Any]) -> Exception:
     kind = getattr(errors, report["kind"], None)
     if report["known"] and isinstance(kind, type) and issubclass(kind, (UserError, errors.DivergedError, Interrupted)):
         return kind(report["message"])
-    return WorkerError(f"worker {report['rank']} failed:\n{report['traceback']}")
+    return WorkerError(f"worker {report['rank']} failed: {report['limit'] or chr(10) + report['traceback']}")

@@ -24,13 +24,15 @@ from unisono.exchange.solo import Solo
 from unisono.processes.progress_table import RUNNING, STOP
 from unisono.runtime.launchers.launcher import Training, count_workers
 from unisono.runtime.launchers.rank_assignment import RankAssignment
-from unisono.runtime.signals import ASKING, in_main_thread
+from unisono.runtime.signals import ASKING, in_main_thread, take_noted
 from unisono.runtime.supervisor_client import UnsupervisedClient
 from unisono.runtime.worker import Act, Stop, memory_kept
+from unisono.storage.run_folder import remove_begun
 from unisono.storage.run_lock import RunLock
 from unisono.tracking import events
 
 LOOK_SECONDS = 0.2
+_ONLY_WORKER = "it is trained in the process of its caller, which is its only worker"
 _one_at_a_time = threading.Lock()
 _inside: list[int] = []  # the thread that has the lock
 PLACE = RankAssignment(rank=0, workers=1, local_rank=0, local_workers=1)
@@ -69,6 +71,7 @@ class InProcess:
             built: list[BuiltModule] = []
             training.runner.on_built = lambda model: built.extend(BuiltModule.of(model))
             try:
+                requests.begin()
                 hold.take()
                 device = PLACE.device(train.device)
                 numerics.settle(threads=train.threads, device=device)
@@ -76,6 +79,7 @@ class InProcess:
             except Interrupted as error:
                 raise requests.name(error) from None
             finally:
+                requests.is_over = True  # another signal must not keep the following from its end
                 client.close()
                 for module in built:
                     module.restore()
@@ -116,29 +120,30 @@ def _alone() -> Iterator[None]:
 class FolderHold:
     """Locks the run's folder for this process, as soon as the folder exists. An `events.Observer`."""
 
-    def __init__(self, folder: Path, most_workers: int) -> None:
-        self._folder = folder
-        self._most_workers = most_workers  # that another launcher could have
+    def __init__(self, folder: Path, most_workers: int, *, workers: int = 1, refusal: str = _ONLY_WORKER) -> None:
+        self.folder = folder
+        self._facts = {"workers": workers, "most_workers": most_workers}  # at most: that another launcher could have
+        self._refusal = refusal
         self._lock: RunLock | None = None
         self._look_at = 0.0
 
     def take(self) -> None:
         """Take the lock, where there is a folder already. Raises RunFolderError where another process has it."""
-        if self._lock is None and self._folder.exists():
-            self._lock = RunLock(self._folder)
-            self._lock.tell(workers=1, most_workers=self._most_workers)
+        if self._lock is None and self.folder.exists():
+            self._lock = RunLock(self.folder)
+            self._lock.tell(**self._facts)
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.RunStarted):
             self.take()
 
     def look(self) -> None:
-        """Answer a request for another number of workers."""
+        """Answer a request for another number of workers: it is refused."""
         now = time.monotonic()
         if self._lock is not None and now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
-            if self._lock.wanted_workers() is not None:
-                self._lock.answer("it is trained in the process of its caller, which is its only worker", done=False)
+            while (request := self._lock.next_request()) is not None:
+                self._lock.answer(request, self._refusal, done=False)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -155,6 +160,7 @@ class StopRequests:
         self._hold = hold
         self._asked: list[signal.Signals] = []
         self._begun = False
+        self.is_over = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
@@ -170,21 +176,32 @@ class StopRequests:
 
     def __call__(self) -> int:
         """progress_table.STOP or RUNNING."""
-        self._begun = True
+        self._begun, self.is_over = True, False
         if self._hold is not None:
             self._hold.look()
         return STOP if self._asked else RUNNING
 
+    def begin(self) -> None:
+        """Act on signals that came before the handlers were set."""
+        for signum in take_noted():
+            self._note(signum, None)
+
     def name(self, error: Interrupted) -> Interrupted:
         """The error for the stop that the first signal requested."""
+        if not self._begun and self._hold is not None:
+            error = Interrupted(f"stopped before the first step; {remove_begun(self._hold.folder)}")
         wanted_back = bool(self._asked) and self._asked[0] != signal.SIGINT
         return Preempted(str(error)) if wanted_back else error
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked.append(signal.Signals(signum))
+        if self.is_over:
+            return
         if not self._begun:
-            raise Interrupted("stopped before the first step; nothing was left behind.")
+            self.is_over = True
+            raise Interrupted("stopped before the first step.")
         if signal.SIGINT in self._asked[1:]:
+            self.is_over = True
             raise Interrupted(
                 "stopped at once. The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
             )

@@ -1,7 +1,7 @@
 """A worker's place among the others, and how it joins them.
 
-Owns rank and the address of the meeting point. Under torchrun both come from its environment; where torch.distributed
-is initialised, from its process group; a local launcher hands out rank assignments.
+Owns rank and meeting point. Under torchrun both come from its environment; where torch.distributed is initialised, from
+its process group; a local launcher hands out rank assignments, with a socket to worker 0 for each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypedDict
@@ -17,8 +19,11 @@ import torch
 import torch.distributed as dist
 
 from unisono.errors import UnisonoError
+from unisono.exchange.meeting import JOIN_SECONDS, Meeting, SocketMeeting, StoreMeeting
 from unisono.exchange.protocol import Exchange
 from unisono.exchange.solo import Solo
+from unisono.processes.limits import allow_files
+from unisono.runtime.channel import Channel
 from unisono.runtime.launchers import devices
 
 TIMEOUT_SECONDS = 1800.0
@@ -34,17 +39,18 @@ class _Place(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAssignment:
-    """A worker's rank in its group, and where the group meets. `listener` is the file descriptor of the socket on which
-    worker 0 lets the others meet, at `port` (0: under torchrun, which has its own meeting point). `in_group`: the
-    workers are those of the process group that is initialised here. `generation` counts the groups of workers of a
-    supervisor, or torchrun's restarts."""
+    """A worker's rank in its group, and where the group meets. `sockets` are file descriptors: of worker 0 to each of
+    the others, of another one to worker 0; none under torchrun, which has its own meeting point. `file` is one that all
+    have in common, without a name, for a store of torch.distributed where they need one. `in_group`: the workers are
+    those of the process group that is initialised here. `generation` counts the groups of workers of a supervisor, or
+    torchrun's restarts."""
 
     rank: int
     workers: int
     local_rank: int
     local_workers: int
-    port: int = 0
-    listener: int = -1
+    sockets: tuple[int, ...] = ()
+    file: int = -1
     generation: int = 0
     in_group: bool = False
 
@@ -62,7 +68,7 @@ class RankAssignment:
     def refuse(self, why: str) -> None:
         """Write at the meeting point that this worker cannot come: all workers end and report the reason."""
         if self.workers > 1:
-            devices.agree(self._store(), self.rank, self.workers, devices.Told(fault=why))
+            devices.agree(self._meeting(), devices.Told(fault=why))
 
     def join(self, device: torch.device) -> Exchange:
         """Meet the other workers.
@@ -75,8 +81,6 @@ class RankAssignment:
         from unisono.exchange.distributed import Distributed
         from unisono.exchange.shared_memory import Shared, can_share
 
-        store = self._store()
-        devices.agree(store, self.rank, self.workers, devices.describe(device))
         here = self.local_workers == self.workers and device.type == "cpu"
         place: _Place = {
             "rank": self.rank,
@@ -84,25 +88,33 @@ class RankAssignment:
             "timeout_seconds": TIMEOUT_SECONDS,
             "generation": self.generation,
         }
-        if here and can_share(store, self.rank, self.workers):
-            return Shared(store, **place)
-        return Distributed(None if self.in_group else store, device=device, **place)
+        allow_files(self.local_workers, refuse=False)
+        meeting = self._meeting()
+        try:
+            devices.agree(meeting, devices.describe(device))
+            if here and can_share(meeting):
+                return Shared(meeting, **place)
+            store = meeting.store if isinstance(meeting, StoreMeeting) else self._open_file()
+            return Distributed(None if self.in_group else store, device=device, **place)
+        finally:
+            meeting.close()
+
+    def _meeting(self) -> Meeting:
+        if self.sockets:
+            return SocketMeeting(self.sockets, self.rank)
+        return StoreMeeting(self._store(), self.rank, self.workers)
+
+    def _open_file(self) -> dist.Store:
+        """A store in the common file. The file stays open, since a group may use its store at any time."""
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # on one host: gloo would look up the host's name, and listen to others
+        store = dist.FileStore(f"/proc/self/fd/{os.dup(self.file)}", self.workers)
+        store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+        return store
 
     def _store(self) -> dist.Store:
         timeout = timedelta(seconds=TIMEOUT_SECONDS)
         if self.in_group:
             return _store_of_group()
-        if self.port:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # on one host a name that does not resolve need not stop gloo
-            return dist.TCPStore(
-                "127.0.0.1",
-                self.port,
-                self.workers,
-                is_master=self.rank == 0,
-                timeout=timeout,
-                wait_for_workers=False,
-                master_listen_fd=self.listener if self.rank == 0 else None,
-            )
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         except (RuntimeError, ValueError) as error:
@@ -113,6 +125,33 @@ class RankAssignment:
             ) from error
         # the agent's store outlives its workers: keys from before a restart must not be read again
         return dist.PrefixStore(f"unisono-{self.generation}", store)
+
+
+def give_assignments(channels: Sequence[Channel], generation: int = 0) -> None:
+    """Give the workers of this host, which all wait, their rank assignments: by rank, as in `receive_assignment`."""
+    workers, ends = len(channels), []
+    with tempfile.TemporaryFile() as file:
+        for rank in [*range(1, workers), 0]:
+            place = {"rank": rank, "workers": workers, "local_rank": rank, "local_workers": workers}
+            message = {**place, "generation": generation}
+            if rank > 0:
+                near, far = socket.socketpair()
+                ends.append(near)
+                with far:
+                    channels[rank].send(message, [file.fileno(), far.fileno()])
+            else:
+                channels[0].send(message, [file.fileno(), *(end.fileno() for end in ends)])
+    for end in ends:
+        end.close()
+
+
+def receive_assignment(channel: Channel) -> RankAssignment | None:
+    """Wait for a rank assignment, the one to use next; None: the worker is not needed any more."""
+    message, descriptors = channel.receive()
+    if "leave" in message:
+        return None
+    file, *sockets = descriptors
+    return RankAssignment(**message, file=file, sockets=tuple(sockets))
 
 
 def assignment_from_torchrun() -> RankAssignment | None:

@@ -58,9 +58,7 @@ class Spawn:
         with Payload(act) as payload:
 
             def start(spec: ActSpec, act: Act) -> SpawnedProcess:
-                files = [payload.file]
-                if spec.assignment.rank == 0:
-                    files.append(spec.assignment.listener)
+                files = [payload.file, spec.channel.fileno()]
                 return SpawnedProcess(SPAWNED, {"kind": "act", "spec": spec.plain(), "payload": payload.told}, files)
 
             launch(workers, act, threads=threads, device=device, start=start)

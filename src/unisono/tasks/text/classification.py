@@ -62,6 +62,8 @@ class TextClassification(Task):
         self.class_weights = class_weights
         self.gradient_checkpointing = gradient_checkpointing
         self._check_weights()
+        last = "classifier" if not isinstance(model, Bag) else "head.4" if model.hidden else "head.1"
+        self.class_rows = (f"{last}.weight", f"{last}.bias")
         if isinstance(model, Pretrained):
             self.pretrained = (PREFIX,)
             self._check_sizes(model)

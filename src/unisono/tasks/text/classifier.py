@@ -18,12 +18,16 @@ from unisono.data.encoding.encode import load_encoder
 from unisono.data.ingest.column_batch import list_values
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_column
 from unisono.data.ingest.read import Texts, read_texts
-from unisono.data.samples import EncodedSamples, encode_samples
+from unisono.data.samples import EncodedSamples, join_shares, pack_share
 from unisono.data.screening.rules import Examiner
 from unisono.data.source import Source
 from unisono.data.store import open_dataset
 from unisono.errors import DataError, ModelError
-from unisono.storage.files import load_tensors
+from unisono.exchange.protocol import Exchange
+from unisono.exchange.solo import Solo
+from unisono.storage import known_hashes
+from unisono.storage.model_files import REMEDY, load_weights
+from unisono.storage.run_folder import FACTS
 from unisono.tasks.metrics import Results, confusion, per_class, summarise
 from unisono.tasks.text.classification import TextClassification
 from unisono.tasks.trained_model import MeasureModel
@@ -56,10 +60,15 @@ class Classifier:
         results = self.measure_model(self, self.task.predict, self.encode(texts))
         return results["probabilities"]
 
-    def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> EncodedSamples:
-        """Encode new texts, repaired and masked like those the model learned from; `labels` are class numbers."""
+    def encode(
+        self, texts: Sequence[str], labels: Sequence[int] | None = None, exchange: Exchange | None = None
+    ) -> EncodedSamples:
+        """Encode new texts, repaired and masked like those the model learned from; `labels` are class numbers. Workers
+        that share an exchange encode a part each, and have all."""
+        exchange = exchange or Solo()
         treat = Examiner(self.recipe.screen, self.labels).treat
-        return encode_samples(self.encoder, [treat(text)[0] for text in texts], labels)
+        mine = pack_share(self.encoder, [treat(text)[0] for text in texts[exchange.rank :: exchange.workers]])
+        return join_shares(exchange.gather_bytes(mine), labels)
 
     @overload
     def predict(self, texts: Sequence[str]) -> list[str]: ...
@@ -93,11 +102,11 @@ class Classifier:
         """The rows of a file or a frame, in the columns that the model's recipe names."""
         return read_texts(source, self.recipe.data.model_copy(update={"format": "auto"}))
 
-    def samples(self, rows: Texts) -> Source:
+    def samples(self, rows: Texts, exchange: Exchange | None = None) -> Source:
         """The usable texts as samples."""
-        return self.encode(rows.good_texts)
+        return self.encode(rows.good_texts, exchange=exchange)
 
-    def labelled(self, rows: Texts) -> tuple[Source, dict[str, int]]:
+    def labelled(self, rows: Texts, exchange: Exchange | None = None) -> tuple[Source, dict[str, int]]:
         """The rows as samples to be scored; and the number of rows left out, by reason."""
         if rows.labels is None:
             raise DataError(
@@ -115,12 +124,14 @@ class Classifier:
                 kept.append(row)
         if not kept:
             raise DataError(f"no row can be scored: {left_out}. The model's classes are {', '.join(self.labels)}.")
-        samples = self.encode([rows.texts[row] for row in kept], [numbers[str(rows.labels[row])] for row in kept])
+        given = [rows.texts[row] for row in kept]
+        samples = self.encode(given, [numbers[str(rows.labels[row])] for row in kept], exchange)
         return samples, left_out
 
     def own_test(self, run: Path) -> Source:
         """The test samples of the run's own dataset."""
         folder = Path(self.recipe.data.store)
+        known_hashes.forget()  # each evaluation verifies what it reads
         dataset = next(
             (open_dataset(path.parent) for path in folder.glob("*/manifest.json") if self.dataset in path.read_text()),
             None,
@@ -185,32 +196,37 @@ def load_classifier(folder: Path, recipe: Recipe, facts: Mapping[str, Any], meas
 
     Raises:
         ModelError: weights and encoder do not belong together.
-        DamagedError: a file is not readable.
+        DamagedError: a file is not readable, or the weights are no numbers.
     """
+    labels, dataset = facts.get("labels"), facts.get("dataset")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise ModelError(f"{str(folder)!r}: 'labels' = {labels!r:.99}; allowed are the names of the classes. {REMEDY}")
+    if twice := [label for number, label in enumerate(labels) if label in labels[:number]]:
+        raise ModelError(f"{str(folder)!r}: the class {twice[0]!r} is in 'labels' twice. {REMEDY}")
+    if not isinstance(dataset, str):
+        raise ModelError(f"{str(folder)!r}: 'dataset' = {dataset!r:.99}; allowed is a SHA-256. {REMEDY}")
     encoder = load_encoder(folder)
     if recipe.model.kind == "pretrained":  # its configuration lies beside the weights; the original is not needed
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"folder": str(folder)})})
     task = TextClassification(
         model=recipe.model,
-        classes=len(facts["labels"]),
+        classes=len(labels),
         vocabulary_size=encoder.vocabulary_size,
         padding=encoder.padding,
         max_tokens=recipe.encode.max_tokens,
     )
-    module = task.build()
     try:
-        module.load_state_dict(load_tensors(folder / "model.safetensors"))
-    except RuntimeError as error:  # names or shapes that differ
-        raise ModelError(
-            f"{str(folder)!r}: weights and encoder do not belong together: {error}. "
-            "Restore the folder as it was written."
-        ) from None
+        module = task.build()
+    except (RuntimeError, MemoryError, OverflowError) as error:  # of sizes that no memory holds
+        raise ModelError(f"{str(folder)!r}: its model cannot be built: {error}. {REMEDY}") from None
+    asked_by = f"the recipe, the encoder and the {len(labels)} classes in {FACTS}"
+    load_weights(module, folder / "model.safetensors", asked_by)
     return Classifier(
         module=module.eval(),
         task=task,
         encoder=encoder,
-        labels=tuple(facts["labels"]),
+        labels=tuple(labels),
         recipe=recipe,
-        dataset=facts["dataset"],
+        dataset=dataset,
         measure_model=measure_model,
     )

@@ -4,7 +4,8 @@ Owns which folders can be used, the names and shapes of their tensors, and the `
 to a folder. Runs no code from a folder and reads no pickle. Does not read or write tokenizers.
 
 The encoder is that of Devlin et al. (2018), with its pooler if the recipe says so. A parameter's name is `bert.`
-and its name in transformers' BertModel, so that transformers can open a folder with the trained weights, too.
+and its name in transformers' BertModel, so that transformers can open a folder with the trained weights, too; as a
+classifier only where it would compute the same.
 
 Shapes: n samples, m tokens of all samples, w = hidden_size.
 """
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unisono.config.sections import Pretrained
+from unisono.config.small_files import read_small
 from unisono.errors import ModelError
 from unisono.kernels.attention import attend, attend_once, mean_over_tokens, run_blocks
 from unisono.kernels.dropout import Dropout
@@ -39,6 +41,8 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
 }
 _OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in folders converted from TensorFlow
+NOT_A_CLASSIFIER = 2.0
+_MOST = {"num_hidden_layers": 1000}  # modules are made one by one, before the weights show that there are fewer
 _FILES = "config.json, model.safetensors and tokenizer.json"
 
 
@@ -189,13 +193,20 @@ def read_config(folder: Path) -> BertConfig:
     return BertConfig(**known)
 
 
-def write_config(source: Path, folder: Path, labels: Sequence[str]) -> None:
-    """Write to `folder` the config.json of an encoder read from `source`, with the classes' names."""
-    table = _read_table(source)
-    table["architectures"] = ["BertModel"]
+def write_config(model: Pretrained, folder: Path, labels: Sequence[str]) -> None:
+    """Write to `folder` the config.json of the trained classifier, with the classes' names.
+
+    transformers' BertForSequenceClassification always has a pooler. It would make one of random weights where the model
+    has none, so it must not open such a folder: a dropout that is no probability stops every class with a head.
+    BertForTokenClassification computes the same logits for each token; docs/tasks.md shows how.
+    """
+    table = _read_table(Path(model.folder))
+    pooled = model.pooling == "pooler"
+    table["architectures"] = ["BertForSequenceClassification" if pooled else "BertForTokenClassification"]
+    table["classifier_dropout"] = None if pooled else NOT_A_CLASSIFIER
     table["id2label"] = {str(number): label for number, label in enumerate(labels)}
     table["label2id"] = {label: number for number, label in enumerate(labels)}
-    for stale in ("_name_or_path", "dtype", "torch_dtype", "num_labels"):
+    for stale in ("_name_or_path", "dtype", "torch_dtype", "num_labels", "problem_type"):
         table.pop(stale, None)
     text = json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -206,8 +217,8 @@ def _read_table(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"model.folder = {str(folder)!r}: no such folder. Give one with {_FILES}.")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: missing or no JSON ({error}). Give a folder with {_FILES}.") from None
     if not isinstance(table, dict):
         raise ModelError(f"{path}: holds a {type(table).__name__}, allowed is an object. Fetch it again.")
@@ -220,6 +231,8 @@ def _check_table(folder: Path, table: dict[str, Any]) -> None:
     for field in fields(BertConfig):
         if field.type == "int" and (type(table.get(field.name)) is not int or table[field.name] < 1):
             faults.append(f"{field.name} = {table.get(field.name)!r}: allowed is a whole number from 1")
+        elif field.type == "int" and table[field.name] > _MOST.get(field.name, 2**31):
+            faults.append(f"{field.name} = {table[field.name]}: allowed are {_MOST.get(field.name, 2**31)} at most")
     if not faults and table["hidden_size"] % table["num_attention_heads"]:
         faults.append(f"hidden_size = {table['hidden_size']}: no multiple of num_attention_heads")
     if table.get("hidden_act", "gelu") not in list(_ACTIVATIONS):  # a list: the value may not be hashable

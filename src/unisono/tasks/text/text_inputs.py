@@ -13,6 +13,7 @@ import numpy as np
 
 from unisono.config.recipe import Recipe
 from unisono.config.sections import Pretrained
+from unisono.data.encoding.tokens import SubwordEncoder
 from unisono.errors import RecipeError
 from unisono.tasks.kinds import TaskKind
 from unisono.tasks.run_inputs import RunInputs, write_facts
@@ -51,12 +52,14 @@ def open_text(
 
     def export(folder: Path) -> None:
         dataset.encoder.save(folder)
-        facts = {"labels": list(dataset.labels), "recipe": recipe.model_dump(mode="json"), "dataset": dataset.sha256}
-        write_facts(folder, facts)
         if isinstance(recipe.model, Pretrained):
             from unisono.tasks.text.pretrained import write_config
 
-            write_config(Path(recipe.model.folder), folder, dataset.labels)
+            write_config(recipe.model, folder, dataset.labels)
+            if isinstance(dataset.encoder, SubwordEncoder):
+                dataset.encoder.describe(folder)
+        facts = {"labels": list(dataset.labels), "recipe": recipe.model_dump(mode="json"), "dataset": dataset.sha256}
+        write_facts(folder, facts)
 
     return RunInputs(
         task=text_task(recipe, dataset, train),
