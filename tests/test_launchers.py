@@ -263,7 +263,7 @@ def test_the_caller_gets_its_process_back(
 ) -> None:
     """And what it was in does not reach the bits."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with preserved(threads=2), torch.no_grad():
+    with preserved(), torch.no_grad():
         torch.set_num_threads(3)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("medium")
@@ -291,7 +291,7 @@ def test_several_threads_flush_to_zero_within_and_not_after() -> None:
     torch.set_num_threads(2)
     try:
         assert count_denormals() == 1 << 20
-        with preserved(threads=2):
+        with preserved():
             numerics.settle(threads=2, device=torch.device("cpu"))
             assert count_denormals() == 0
         assert count_denormals() == 1 << 20
@@ -396,7 +396,7 @@ class Threaded:
         def main() -> None:
             Threaded.threads += (threading.current_thread().name,)
             place = RankAssignment(rank=0, workers=1, local_rank=0, local_workers=1)
-            with preserved(threads=threads):
+            with preserved():
                 numerics.settle(threads=threads, device=torch.device("cpu"))
                 act(place, Solo(), torch.device("cpu"), Stop())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class Sums(unisono.Task):
         return F.cross_entropy(scores, microbatch["target"], reduction="sum"), len(scores)
 
     def measure(self, module: nn.Module, microbatch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(module(microbatch["input"]), microbatch["target"], reduction="none")}
+        assert isinstance(microbatch, dict)
+        scores = module(microbatch.pop("input"))
+        return {"loss": F.cross_entropy(scores, microbatch.pop("target"), reduction="none")}
 
 
 class Pictures:
@@ -264,6 +267,12 @@ def test_a_sample_given_twice_is_augmented_differently() -> None:
         ([{"x": {"y": 1}}], None, "under 'x' a value of dict; allowed are numbers"),
         ([{"x": None}], None, "under 'x' a value of NoneType"),
         ([{"x": np.array(["a"])}], None, "under 'x' values of NumPy's <U1"),
+        ([{"x": ["a", "b"]}], None, "under 'x' a list that is no array of numbers"),
+        ([{"x": Path("a.png")}], None, "under 'x' a value of pathlib"),
+        ([{"x": 1j}], None, "under 'x' a value of complex"),
+        ([{"x": Decimal("1.5")}], None, r"under 'x' a value of decimal\.Decimal"),
+        ([{"x": 2**70}], None, "under 'x' a value of int"),
+        ([{"x": torch.ones(2).to_sparse()}], None, r"under 'x' a tensor in the layout torch\.sparse_coo"),
         ([{"x": "a", "y": "b"}], None, r"nothing but texts \('x', 'y'\)"),
         ([{"x": 1}, {"y": 1}], None, "different names: 'x' and 'y'"),
         ([], None, "no samples"),

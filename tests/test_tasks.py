@@ -23,6 +23,7 @@ import unisono
 from toy import Command
 from unisono.tasks import kinds
 from unisono.tasks.metrics import Perplexity, TorchMetric, WeightedMean, directions, summarise
+from unisono.tracking.ledger import read_ledger
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -264,7 +265,7 @@ def test_nan_is_never_the_best(tmp_path: Path) -> None:
         samples_per_step=8, microbatches=4, learning_rate=0.1,
         evaluate={"metric": "error", "mode": "min", "keep_best": True},
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_ledger(tmp_path / "run" / "metrics.jsonl")
     scores = [(line["step"], line["scores"]["error"], line["best"]) for line in lines if line["event"] == "Evaluated"]
     values = [value for _, value, _ in scores]
     assert any(value != value for value in values) and not all(value != value for value in values)

@@ -239,7 +239,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path, workers: int) -> No
     (tmp_path / "file").write_text("")
     watch = Watch()
     for place in (tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(RunFolderError, match="cannot be (written|made)"):
+        with pytest.raises(RunFolderError, match=r"cannot be (written|made)"):
             train(Dropped(), place, workers=workers, observers=[watch])
     assert watch.steps == 0
 

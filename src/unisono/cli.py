@@ -301,7 +301,7 @@ def check_count(workers: str, *, auto: bool = True) -> int | str:
 
 def _with(overrides: list[str] | None, task: str | None, strict: bool = False) -> tuple[str, ...]:
     """`--set`, and the options that set keys of a recipe."""
-    named = [f"task.kind={json.dumps(task)}"] if task else []
+    named = [f"task.kind={json.dumps(task)}"] if task is not None else []
     return (*(overrides or ()), *named, *(["data.strict=true"] if strict else ()))
 
 

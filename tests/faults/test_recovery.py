@@ -37,7 +37,9 @@ def recovered(run: Path) -> list[dict[str, Any]]:
     """Recovered events, their fields looked at."""
     found, begun = read_ledger(run, "Recovered"), read_ledger(run)[0]
     for line in found:
-        assert set(line) == {"event", "step", "what", "workers", "wasted_seconds", "seconds", "when"}
+        assert set(line) == {
+            "event", "step", "what", "workers", "wasted_seconds", "seconds", "trace", "clock", "when",
+        }  # fmt: skip
         assert line["seconds"] > 0
         passed = line["when"] - begun.get("since", begun["when"])
         assert 0 <= line["wasted_seconds"] <= passed - line["seconds"] + 0.01, "no more than there was; rounded"
@@ -112,10 +114,17 @@ def test_crash_exit_exception_and_pause(disturbed: Disturbed, quiet: Any, capfd:
     assert [(line["step"], line["what"]) for line in recovered(run)] == [
         (2, "worker 1 was killed by SIGSEGV"),
         (5, "worker 0 ended with exit code 9"),
-        (8, "worker 1 failed"),
+        (8, "worker 1 failed (OSError: a fault that was requested)"),
     ]
     told = "".join(capfd.readouterr())
-    assert "Fatal Python error" not in told and "Traceback" not in told, "the run goes on: no stack is told"
+    for sign in ("Fatal Python error: Segmentation fault", "OSError: a fault that was requested", "fault_injection.py"):
+        assert sign in told, "the run goes on, and says why a worker was lost"
+    assert [bool(line["trace"]) for line in read_ledger(run, "Recovered")] == [True, False, True]
+    assert "fault_injection.py" in read_ledger(run, "Recovered")[2]["trace"]
+    summary, done = read_summary(run), read_ledger(run, "StepDone")
+    assert summary["steps"] == len(done) and "timed_steps" not in summary
+    samples = sum(line["samples"] for line in done)  # of all steps, not of those since the last loss
+    assert summary["samples_per_second"] * summary["seconds"] == pytest.approx(samples, rel=0.01)
     assert_same_history(run, quiet.run)
 
 
@@ -131,8 +140,8 @@ def test_an_exception_that_comes_again_ends_the_run(command: Command, quiet: Any
     fault = "fail(worker=1, step=4, phase=contribute, times=2)"
     code, _, err = command("train", quiet.recipe, "--run-folder", "run", "-w", 2, "--fault", fault)
     assert code == 1
-    assert "worker 1 failed twice with the same error at step 4: it would come again" in err
-    assert err.count("Traceback") == 1 and err.count("OSError: a fault that was requested") == 1
+    assert "worker 1 failed (OSError: a fault that was requested) twice with the same error at step 4" in err
+    assert err.count("Traceback") == 1 and err.count("OSError: a fault that was requested") == 2
     assert "--resume" in err
     assert places(tmp_path / "run") == [(3, "worker 1")], "it was tried again once"
     assert [line["step"] for line in read_ledger(tmp_path / "run", "StepDone")] == [1, 2, 3]

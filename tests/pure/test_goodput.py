@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.tracking.goodput import KINDS, goodput
+from unisono.tracking.goodput import KINDS, goodput, measure_speed
 
 Line = dict[str, Any]
 
@@ -74,7 +74,7 @@ def test_sources(lines: list[Line], expected: dict[str, float]) -> None:
 
 
 def test_what_follows_the_last_line_is_evaluation() -> None:
-    assert kinds([*BEGUN, step(103.0)], until=104.5) == {"start": 2.0, "steps": 1.0, "evaluation": 1.5}
+    assert kinds([*BEGUN, step(103.0)], until=4.5) == {"start": 2.0, "steps": 1.0, "evaluation": 1.5}
 
 
 def test_time_between_sessions_is_not_counted_and_forgotten_steps_are_waste() -> None:
@@ -104,6 +104,34 @@ def test_a_start_told_twice_counts_once() -> None:
 
 def test_nothing_gives_nothing() -> None:
     assert goodput([]) == {"wall_seconds": 0.0, "share": 0.0, "seconds": dict.fromkeys(KINDS, 0.0)}
+
+
+def test_the_date_may_be_set_at_any_time() -> None:
+    """A year forwards within a session, and back in the next one: spans come from `clock`."""
+    year = 365 * 86_400.0
+    lines = [
+        start(100.0, since=98.0) | {"clock": 2.0},
+        step(103.0) | {"clock": 3.0},
+        step(year, number=2) | {"clock": 4.5},
+        start(50.0, since=49.0) | {"clock": 1.0},
+        step(51.0, number=3) | {"clock": 2.0},
+    ]
+    assert goodput(lines, until=3.5)["seconds"] == {
+        **dict.fromkeys(KINDS, 0.0), "start": 3.0, "steps": 3.5, "evaluation": 1.5,
+    }  # fmt: skip
+
+
+def test_speed_is_that_of_all_sessions_together() -> None:
+    """Steps, seconds and samples of one span: without the starts, and without what follows the last step."""
+    lines = [
+        *BEGUN, step(103.0), recovered(104.0, 0.4, 0.6), step(105.0, number=2),
+        start(1001.0, since=1000.0), other("Resumed", 1001.0, wasted_seconds=2.0), step(1003.0, number=3),
+        other("Evaluated", 1009.0),
+    ]  # fmt: skip
+    lines = [line | {"samples": 14} if line["event"] == "StepDone" else line for line in lines]
+    assert measure_speed(lines, steps=3) == {"seconds": 7.0, "samples_per_second": 6.0}
+    assert measure_speed(lines, steps=5) == {"seconds": 7.0, "samples_per_second": 6.0, "timed_steps": 3}
+    assert measure_speed([], steps=0) == {"seconds": 0.0, "samples_per_second": 0.0}
 
 
 # Honest histories: what was done is found again

@@ -95,7 +95,7 @@ def test_another_package_declares_kernels_by_an_entry_point(
 
 def test_an_entry_point_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "kernels_of_another:THRICE")
-    with pytest.raises(NumericsError, match=r"kernel 'some' .*THRICE"):
+    with pytest.raises(NumericsError, match=r"kernel 'some': .*THRICE"):
         declared_kernels()
 
 

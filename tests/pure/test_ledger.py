@@ -6,6 +6,7 @@ import ctypes
 import errno
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -119,7 +120,8 @@ def test_a_line_is_the_event_and_when(ledger: Ledger, tmp_path: Path, monkeypatc
     lines = read_ledger(tmp_path / "run" / "metrics.jsonl")
     assert lines[1]["event"] == "StepDone" and lines[1]["loss"] == 1.0
     assert list(lines[2].items()) == [
-        ("event", "Notice"), ("message", "mind"), ("warning", True), ("when", 1_700_000_000.123),
+        ("event", "Notice"), ("message", "mind"), ("warning", True), ("clock", lines[2]["clock"]),
+        ("when", 1_700_000_000.123),
     ]  # fmt: skip
     assert all(list(line)[-1] == "when" for line in lines)
     assert lines[0]["since"] <= lines[0]["when"]
@@ -183,7 +185,7 @@ def test_resuming_forgets_later_steps_and_says_so(ledger: Ledger, tmp_path: Path
         "RunStarted", ("Resumed", 1), ("StepDone", 2), ("Evaluated", 2), ("CheckpointWritten", 2),
     ]  # fmt: skip
     resumed = read_ledger(folder / "metrics.jsonl")[6]
-    assert list(resumed) == ["event", "step", "dropped_steps", "wasted_seconds", "when"]
+    assert list(resumed) == ["event", "step", "dropped_steps", "wasted_seconds", "clock", "when"]
     assert (resumed["dropped_steps"], resumed["wasted_seconds"]) == (2, 0.75)
 
 
@@ -491,6 +493,28 @@ def mount_tiny(folder: Path) -> bool:
     return not libc.mount(b"tiny", str(folder).encode(), b"tmpfs", 0, b"size=64k")
 
 
+# Numbers that JSON does not have
+
+
+def refuse_constants(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_every_line_and_the_summary_are_valid_json(ledger: Ledger, tmp_path: Path) -> None:
+    """NaN is null, an infinite number a text; read back they are numbers again."""
+    folder = tmp_path / "run"
+    scores = {"loss": math.nan, "perplexity": math.inf, "gain": -math.inf, "accuracy": 0.5}
+    event = events.Evaluated(step=1, epoch=0.5, split="test", scores=scores, best=False)
+    observe_all(ledger, done(1), event, events.RunEnded(folder="run", summary={**SUMMARY, "test": scores}))
+    written = {"loss": None, "perplexity": "Infinity", "gain": "-Infinity", "accuracy": 0.5}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[2], parse_constant=refuse_constants)["scores"] == written
+    assert json.loads((folder / "summary.json").read_text(), parse_constant=refuse_constants)["test"] == written
+    read = read_ledger(folder / "metrics.jsonl")[2]["scores"]
+    assert math.isnan(read.pop("loss")) and read == {name: scores[name] for name in read}
+    assert (folder / "curves.svg").exists(), "they are drawn all the same"
+
+
 # The end
 
 
@@ -503,7 +527,7 @@ def test_the_end_completes_the_summary(ledger: Ledger, tmp_path: Path) -> None:
     assert ledger.complete(complete) is complete
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == complete.summary
-    assert list(summary) == [*SUMMARY, "recoveries", "resumes", "goodput"]
+    assert list(summary) == [*SUMMARY, "seconds", "samples_per_second", "recoveries", "resumes", "goodput"]
     assert (summary["recoveries"], summary["resumes"]) == (2, 0)
     assert ElementTree.parse(folder / "curves.svg").getroot().tag.endswith("svg")
     assert names(folder)[-1] == ("Evaluated", 3), "RunEnded is no line"
@@ -519,7 +543,7 @@ def test_the_end_completes_the_summary(ledger: Ledger, tmp_path: Path) -> None:
 def test_goodput_of_a_run_with_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a clock that the test turns; events are told twice, and the second telling changes nothing."""
     now = 1000.0
-    monkeypatch.setattr(metrics.time, "time", lambda: now)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
 
     def tell(ledger: Ledger, after: float, *told: events.Event) -> None:
         nonlocal now

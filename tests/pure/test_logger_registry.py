@@ -56,7 +56,7 @@ def test_an_installed_package_offers_a_logger_by_entry_point(monkeypatch: pytest
     monkeypatch.setattr(
         logger,
         "entry_points",
-        lambda group, name="theirs": [point] if (group, name) == (logger.GROUP, "theirs") else [],
+        lambda group: [point] if group == logger.GROUP else [],
     )
     logger.check(["theirs"])
     assert "theirs" in logger.allowed_names()
@@ -65,8 +65,16 @@ def test_an_installed_package_offers_a_logger_by_entry_point(monkeypatch: pytest
 
 def test_entry_point_whose_package_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("theirs", "package_that_is_gone.logs:open_logger", logger.GROUP)
-    monkeypatch.setattr(logger, "entry_points", lambda group, name="theirs": [point])
-    with pytest.raises(RecipeError, match="'theirs', which needs package_that_is_gone"):
+    monkeypatch.setattr(logger, "entry_points", lambda group: [point])
+    with pytest.raises(
+        RecipeError, match=r"logger 'theirs': .*\(package_that_is_gone.logs:open_logger\).*ModuleNotFound"
+    ):
+        logger.check(["theirs"])
+
+
+def test_an_entry_point_that_is_no_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger, "entry_points", lambda group: [EntryPoint("theirs", "sys:path", logger.GROUP)])
+    with pytest.raises(RecipeError, match=r"offers list .*allowed is a function that opens a logger"):
         logger.check(["theirs"])
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from unisono.config import recipe as recipes
+from unisono.config.aliases import ALIASES
 from unisono.config.recipe import MODELS, Recipe, check, document, load, to_toml
 from unisono.config.sections import Bag, Section
 from unisono.errors import RecipeError
@@ -89,6 +90,37 @@ def test_wrong_value_is_explained(section: str, key: str, value: object, allowed
 )
 def test_wrong_key_is_explained(table: dict[str, Any], told: str) -> None:
     assert told in explain(**table)
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        (
+            {"train": {"batch_size": 8}},
+            "'train.batch_size': no such key. It is 'train.samples_per_step' here: global batch",
+        ),
+        ({"train": {"lr": 0.1}}, "'train.lr': no such key. It is 'train.learning_rate' here: peak rate"),
+        ({"train": {"num_epochs": 1}}, "'train.epochs' here: passes over"),
+        ({"train": {"warmup_steps": 1}}, "'train.warmup' here: below 1: share of all steps"),
+        ({"model": {"kind": "bag", "weight_decay": 1.0}}, "'train.weight_decay'"),
+        ({"encode": {"max_length": 1}}, "'encode.max_tokens' here: longer texts are cut"),
+        ({"train": {"max_grad_norm": 1.0}}, "'train.clip_norm' here"),
+        ({"train": {"fp16": True}}, "'train.precision' here"),
+        ({"train": {"bf16": True}}, "'train.precision' here"),
+        ({"train": {"num_workers": 2}}, "'train.loader_workers' here"),
+        ({"model": {"kind": "bag", "num_layers": 2}}, "'model.layers' here"),
+        ({"batch_size": 8}, "'batch_size': no such key. It is 'train.samples_per_step' here"),
+        ({"checkpoint": {"save_steps": 8}}, "'checkpoint.every_steps' here"),
+    ],
+)
+def test_names_of_other_trainers_are_known(table: dict[str, Any], told: str) -> None:
+    assert told in explain(**table)
+
+
+def test_every_hint_names_a_key_that_exists_and_none_is_a_key_itself() -> None:
+    keys = set(recipes._all_keys())
+    assert set(ALIASES.values()) <= keys
+    assert not set(ALIASES) & {key.partition(".")[2] for key in keys}
 
 
 def test_every_fault_is_named_at_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -93,6 +94,24 @@ def test_goodput_at_the_end(event: events.RunEnded, line: str) -> None:
     lines = tell(event, Pace())
     assert line in lines
     assert lines[0].startswith("40 steps in 20.0 s") and lines[-1].startswith("run folder run")
+
+
+def test_where_a_worker_failed_is_shown_below_the_recovery() -> None:
+    event = dataclasses.replace(RECOVERED, trace='  File "task.py", line 3, in loss\nValueError: no')
+    assert tell(event, Pace())[0].splitlines() == [
+        RECOVERED_WORDS, '      File "task.py", line 3, in loss', "    ValueError: no",
+    ]  # fmt: skip
+
+
+def test_json_on_the_screen_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    JsonLines().observe(evaluated(1, accuracy=math.nan))
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["scores"] == {"accuracy": None}
+
+
+def test_steps_that_the_ledger_has_not_are_not_among_those_timed() -> None:
+    event = ended()
+    (line, *_) = tell(dataclasses.replace(event, summary={**event.summary, "timed_steps": 12}), Pace())
+    assert line == "12 of 40 steps in 20.0 s, 32 samples/s"
 
 
 def test_quiet_warns(capsys: pytest.CaptureFixture[str]) -> None:

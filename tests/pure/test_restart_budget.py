@@ -127,9 +127,24 @@ def test_ends_in_words() -> None:
     )
     assert loss.what == (
         "worker 0 was killed by SIGKILL (out of memory? dmesg tells), worker 2 was killed by SIGSEGV, "
-        "worker 3 ended with exit code 9, worker 4 failed"
+        "worker 3 ended with exit code 9, worker 4 failed (ValueError: made for the test)"
     )
     assert (loss.step, loss.cause, loss.trace) == (6, "ValueError: made for the test", "Fatal Python error")
+    assert loss.frames == "Fatal Python error"
+
+
+def test_where_it_was_raised_is_kept_short() -> None:
+    lines = [f"line {number}" for number in range(40)]
+    trace, message = "\n".join(lines), "no\nmore " + "x" * 300
+    raised = name_loss([End(worker=1, code=70, report=report(message=message, traceback=trace))], step=3)
+    assert raised.what == "worker 1 failed (ValueError: no)"
+    assert raised.frames.splitlines() == lines[-12:] and raised.trace == trace, "the innermost frames are the last"
+    long = name_loss([End(worker=1, code=70, report=report(message="x" * 300))], step=3)
+    assert long.what == f"worker 1 failed (ValueError: {'x' * 188} …)"
+    crashed = name_loss([End(worker=1, code=-signal.SIGSEGV, stacks=trace)], step=3)
+    assert crashed.frames.splitlines() == lines[:12], "the innermost frames are the first"
+    told = Change(since=0.0, lost=raised.what, frames=raised.frames).conclude(started(), 1.0)[0]
+    assert isinstance(told, events.Recovered) and told.trace == raised.frames
 
 
 def test_a_killed_worker_has_no_cause() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -139,3 +140,13 @@ def test_no_cell_of_a_csv_begins_like_a_formula(tmp_path: Path, rows: list[tuple
         for part in re.split("[;\t\r\n]", cell):
             if part.strip()[:1] and part.strip()[0] in "=+-@":
                 float(part)
+
+
+def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    """NaN is null, an infinite number a text; so is a number within a list."""
+    path = tmp_path / "t.jsonl"
+    table = pa.table({"a": [math.nan, math.inf, -math.inf, 0.5], "b": [[1.0, math.nan]] * 4})
+    write_table(table, path, ".jsonl")
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["a"] for row in rows] == [None, "Infinity", "-Infinity", 0.5]
+    assert rows[0]["b"] == [1.0, None]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 
+from unisono.api.arguments import as_path, count_or_auto
 from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.config.small_files import read_small
@@ -32,10 +33,10 @@ from unisono.exchange.solo import Solo
 from unisono.runtime.launchers.launcher import AUTO, Launcher, run_everywhere
 from unisono.runtime.launchers.rank_assignment import RankAssignment
 from unisono.runtime.worker import Act, Stop
-from unisono.storage.files import whole_file
+from unisono.storage.files import to_json, whole_file
 from unisono.storage.model_files import REMEDY, check_files, read_model_facts
 from unisono.storage.run_folder import FACTS, model_folder, read_recipe
-from unisono.tasks.kinds import find_kind, kind_of
+from unisono.tasks.kinds import find_kind, named_kind
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import TrainedModel
 from unisono.tracking.terminal import print_now, warn_now
@@ -59,12 +60,11 @@ def load(run: str | Path, *, task: TaskName = None) -> Any:
         ModelError: the model cannot be used, or its task has to be named.
         DamagedError: a file is not readable.
     """
-    folder = model_folder(run)
+    folder = model_folder(as_path("run", run))
     facts = read_model_facts(folder / FACTS)
     recipe = recipes.check(facts["recipe"])
     check_files(folder, facts)
-    named = task or recipe.task.kind
-    kind = kind_of(named) if isinstance(named, type) else find_kind(named, trusted=task is not None)
+    kind = find_kind(recipe.task.kind, trusted=False) if task is None else named_kind(task)
     model = kind.load(folder, recipe, facts, measure_model)
     _compare_with_summary(folder.parent / "summary.json", model)
     return model
@@ -85,9 +85,10 @@ def _compare_with_summary(path: Path, model: TrainedModel) -> None:
         )
 
 
-def _load_to_compute(run: str | Path, task: TaskName) -> Any:
+def _load_to_compute(run: str | Path, task: TaskName, workers: object) -> Any:
     """As `load`, in the instruction sets that the run was trained with: they are limited before anything computes."""
-    recipe = read_recipe(run)
+    count_or_auto(workers)
+    recipe = read_recipe(as_path("run", run))
     if recipe is not None:
         instruction_sets.limit(recipe.train.numerics)
     return load(run, task=task)
@@ -116,7 +117,7 @@ def evaluate(
         DataError: the data cannot be used, or the run has no test samples of its own.
         NumericsError: the run's numerics are portable, and this process is not limited to them.
     """
-    model = _load_to_compute(run, task)
+    model = _load_to_compute(run, task, workers)
     if is_frame(data):  # before workers are forked: see `settle`
         data = take_columns(data, "frame")
     own = model.own_test(Path(run)) if data is None else None  # once, for all workers
@@ -131,7 +132,7 @@ def evaluate(
     if "remark" in found:
         warn_now(found["remark"])
     if not quiet:
-        print_now(json.dumps(found) if as_json else "\n".join(_describe(model, found)))
+        print_now(to_json(found) if as_json else "\n".join(_describe(model, found)))
     return found
 
 
@@ -189,7 +190,8 @@ def predict(
     """
     from unisono.data.write import check_target, write_table
 
-    model = _load_to_compute(run, task)
+    target = None if target is None else as_path("target", target)
+    model = _load_to_compute(run, task, workers)
     if target is None and isinstance(source, str | Path):
         raise DataError(
             f"predict({str(run)!r}, {hide_secrets(str(source))!r}): a file needs another one to be written. Name it, "
@@ -202,8 +204,7 @@ def predict(
             raise DataError(f"predict: {str(target)!r} is the input as well, and would be lost. Name another output.")
     frame = settle(source)
     rows = model.read(frame)
-    everywhere = target is None
-    results, speaks = _share_out(model, rows, workers, launcher, everywhere) if len(rows.usable) else ({}, True)
+    results, speaks = _share_out(model, rows, workers, launcher, target is None) if len(rows.usable) else ({}, True)
     if target is None:
         return add_columns(frame if is_frame(frame) else rows.table, model.new_columns(rows, results))
     if speaks:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unisono.config import recipe as recipes
+from unisono.api.arguments import as_recipe, count_or_auto
 from unisono.config.recipe import Recipe
 from unisono.data import prepare as stages
+from unisono.errors import DataError
 from unisono.processes.forking import count_cores
 from unisono.storage.run_folder import complete
 from unisono.tracking.terminal import print_now
@@ -38,9 +39,12 @@ def prepare(
     Raises:
         UserError: the recipe or the data cannot be used.
     """
-    recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
-    recipe = complete(recipe)
-    count = count_cores() if workers == "auto" else int(workers)
+    recipe = complete(as_recipe(what, overrides, "unisono.prepare"))
+    if frames is not None and not isinstance(frames, Mapping):
+        raise DataError(
+            f"frames is {type(frames).__name__}; allowed is a mapping of splits to frames, such as {{'train': frame}}."
+        )
+    count = count_or_auto(workers) or count_cores()
     dataset = stages.prepare(recipe, workers=count, frames=frames, notify=print_now, progress=None)
     print_now(
         f"{sum(dataset.counts.values()):,} samples: "

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from unisono.api.arguments import as_path, as_recipe, as_texts, refuse_overrides
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
 from unisono.data.columns import hold
@@ -31,6 +32,7 @@ from unisono.runtime.launchers.launcher import (
     Training,
     choose,
     needs_supervisor,
+    read_workers,
     refuse_within_import,
 )
 from unisono.runtime.launchers.rank_assignment import count_peers, restarted_by_torchrun
@@ -138,7 +140,7 @@ def train(
     with noted(), _place(recipe, run, resume) as (place, mode):
         if mode is not None:
             options = {"accept_new_numerics": accept_new_numerics, "allow_impure": allow_impure, "profile": profile}
-            job = Job(recipe=recipe, folder=place, resume=mode, trace=trace, **options)
+            job = Job(recipe=recipe, folder=place, resume=mode, trace=trace and as_path("trace", trace), **options)
             begin = partial(run_job, reporter=Reporter(place, quiet=quiet, as_json=as_json), observers=observers)
             begin(job, inputs, workers=workers, faults=faults, launcher=launcher)
     return Trained(folder=place, summary=_read_summary(place), task=what if isinstance(what, Task) else None)
@@ -163,6 +165,9 @@ def _place(
 
 def _choose_start(recipe: Recipe, run: str | Path | None, resume: bool | Literal["auto"]) -> tuple[Path, Resume | None]:
     """The run folder, and whether to resume its run; None if that has been trained to its end."""
+    if resume not in (False, True, AUTO):
+        raise RecipeError(f'resume = {resume!r}: allowed are True, False and "auto".')
+    run = None if run is None else as_path("run", run)
     resume = resume or ("auto" if restarted_by_torchrun() else False)
     place = choose_folder(recipe.name, run, resume=resume, make=not count_peers())
     if resume == "auto" and (place / "summary.json").exists():
@@ -222,9 +227,10 @@ def run_job(
     check_loggers(job.recipe.tracking.loggers)
     instruction_sets.limit(train.numerics)  # workers inherit it
     if workers != AUTO:
-        check_workers(job.recipe, int(workers))
+        check_workers(job.recipe, read_workers(workers))
     declared_kernels()  # once, before workers are forked: otherwise each worker would import them
-    injected = tuple(parse(fault, PHASES) for fault in faults)
+    given = as_texts("faults", "--fault", faults, "kill(worker=1, step=7)")
+    injected = tuple(parse(fault, PHASES) for fault in given)
     chosen, count = choose(
         launcher,
         workers=workers,
@@ -256,7 +262,11 @@ def run_job(
 def resolve(
     what: Task | Recipe | str | Path, name: str | None, overrides: Sequence[str], settings: Mapping[str, Any]
 ) -> Recipe:
-    """The recipe that the arguments of `train` describe."""
+    """The recipe that the arguments of `train` describe.
+
+    Raises:
+        RecipeError: one of them cannot be used.
+    """
     tables = {
         key: value for key, value in settings.items() if key in ("evaluate", "checkpoint", "recovery", "tracking")
     }
@@ -264,12 +274,12 @@ def resolve(
     if isinstance(start := train.get("start_from"), str | Path) and str(start):
         train["start_from"] = str(Path(start).resolve())
     if isinstance(what, Task):
+        refuse_overrides(as_texts("overrides", "--set", overrides, "train.epochs=3"), "a task")
         task = {"kind": name_of(what), **what.settings()}
         return recipes.check({"name": name or type(what).__name__, "task": task, "train": train, **tables})
     if not isinstance(what, (str, Path, Recipe)):
         raise RecipeError(_explain(what))
-    if isinstance(what, str | Path):
-        what = recipes.load(what, tuple(overrides))
+    what = as_recipe(what, overrides, "unisono.train")
     table = what.model_dump(mode="json", exclude_unset=True)
     for section, value in {"train": train, **tables}.items():
         table[section] = table.get(section, {}) | value

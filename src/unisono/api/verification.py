@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unisono.api.arguments import as_counts
 from unisono.api.training import Trained, resolve, train
 from unisono.config.recipe import Recipe
 from unisono.data.ingest.frames import settle
 from unisono.data.items import Collate
 from unisono.data.samplers import Sampler
-from unisono.errors import RecipeError
 from unisono.runtime.launchers.launcher import AUTO, Launcher
 from unisono.runtime.setup import check_workers
 from unisono.tasks.task import Task
@@ -84,8 +84,7 @@ def verify(
     """
     if steps:
         settings["max_steps"] = steps
-    if len(set(workers)) < 2:
-        raise RecipeError(f"verify, workers = {list(workers)}: there is nothing to compare. Give two numbers at least.")
+    workers = as_counts(workers)
     recipe = resolve(what, None, overrides, settings)
     for count in workers:
         check_workers(recipe, count)

@@ -6,8 +6,10 @@ Owns the names. A backend's module, and its framework, is imported when a task n
 from __future__ import annotations
 
 from importlib import import_module, metadata
+from typing import cast
 
 from unisono.backends.backend import Backend
+from unisono.config.offers import load_offer
 from unisono.errors import ContractError
 
 ENTRY_POINTS = "unisono.backends"
@@ -39,18 +41,18 @@ def find_backend(name: str) -> type[Backend]:
     """
     if name in _registered:
         return _registered[name]
-    place = COME_ALONG.get(name)
-    if place is None:
-        for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
-            place = point.value
-    if place is None:
+    if name in COME_ALONG:
+        module, _, attribute = COME_ALONG[name].partition(":")
+        built_in: type[Backend] = getattr(import_module(module), attribute)
+        return built_in
+    points = metadata.entry_points(group=ENTRY_POINTS)
+    if name not in [point.name for point in points]:
         raise ContractError(
             f"the task's backend is {name!r}; there are {', '.join(map(repr, list_backends()))}. Choose one of them, "
             f"install a package that has an entry point of that name in the group {ENTRY_POINTS!r}, or call "
             "unisono.backends.backend_registry.register_backend first."
         )
-    module, _, attribute = place.partition(":")
-    return getattr(import_module(module), attribute)
+    return cast("type[Backend]", load_offer(points, name, "backend", ContractError))
 
 
 def list_backends() -> list[str]:

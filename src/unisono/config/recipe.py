@@ -16,6 +16,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from unisono.config.aliases import ALIASES
 from unisono.config.run_sections import Checkpoint, Recovery, Tracking
 from unisono.config.sections import (
     Bag,
@@ -261,6 +262,8 @@ def _explain(fault: Any) -> str:
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"])
+        if alias := ALIASES.get(location[-1].lower()):
+            return f"{key!r}: no such key. It is {alias!r} here: {_describe(alias)}."
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         elsewhere = [full for full in _all_keys() if full.split(".")[-1] == location[-1] and full != key]
         where = f"Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
@@ -280,6 +283,13 @@ def _explain(fault: Any) -> str:
     shown = hide_all_secrets(repr(given))
     told = f"{key!r}" if isinstance(given, dict) else f"{key!r} = {shown}"  # a whole table would hide the fault
     return f"{told}: {message}. `unisono recipe --show-defaults` describes every key."
+
+
+def _describe(key: str) -> str:
+    """What a key means."""
+    section, _, name = key.partition(".")
+    sections = MODELS.values() if section == "model" else (type(Recipe.model_fields[section].default),)
+    return next(str(kind.model_fields[name].description) for kind in sections if name in kind.model_fields)
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

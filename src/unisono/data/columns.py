@@ -32,6 +32,8 @@ class Columns:
     def __init__(self, columns: Mapping[str, Any]) -> None:
         self._columns = {name: _as_tensor(name, column).contiguous() for name, column in columns.items()}
         sizes = {name: len(column) for name, column in self._columns.items()}
+        if not sizes:
+            raise DataError("the data has no columns. Give at least one.")
         if len(set(sizes.values())) != 1:
             raise DataError(f"columns of different lengths: {sizes}. Give one value per sample in each.")
         if not (size := next(iter(sizes.values()))):

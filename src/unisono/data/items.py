@@ -6,9 +6,9 @@ process loads, and when.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from unisono.data.columns import hash_tensors
 from unisono.determinism import keys
 from unisono.errors import DataError
+from unisono.processes.forking import end_copy
 
 HASHED_ITEMS = 64  # of a dataset; hashing all would load all
 
@@ -77,11 +78,14 @@ class Items:
     def _load(self, sample: int, epoch: int, repeat: int) -> Any:
         self._hear(sample)
         keys.seed_all(keys.key(self._seed, "sample", epoch, sample, *([repeat] if repeat else [])))
+        process = os.getpid()
         try:
-            return self._dataset[sample]
+            item = self._dataset[sample]
         except Exception as error:
             error.add_note(f"The dataset raised this when it was asked for sample {sample} in epoch {epoch}.")
             raise
+        end_copy(process)
+        return item
 
 
 @contextmanager
@@ -134,7 +138,11 @@ def _as_value(name: str, value: Any) -> Any:
         if value.dtype.kind in "biufc":
             return value
         told = f"values of NumPy's {value.dtype}"
-    elif isinstance(value, Tensor | Number):
+    elif isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            return value
+        told = f"a tensor in the layout {value.layout}"
+    elif isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         return value
     elif isinstance(value, list | tuple):
         try:

@@ -6,8 +6,11 @@ Owns the choice and its messages. The sources themselves are in `columns.py`, `i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from unisono.data.columns import Columns, list_columns
@@ -45,6 +48,8 @@ def open_source(data: Any, seed: int = 0, collate: Collate | None = None) -> Sou
         return Columns(list_columns(data, "frame"))
     if all(hasattr(data, name) for name in SOURCE):
         return data  # type: ignore[no-any-return]
+    if collate is None and (told := _explain(data)):
+        raise DataError(told)
     if isinstance(data, DataLoader):
         raise DataError(
             "data is a torch DataLoader, which decides itself what a batch holds; allowed are datasets, which unisono "
@@ -60,3 +65,23 @@ def open_source(data: Any, seed: int = 0, collate: Collate | None = None) -> Sou
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         return Items(data, seed, collate)
     raise DataError(f"{type(data).__name__} is no data that can be read; allowed are {ALLOWED}.")
+
+
+def _explain(data: Any) -> str:
+    """What to give instead of a value that has items, and yet is no dataset; "" for others."""
+    kind = type(data).__name__
+    if isinstance(data, str | bytes | PathLike):
+        return (
+            f"data is {data!r}, a text; a task of your own gets data in memory. Read the file (pandas.read_csv) and "
+            "give the frame; or name it in a recipe, as data.train, with the task as task.kind (--task)."
+        )
+    if isinstance(data, Tensor | np.ndarray):
+        return (
+            f"data is one {kind} of shape {tuple(data.shape)}; allowed are columns by name, such as {{'input': data}}."
+        )
+    if isinstance(data, tuple) and data and all(isinstance(one, Tensor | np.ndarray) for one in data):
+        return (
+            f"data is a {kind} of {len(data)} arrays; allowed are columns by name, such as "
+            '{"input": data[0], "target": data[1]}.'
+        )
+    return ""

@@ -3,13 +3,12 @@
 Owns the content of a cell. In CSV and TSV, a text that a spreadsheet would run as a formula is written with a single
 quote before it (OWASP, CSV Injection), so that opening the predictions runs nothing that a record contains. So is what
 follows a semicolon or a line end within a text: where the semicolon separates cells, it would be a cell of its own.
-JSONL and Parquet hold every text unchanged.
+JSONL and Parquet hold every text unchanged. In JSONL a NaN is null, and an infinite number a text.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import re
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 from unisono.data.ingest.column_batch import list_values
 from unisono.data.ingest.read import as_text
 from unisono.errors import DataError
+from unisono.storage.files import to_json
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -54,7 +54,7 @@ def write_table(table: pa.Table, path: Path, suffix: str) -> None:
         if suffix == ".jsonl":
             for values in _list_rows(table):
                 named = dict(zip(table.column_names, values, strict=True))
-                file.write(json.dumps(named, ensure_ascii=False, default=str) + "\n")
+                file.write(to_json(named, ensure_ascii=False, default=str) + "\n")
             return
         plain = suffix == ".csv"
         writer = csv.writer(file) if plain else None

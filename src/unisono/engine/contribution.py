@@ -6,6 +6,7 @@ contributions up, and depends on neither worker nor shard.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from unisono.determinism import keys
+from unisono.engine.numerics import Settings
 from unisono.engine.replica import Replica
 from unisono.exchange.protocol import Offload
+from unisono.processes.forking import end_copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +49,15 @@ class Contributor:
     """Computes contributions with one replica.
 
     offload: where other workers find some of the work; None: nowhere. halfway: called between the forward and the
-    backward pass, to read the clock there.
+    backward pass, to read the clock there. settings: the known state of the process, in which each contribution begins,
+    and which the task cannot change for what follows it.
     """
 
     replica: Replica
     seed: int
     offload: Offload | None = None
     halfway: Callable[[], None] | None = None
+    settings: Settings | None = None
 
     def contribute(self, step: int, number: int, microbatch: Mapping[str, Tensor]) -> Contribution:
         """Compute the contribution of microbatch `number` of `step`; leave the replica as it was.
@@ -62,8 +67,14 @@ class Contributor:
         """
         replica = self.replica
         key = keys.key(self.seed, "contribution", step, number)
+        if self.settings is not None:  # the data's code may have changed it
+            self.settings.keep()
         keys.seed_all(key)
+        process = os.getpid()
         sums = replica.backend.contribute(microbatch, key, offload=self.offload, halfway=self.halfway)
+        end_copy(process)
+        if self.settings is not None:
+            self.settings.keep()
         changes = [None if change is None else change.mul_(sums.terms) for change in replica.take_buffer_changes()]
         integers = replica.integer_values()
         replica.restore_buffers()

@@ -8,6 +8,7 @@ mean.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
@@ -19,8 +20,10 @@ from unisono.backends.backend import Backend, Measurement
 from unisono.data.loaders import load_in_turn
 from unisono.data.source import Source
 from unisono.determinism import keys
+from unisono.engine.numerics import Settings
 from unisono.errors import ContractError
 from unisono.exchange.protocol import Exchange
+from unisono.processes.forking import end_copy
 from unisono.processes.progress_table import UNWATCHED, Progress
 
 Results = dict[str, np.ndarray]
@@ -61,13 +64,18 @@ def measure_all(
     found: dict[str, list[Tensor]] = {}
     mine = range(exchange.rank, len(cut), exchange.workers)
     loaded = load_in_turn(source, [cut[number] for number in mine], 0 if source.prefetchable else loaders)
+    process = os.getpid()
     with closing(loaded), backend.measuring(measure) as compute:
+        settings = Settings()
         for number in mine:
             progress.at("evaluate", microbatch=number)
             microbatch = {name: column.to(device) for name, column in next(loaded).items()}
             key = keys.key(seed, "evaluation", number)
             keys.seed_all(key)
-            for name, values in compute(microbatch, key).items():
+            measured = compute(microbatch, key)
+            end_copy(process)
+            settings.keep()
+            for name, values in measured.items():
                 checked = check_result(name, values, len(cut[number]))
                 found.setdefault(name, []).append(checked.detach())
     return _gather(found, cut, exchange, everywhere)

@@ -27,6 +27,8 @@ from unisono.determinism import instruction_sets
 from unisono.errors import NumericsError
 from unisono.kernels.kernel import declared_kernels
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+DEVICES = ("cpu", "cuda")
 LIMITING_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -37,7 +39,7 @@ LIMITING_VARIABLES = (
     "MKL_CBWR",
     "MKL_DEBUG_CPU_TYPE",
     "NVIDIA_TF32_OVERRIDE",
-    "CUBLAS_WORKSPACE_CONFIG",
+    CUBLAS,
 )
 EXPLAINING_ONLY = frozenset({"processor"})
 """Names whose difference is a warning where the battery agrees."""
@@ -51,17 +53,71 @@ def settle(*, threads: int, device: torch.device) -> None:
     torch.set_flush_denormal(True)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault(CUBLAS, ":4096:8")
     # torch.use_deterministic_algorithms does this and imports the compiler, which takes longer than to start a worker
     torch._C._set_deterministic_algorithms(True, warn_only=False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads unwritten memory
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
-    torch.set_grad_enabled(True)  # a forked worker inherits the mode of its parent's thread
-    for kind in ("cpu", "cuda"):
-        torch.set_autocast_enabled(kind, False)
+    reset_modes()  # a forked worker inherits those of its parent's thread
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def reset_modes() -> None:
+    """Gradients on, autocast off, in this thread."""
+    torch.set_grad_enabled(True)
+    for kind in DEVICES:
+        torch.set_autocast_enabled(kind, False)
+
+
+class Settings:
+    """Everything that `settle` sets and a user's code may change, as it is in this thread now."""
+
+    def __init__(self) -> None:
+        self._modes = _read_modes()
+        self._flushes = bool((torch.full((1,), 1e-38, dtype=torch.float32) * 1e-3 == 0).all())
+        self._workspace = os.environ.get(CUBLAS)
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def keep(self) -> None:
+        """Restore what was changed, in about a microsecond if nothing was."""
+        torch.set_flush_denormal(self._flushes)  # quicker than to look at it
+        if _read_modes() != self._modes:
+            self.restore()
+
+    def restore(self) -> None:
+        """Restore everything."""
+        threads, deterministic, warns_only, fills, benchmark, precision, dtype, grad, *autocast = self._modes
+        torch.set_flush_denormal(self._flushes)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch._C._set_deterministic_algorithms(deterministic, warn_only=warns_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        for kind, enabled in zip(DEVICES, autocast, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+        if self._workspace is None:
+            os.environ.pop(CUBLAS, None)
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
+
+
+def _read_modes() -> tuple[Any, ...]:
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark,
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        *(torch.is_autocast_enabled(kind) for kind in DEVICES),
+    )
 
 
 def fingerprint(train: Train, *, device: torch.device, data: Mapping[str, str], layout: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
         raise ImpureError(
             f"the task's loss writes into column {written[0]!r} of its microbatch; it may be needed again, to audit "
             "the step or after a loss. Work on a copy (column.clone()), or use operations that do not end in _. "
-            "--allow-impure trains it without the promise of equal bits."
+            "--allow-impure (allow_impure=True) trains it without the promise of equal bits."
         )
     b = contributor.contribute(0, 1, second)
     b_again = contributor.contribute(0, 1, second)
@@ -40,7 +40,7 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
             raise ImpureError(
                 f"the model is not pure: computing a loss changes the weight {parameter.name!r}, which only an update "
                 "may do. Keep such changes out of the forward pass (an embedding's max_norm is one). --allow-impure "
-                "trains it without the promise of equal bits."
+                "(allow_impure=True) trains it without the promise of equal bits."
             )
     names = [
         f"{'change of buffer' if segment.group < 0 else 'gradient of'} {segment.name!r} "
@@ -55,8 +55,8 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
             f"the model is not pure: the same microbatch gave another {differing[0]} the second time "
             f"({where}{len(differing)} differ in all). Keep no state outside parameters and registered buffers, "
             "and draw random numbers from "
-            "the global generators of torch, NumPy or Python only. --allow-impure trains it without the promise "
-            "of equal bits."
+            "the global generators of torch, NumPy or Python only. --allow-impure (allow_impure=True) trains it "
+            "without the promise of equal bits."
         )
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from unisono.config.offers import load_offer
 from unisono.errors import NumericsError
 
 GROUP = "unisono.kernels"
@@ -86,13 +88,16 @@ def _import_all() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
             import_module(f"{__package__}.{module.name}")
-    for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
-        try:
-            found = entry.load()
-        except (ImportError, AttributeError, ValueError) as error:
+    points = metadata.entry_points(group=GROUP)
+    for name in sorted({point.name for point in points}):
+        found = load_offer(points, name, "kernel", NumericsError)
+        if not isinstance(found, Kernel | ModuleType):
             raise NumericsError(
-                f"kernel {entry.name!r} ({entry.value}, of an installed package): {error}. Repair or uninstall the "
-                "package: without its kernels, what this process computes cannot be compared."
-            ) from error
+                f"kernel {name!r}: the entry point of an installed package names {type(found).__name__} {found!r}; "
+                "allowed are a Kernel, or a module that declares some. Repair or uninstall the package."
+            )
         if isinstance(found, Kernel):
-            declare(found)
+            try:
+                declare(found)
+            except ValueError as error:
+                raise NumericsError(f"an installed package offers {name!r}: {error}") from error

@@ -74,6 +74,20 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str, hold: Co
     return process
 
 
+def end_copy(process: int) -> None:
+    """End this process if it is not `process`: then the user's code has forked, and returned in the child as well. The
+    child would repeat whatever follows, in memory and over connections that belong to `process`."""
+    if os.getpid() == process:
+        return
+    told = (
+        f"unisono: process {process} was forked by the code of the task or the data, and the child {os.getpid()} "
+        "returned from that code. Only the parent goes on; the child has been ended. After os.fork(), end the child "
+        "with os._exit(0) where its work is done.\n"
+    )
+    os.write(2, told.encode())
+    os._exit(os.EX_SOFTWARE)  # no clean-up of what belongs to the parent
+
+
 def flush_output() -> None:
     """Flush standard output and standard error. Either may be an object that cannot be flushed."""
     for stream in (sys.stdout, sys.stderr):

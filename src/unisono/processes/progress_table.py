@@ -19,6 +19,7 @@ import numpy as np
 
 from unisono.errors import LostPeerError
 from unisono.processes.fault_injection import Fault, strike
+from unisono.processes.forking import end_copy
 
 PHASES = (
     "start",  # of the process; imports, warm-up
@@ -207,6 +208,7 @@ class ProgressWriter:
         self.generation = -1
         self._words = words
         self._faults = faults
+        self._process = os.getpid()
 
     def assignment(self, rank: int, generation: int) -> None:
         """Begin a new generation, in which this worker has this rank; rank −1: it waits for one."""
@@ -214,6 +216,7 @@ class ProgressWriter:
         self._words[_ENTERED] = self._words[_LEFT] = 0
 
     def at(self, phase: str, step: int = -1, microbatch: int = -1) -> None:
+        end_copy(self._process)
         words = self._words
         words[_PHASE], words[_STEP], words[_MICROBATCH] = PHASES.index(phase), step, microbatch
         words[_SINCE] = time.monotonic_ns()
@@ -222,6 +225,7 @@ class ProgressWriter:
         self._check()
 
     def enter(self, call: str) -> None:
+        end_copy(self._process)
         self._words[_CALL] = CALLS.index(call)
         self._words[_ENTERED] += 1
         self._words[_SINCE] = time.monotonic_ns()

@@ -18,6 +18,8 @@ from unisono.processes.forking import describe_end
 from unisono.tracking import events
 
 MOST_BACKOFF_SECONDS = 60.0
+MOST_FRAME_LINES = 12
+MOST_CAUSE_CHARACTERS = 200
 _HINTS: dict[int, str] = {
     signal.SIGKILL: " (out of memory? dmesg tells)",
     signal.SIGBUS: " (a file that it maps was made shorter, or /dev/shm is full?)",
@@ -38,33 +40,44 @@ class End:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
     """Workers that were lost at once. step: the last committed one, −1 before any. what: in words. cause: of an
-    exception, which a deterministic program repeats; "" for others. trace: to show if this ends the run."""
+    exception, which a deterministic program repeats; "" for others. trace: to show if this ends the run. frames: the
+    part of it that says where it happened, to show if the run goes on."""
 
     step: int
     what: str
     cause: str = ""
     trace: str = ""
+    frames: str = ""
 
 
 def name_loss(ends: Sequence[End], step: int) -> Loss:
     """A loss in words: every worker that has ended."""
-    told, trace, cause = [], "", ""
+    told, trace, cause, frames = [], "", "", ""
     for end in ends:
         who = f"worker {end.worker}"
         if end.report and end.report["kind"] == CorruptionError.__name__:
             told.append(f"{who}: {end.report['message']}")
         elif end.report:
-            limit = end.report.get("limit", "")
-            told.append(f"{who} failed{': ' * bool(limit)}{limit.removesuffix('.')}")
+            limit = end.report.get("limit", "").removesuffix(".")
             cause = f"{end.report['kind']}: {end.report['message']}"
-            trace = trace or ("" if limit else str(end.report["traceback"]))
+            told.append(f"{who} failed: {limit}" if limit else f"{who} failed ({_shorten(cause)})")
+            found = "" if limit else str(end.report["traceback"])
+            trace = trace or found
+            frames = frames or "\n".join(found.rstrip().splitlines()[-MOST_FRAME_LINES:])
         elif end.code < 0:
             hint = _HINTS.get(-end.code, "")
             told.append(f"{who} {describe_end(end.code)}{hint}")
             trace = trace or end.stacks
+            frames = frames or "\n".join(end.stacks.splitlines()[:MOST_FRAME_LINES])  # the innermost comes first
         else:
             told.append(f"{who} {describe_end(end.code)}")
-    return Loss(step=step, what=", ".join(told), cause=cause, trace=trace)
+    return Loss(step=step, what=", ".join(told), cause=cause, trace=trace, frames=frames)
+
+
+def _shorten(cause: str) -> str:
+    """The first line of an error, cut where it is long."""
+    line = cause.strip().splitlines()[0]
+    return line if len(line) <= MOST_CAUSE_CHARACTERS else line[:MOST_CAUSE_CHARACTERS] + " …"
 
 
 def find_verdict(ends: Sequence[End]) -> Exception | None:
@@ -124,13 +137,14 @@ class Change:
     """A loss or a resize from which the run has not recovered yet.
 
     since: seconds of the monotonic clock, from when no worker has trained. wasted: work on a step that was dropped.
-    lost: the losses, in words; "" for none. before: the number of workers, where another was requested. assigned: all
-    have got rank assignments since. stands_still: `since` is exact.
+    lost: the losses, in words; "" for none. frames: where an error was raised. before: the number of workers, where
+    another was requested. assigned: all have got rank assignments since. stands_still: `since` is exact.
     """
 
     since: float
     wasted: float = 0.0
     lost: str = ""
+    frames: str = ""
     before: int | None = None
     assigned: bool = False
     stands_still: bool = False
@@ -147,7 +161,12 @@ class Change:
         if self.lost:
             told.append(
                 events.Recovered(
-                    step=step, what=self.lost, workers=workers, wasted_seconds=self.wasted, seconds=seconds
+                    step=step,
+                    what=self.lost,
+                    workers=workers,
+                    wasted_seconds=self.wasted,
+                    seconds=seconds,
+                    trace=self.frames,
                 )
             )
         if self.before is not None:

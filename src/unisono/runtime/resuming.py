@@ -118,7 +118,10 @@ def _compare_numerics(now: Resumption, saved: checkpoints.Saved) -> list[str]:
         if not names:
             return []
         return [f"going on under new numerics ({', '.join(names)} differ): the bits are those of neither"]
-    remedy = "Resume where the run began, or give --accept-new-numerics: it then goes on, to other bits."
+    remedy = (
+        "Resume where the run began, or give --accept-new-numerics (accept_new_numerics=True): it then goes on, to "
+        "other bits."
+    )
     if any(name.partition(".")[0] in ("dataset", "data") for name in names):
         remedy = (
             "The data has changed since the run began. Train these weights on other data in a new run: "

@@ -93,11 +93,11 @@ def _tell_stop(run: Run, saved: bool) -> str:
         where = f"`--run-folder {run.job.folder} --resume`" if is_here else "the folder that the last warning names"
         return (
             f"stopped after step {run.state.step} of {run.order.total_steps}, which is saved. Go on with the same "
-            f"command and {where}, on any number of workers."
+            f"command and {where} (run=…, resume=True), on any number of workers."
         )
     return (
         f"stopped after step {run.state.step} of {run.order.total_steps}, which could not be saved: the "
-        "messages above say why. Go on from the last checkpoint, if there is one, with --resume."
+        "messages above say why. Go on from the last checkpoint, if there is one, with --resume (resume=True)."
     )
 
 
@@ -156,7 +156,6 @@ def _follow(run: Run, feed: Feed, contributor: Contributes, traced: Traced | Non
     train, request, at = run.recipe.train, run.client.request, run.progress.at
     watched = run.ready.profile.watch(audit) if run.ready.profile else audit
     for done in steps(state, run.order, feed, watched, train, request, audit.check, at):
-        run.samples += done.step.samples
         if traced and run.exchange.rank == 0:
             traced.record_weights(state.step, state.replica)
         _attend(run, time.perf_counter() - last, feed.waited_seconds - waited)
@@ -330,7 +329,6 @@ def _finish(run: Run, feed: Feed) -> None:
     if run.inputs.validation is not None and not state.evaluated:
         _evaluate(run)
     optimizer_sha256 = tensors_sha256(state.optimizer_tensors())
-    seconds = time.perf_counter() - run.started
     if run.ready.profile:
         _write_profile(run, run.ready.profile, feed)
     if run.recipe.evaluate.keep_best:
@@ -347,8 +345,6 @@ def _finish(run: Run, feed: Feed) -> None:
                 "name": run.recipe.name,
                 "steps": state.step,
                 "epochs": round(run.epoch(), 6),
-                "seconds": round(seconds, 3),
-                "samples_per_second": round(run.samples / seconds, 2),
                 "workers": run.exchange.workers,
                 "device": run.fingerprint["device"],
                 "fingerprint": numerics.digest(run.fingerprint),

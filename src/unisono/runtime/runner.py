@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from unisono.engine import numerics
 from unisono.exchange.protocol import Exchange
 from unisono.runtime.run import execute
 from unisono.runtime.setup import Job, Ready, leave_alone, make_ready
@@ -64,7 +65,7 @@ class Runner:
         if local_rank == 0 and self._inputs is None:
             tell = client.tell if exchange.rank == 0 else lambda event: None
             known_hashes.forget()
-            self._inputs = self._open_inputs(local_workers, lambda line: tell(_as_notice(line)))
+            self._open(local_workers, lambda line: tell(_as_notice(line)))
             known_hashes.pass_on(self._hashes)
             client.prepared = True
         exchange.wait_for_all()
@@ -72,12 +73,18 @@ class Runner:
         self._hashes = Path(os.fsdecode(places[exchange.rank - local_rank]))
         return execute(self._job, self._make_ready(device, local_workers), exchange, client)
 
+    def _open(self, workers: int, notify: Callable[[str], None]) -> RunInputs:
+        settings = numerics.Settings()
+        self._inputs = self._open_inputs(workers, notify)
+        settings.keep()  # items are the user's code
+        return self._inputs
+
     def _make_ready(self, device: torch.device, workers: int) -> Ready:
         if self._inputs is None:
             known_hashes.take_over(self._hashes)
-            self._inputs = self._open_inputs(workers, lambda line: None)
+        inputs = self._inputs or self._open(workers, lambda line: None)
         if self._ready is None:
-            self._ready = make_ready(self._job, self._inputs, device, self.on_built)
+            self._ready = make_ready(self._job, inputs, device, self.on_built)
         return self._ready
 
 

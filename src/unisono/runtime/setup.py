@@ -6,9 +6,9 @@ Owns the job, the run in progress, and every check that refuses a run before the
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,9 @@ from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
 from unisono.engine.trial import check_folder, try_export, try_loss, try_prediction, try_scores
 from unisono.engine.warm_start import WarmStart, start_from
-from unisono.errors import DamagedError, ImpureError, RecipeError, RunFolderError
+from unisono.errors import ContractError, DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
+from unisono.processes.forking import end_copy
 from unisono.processes.progress_table import Progress
 from unisono.runtime.resuming import Resumption, decisive, resume
 from unisono.runtime.supervisor_client import SupervisorClient
@@ -69,14 +70,16 @@ class Job:
 class Ready:
     """What a worker makes once and keeps while groups of workers come and go.
 
-    fingerprint: of the model as it was built, so it does not depend on when it is taken. profile: what this worker
-    was doing and for how long, where requested. warm: where the first weights come from, if from another run.
+    fingerprint: of the model as it was built, so it does not depend on when it is taken. settings: the state of the
+    process, as the fingerprint describes it. profile: what this worker was doing and for how long, where requested.
+    warm: where the first weights come from, if from another run.
     """
 
     inputs: RunInputs
     backend: Backend
     device: torch.device
     fingerprint: Mapping[str, Any]
+    settings: numerics.Settings
     profile: Profile | None = None
     warm: WarmStart | None = None
 
@@ -97,8 +100,6 @@ class Run:
     begun: int = 0
     recovered: bool = False
     saved_step: int = -1
-    started: float = field(default_factory=time.perf_counter)
-    samples: int = 0
 
     @property
     def recipe(self) -> Recipe:
@@ -137,9 +138,9 @@ def check_workers(recipe: Recipe, workers: int) -> None:
     microbatches = recipe.train.microbatches
     if not 1 <= workers <= microbatches:
         raise RecipeError(
-            f"`--workers {workers}`: the recipe has {microbatches} microbatches, so 1 to {microbatches} workers can "
-            "share a step. "
-            f"Use at most {microbatches}, or set train.microbatches = {max(workers, 1)} (this changes the numerics)."
+            f"`--workers {workers}` (workers={workers}): the recipe has {microbatches} microbatches, so 1 to "
+            f"{microbatches} workers can share a step. Use at most {microbatches}, or set train.microbatches = "
+            f"{max(workers, 1)} (this changes the numerics)."
         )
 
 
@@ -156,18 +157,35 @@ def make_ready(
     inputs.check(recipe)
     keys.seed_all(key := keys.key(train.seed, "build"))
     kind = find_backend(inputs.task.backend)
+    process, threads = os.getpid(), torch.get_num_threads()
     try:
         backend = kind.build(inputs.task, train, key=key, device=device, on_built=on_built)
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # torch has no kind of its own for it
             raise RecipeError(f"the model does not fit into memory: {error}. Make it smaller.") from error
         raise
+    end_copy(process)
+    numerics.reset_modes()  # build may have left them otherwise
+    if torch.get_num_threads() != threads:
+        raise ContractError(
+            f"the task's build, or a package that it imports, set torch to {torch.get_num_threads()} threads; allowed "
+            f"is train.threads, which is {train.threads}. Set train.threads = {torch.get_num_threads()}, or end build "
+            f"with torch.set_num_threads({train.threads})."
+        )
     start = train.start_from
     warm = start_from(start, backend, inputs.task, inputs.labels) if start else None
     data = {**inputs.data, **backend.fingerprint(), **(warm.fingerprint if warm else {})}
     found = numerics.fingerprint(train, device=device, data=data, layout=layout_digest(backend))
     profile = Profile() if job.profile else None
-    return Ready(inputs=inputs, backend=backend, device=device, fingerprint=found, profile=profile, warm=warm)
+    return Ready(
+        inputs=inputs,
+        backend=backend,
+        device=device,
+        fingerprint=found,
+        settings=numerics.Settings(),
+        profile=profile,
+        warm=warm,
+    )
 
 
 def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -> Run:
@@ -194,7 +212,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
             read_stream=inputs.train.state_at if isinstance(inputs.train, SampleStream) else None,
         ),
         order=order,
-        contributor=Contributor(replica=replica, seed=train.seed, offload=exchange.offload),
+        contributor=Contributor(replica=replica, seed=train.seed, offload=exchange.offload, settings=ready.settings),
         pure=not job.allow_impure,
     )
     origin, saved = _look(job, arrays)
@@ -340,8 +358,8 @@ def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> 
             raise ImpureError(
                 f"the dataset is not pure: loaded a second time, the same samples gave another {name!r}. Keep no state "
                 "in it, and draw random numbers from the global generators of torch, NumPy or Python, which are seeded "
-                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure trains it "
-                "without the promise of equal bits."
+                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure "
+                "(allow_impure=True) trains it without the promise of equal bits."
             )
 
 
@@ -374,7 +392,7 @@ def _set_aside(run: Run, saved: checkpoints.Saved | None, everyone: Sequence[Ori
             raise DamagedError(faults[0])
         raise RunFolderError(
             f"--resume: {str(run.job.folder)!r} has no complete checkpoint. Start without --resume, or with "
-            "--resume auto."
+            '--resume auto (resume="auto").'
         )
     if run.exchange.rank == 0 and everyone[0].faults:  # only worker 0 writes there
         checkpoints.set_aside(run.job.folder / "checkpoints", saved)

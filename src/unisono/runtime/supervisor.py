@@ -42,7 +42,7 @@ MEETING_SECONDS = 2.0  # for workers that wait for one that was lost on the way 
 ORPHAN_SECONDS = 1.0  # for a worker to end after others have lost its connection
 WRITING_SHARE = 0.5  # of the grace period, kept for writing the checkpoint
 LAST_WRITING_SECONDS = 600.0
-LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --resume."
+LAST_CHECKPOINT = "The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
 
 
 class Supervisor:
@@ -193,6 +193,7 @@ class Supervisor:
         change, now = self._change, time.monotonic()
         if change is not None and change.lost and not change.assigned and not fresh:
             change.lost += f"; {loss.what}"  # the same loss, noticed in several parts
+            change.frames = change.frames or loss.frames
             return
         if end := self._budget.spend(loss):
             self._terminate(self._pool.staying())
@@ -202,6 +203,7 @@ class Supervisor:
         if change is None:
             change = self._change = Change(since=now)
         change.lost += f"; {loss.what}" if change.lost else loss.what
+        change.frames = loss.frames or change.frames
         change.wasted += now - self._last_event if self._training else 0.0
         change.assigned = False
         self._last_event = now
@@ -266,7 +268,7 @@ class Supervisor:
             return f"Step {step} could not be saved. {LAST_CHECKPOINT}"
         return (
             f"Everything up to step {step} is saved. Go on with the same command and `--run-folder "
-            f"{self._checkpoint_writer.place} --resume`, on any number of workers."
+            f"{self._checkpoint_writer.place} --resume` (run=…, resume=True), on any number of workers."
         )
 
     def _named(self, message: str) -> Interrupted:

@@ -128,7 +128,7 @@ def guarded(main: Callable[[], None], write: Callable[[str], object], rank: int)
             "symptom": isinstance(error, LostPeerError),
             "traceback": traceback.format_exc(),
             "limit": explain(error),
-            "when": time.time(),
+            "when": time.monotonic(),  # one clock for all processes of a host, never set back
         }
         write(json.dumps(report))
         return int(os.EX_SOFTWARE)

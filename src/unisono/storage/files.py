@@ -9,10 +9,11 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,23 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def to_json(value: object, **options: Any) -> str:
+    """JSON that every reader takes. JSON has no NaN and no infinite numbers, which Python's `json` writes all the same:
+    NaN becomes null, an infinite number the text "Infinity" or "-Infinity"."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(value), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {_without_nan(name): _without_nan(one) for name, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors; equal tensors give equal bytes. Those that share memory are copied: the format
     allows none of that."""
@@ -143,7 +161,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         whole = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
         apart[name] = value if whole else value.clone()
+    path.touch()
+    mode = path.stat().st_mode  # as umask says; safetensors lets only the owner read what it makes
     save_file(apart, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

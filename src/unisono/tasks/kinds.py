@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from unisono.config.offers import load_offer
 from unisono.config.recipe import Recipe
 from unisono.config.sections import TEXT
 from unisono.errors import ModelError, RecipeError
@@ -78,13 +79,7 @@ def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     if name in PRESETS:
         return _as_kind(_import(PRESETS[name]), name)
     if name in found:
-        try:
-            return _as_kind(found[name].load(), name)
-        except (ImportError, AttributeError) as error:
-            raise RecipeError(
-                f"'task.kind' = {name!r}: the package that declares it ({found[name].value}) cannot be used: {error}. "
-                "Install it again, or repair its entry point."
-            ) from error
+        return _as_kind(load_offer(entry_points(group=GROUP), name, "'task.kind'", RecipeError), name)
     if not trusted:
         raise ModelError(
             f"the model was trained with the task {name!r}, which is no preset and of no installed package. "
@@ -96,6 +91,22 @@ def find_kind(name: str, *, trusted: bool = True) -> TaskKind:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise RecipeError(f"'task.kind' = {name!r}: allowed are {', '.join(known)}, or module:Class.{guess}")
+
+
+def named_kind(task: object) -> TaskKind:
+    """The kind that a user names: the class of a task, or its name.
+
+    Raises:
+        RecipeError: it is neither; or as `find_kind`.
+    """
+    if isinstance(task, type) and issubclass(task, Task):
+        return kind_of(task)
+    if isinstance(task, str) and task:
+        return find_kind(task)
+    given, hint = repr(task), ""
+    if isinstance(task, Task):
+        given, hint = f"an object of {type(task).__name__}", f" Give the class: task={type(task).__name__}."
+    raise RecipeError(f"task (--task) is {given}; allowed is a subclass of unisono.Task, or its module:Class.{hint}")
 
 
 def name_of(task: Task) -> str:
@@ -195,7 +206,7 @@ def _import(name: str) -> object:
 def _run_file(path: Path) -> ModuleType:
     """Import a file under the name of its stem, once."""
     if not path.is_file():
-        raise RecipeError(f"--task {path}: no such file. Give path/to/file.py:Class.")
+        raise RecipeError(f"--task {path} (task.kind): no such file. Give path/to/file.py:Class.")
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
         return known

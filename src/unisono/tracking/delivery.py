@@ -196,7 +196,7 @@ class Delivery:
         starts = [place for place, line in enumerate(lines) if line["event"] == "RunStarted"]
         skipped = self._befallen
         for line in lines[: starts[-1] if starts else 0]:
-            fields = {name: value for name, value in line.items() if name not in ("event", "when", "since")}
+            fields = {name: value for name, value in line.items() if name not in ("event", "clock", "when", "since")}
             if line["event"] in BEFALLEN:
                 skipped -= 1
                 if skipped < 0:

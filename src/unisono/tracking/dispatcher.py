@@ -21,6 +21,8 @@ def check_observers(observers: Sequence[object]) -> None:
     Raises:
         RecipeError: it names the object, and the missing methods.
     """
+    if not isinstance(observers, list | tuple):
+        raise RecipeError(f"observers is {observers!r}; allowed is a list of observers, such as [observer].")
     for observer in observers:
         lacks = [name for name in ("observe", "close") if not callable(getattr(observer, name, None))]
         if lacks or isinstance(observer, type):

@@ -74,7 +74,8 @@ class Recovered:
     """Training goes on from committed step `step` after a loss, with `workers` workers.
 
     what: the loss in words, every lost worker named. wasted_seconds: work on a step that was not finished. seconds:
-    from the notice of the loss until all workers had joined again.
+    from the notice of the loss until all workers had joined again. trace: where in the code a worker raised or crashed,
+    the last lines of its traceback; "" where it did neither.
     """
 
     step: int
@@ -82,6 +83,7 @@ class Recovered:
     workers: int
     wasted_seconds: float
     seconds: float
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

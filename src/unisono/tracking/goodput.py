@@ -16,12 +16,15 @@ The time between a line and the one before belongs to the work that the later li
 If a line claims more than its own interval, that time was spent before a step that was reported in between. It is taken
 from what the steps' intervals hold beyond the steps' own seconds, and no further. The time between two sessions does
 not count: the run was not running.
+
+Times are read from `clock`, seconds since the session's beginning that no change of the date can alter. A ledger of an
+earlier version has dates only, in `when`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +36,7 @@ def goodput(lines: Iterable[Mapping[str, Any]], *, until: float | None = None) -
 
     Args:
         lines: the ledger's, in its order, every event once.
-        until: the end of the last session, in UTC unix seconds; None: its last line.
+        until: the end of the last session, in seconds since its beginning; None: its last line.
 
     Returns:
         {"wall_seconds", "share", "seconds": {kind: seconds}}. The kinds add up to the wall time, all rounded to
@@ -52,11 +55,27 @@ def goodput(lines: Iterable[Mapping[str, Any]], *, until: float | None = None) -
     return {"wall_seconds": wall, "share": round(share, 4), "seconds": seconds}
 
 
+def measure_speed(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """How fast the steps in these lines were trained: {"seconds", "samples_per_second"}, over all sessions.
+
+    seconds: from the beginning of the first step of each session to the end of its last, with what lies between steps:
+    evaluations, checkpoints, recoveries. Where the lines do not have all `steps` of the run, "timed_steps" is their
+    number.
+    """
+    done = [place for place, line in enumerate(lines) if line["event"] == "StepDone"]
+    found = goodput(lines[: done[-1] + 1] if done else ())
+    seconds = round(found["wall_seconds"] - found["seconds"]["start"], 3)
+    samples = sum(lines[place].get("samples", 0) for place in done)
+    speed = {"seconds": seconds, "samples_per_second": round(samples / seconds, 2) if seconds else 0.0}
+    return speed if len(done) == steps else {**speed, "timed_steps": len(done)}
+
+
 @dataclass(slots=True)
 class _Session:
     """The time of one session, in pools of intervals; and what its lines claim from them. All in seconds."""
 
-    now: float  # unix; up to here, time lies in a pool
+    since: float  # its beginning, as a date: it tells sessions apart
+    now: float  # since its beginning; up to here, time lies in a pool
     start: float = 0.0
     training: float = 0.0  # intervals that a step ended
     evaluation: float = 0.0
@@ -103,10 +122,10 @@ def _follow(lines: list[Mapping[str, Any]]) -> Iterable[_Session]:
         if event == "RunStarted" or session is None:
             if session is not None:
                 yield session
-            when = line.get("when", 0.0)
+            since = line.get("since", line.get("when", 0.0))
             # If it is reported twice in one session, the time since the beginning must count once.
-            earlier = session.now if session is not None else -math.inf
-            session = _Session(now=max(min(line.get("since", when), when), earlier))
+            again = session is not None and session.since == since
+            session = _Session(since=since, now=session.now if session is not None and again else 0.0)
         _put(session, event, line, is_forgotten)
     if session is not None:
         yield session
@@ -114,7 +133,7 @@ def _follow(lines: list[Mapping[str, Any]]) -> Iterable[_Session]:
 
 def _put(session: _Session, event: str, line: Mapping[str, Any], is_forgotten: bool) -> None:
     """Put the interval that a line ends into its pool, and note what the line claims."""
-    when = line.get("when", session.now)
+    when = line.get("clock", line.get("when", session.since + session.now) - session.since)
 
     def read(name: str) -> float:
         return max(0.0, line.get(name, 0.0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -22,9 +23,9 @@ from typing import Any
 from unisono.config.wording import readable
 from unisono.errors import RunFolderError
 from unisono.storage.elsewhere import write_or_rescue
-from unisono.storage.files import whole_file, write_text
+from unisono.storage.files import to_json, whole_file, write_text
 from unisono.tracking import events
-from unisono.tracking.goodput import goodput
+from unisono.tracking.goodput import goodput, measure_speed
 
 Line = dict[str, Any]
 
@@ -37,7 +38,8 @@ def warn_on_stderr(message: str) -> None:
 
 
 class Ledger:
-    """Keeps what happened, one JSON line each: {"event": name, …, "when": UTC unix seconds}.
+    """Keeps what happened, one JSON line each: {"event": name, …, "clock": seconds since this ledger was made, "when":
+    UTC unix seconds}. Spans are differences of "clock": a date may be set forwards or back at any time.
 
     A line is in the kernel when `observe` returns, or else waits for the next event, for the run's end or for `close`.
     It is whole or absent, and lines are in the order in which they were reported. Events reported before RunStarted
@@ -54,6 +56,7 @@ class Ledger:
         self._path = folder / "metrics.jsonl"
         self._warn = warn
         self._since = round(time.time(), 3)
+        self._begun_at = time.monotonic()
         self._has_begun = False
         self._file: int | None = None
         self._good_bytes = 0  # the part of the file that is whole lines
@@ -73,7 +76,7 @@ class Ledger:
         line = {"event": type(event).__name__, **dataclasses.asdict(event)}
         if isinstance(event, events.RunStarted):
             line["since"] = self._since
-        line["when"] = round(time.time(), 3)
+        line["clock"], line["when"] = self._clock(), round(time.time(), 3)
         if isinstance(event, events.RunStarted) and not self._has_begun:
             self._has_begun = True
             self._waiting.appendleft(line)
@@ -82,7 +85,8 @@ class Ledger:
         self._write_waiting()
 
     def complete(self, event: events.RunEnded) -> events.RunEnded:
-        """The event with "recoveries", "resumes" and "goodput" in its summary. Writes nothing; one call is enough."""
+        """The event with "recoveries", "resumes", "seconds", "samples_per_second" and "goodput" in its summary: of the
+        whole run, all its sessions together. Writes nothing; one call is enough."""
         if "goodput" in event.summary:
             return event
         lines = self._read_all()
@@ -90,8 +94,13 @@ class Ledger:
             name: sum(line["event"] == of for line in lines)
             for name, of in (("recoveries", "Recovered"), ("resumes", "Resumed"))
         }
-        summary = {**event.summary, **counted, "goodput": goodput(lines, until=round(time.time(), 3))}
+        speed = measure_speed(lines, event.summary.get("steps", 0))
+        summary = {**event.summary, **speed, **counted, "goodput": goodput(lines, until=self._clock())}
         return dataclasses.replace(event, summary=summary)
+
+    def _clock(self) -> float:
+        """Seconds since this ledger was made."""
+        return round(time.monotonic() - self._begun_at, 3)
 
     def close(self) -> None:
         """Try a last time to write the waiting lines."""
@@ -114,7 +123,7 @@ class Ledger:
         event = self.complete(event)
         with suppress(OSError):  # the next line gives the reason
             self._folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._folder / "summary.json", json.dumps(dict(event.summary), indent=1) + "\n")
+        write_text(self._folder / "summary.json", to_json(dict(event.summary), indent=1) + "\n")
         path = self._folder / "curves.svg"
         try:
             draw_curves(self._read_all(), path)
@@ -276,7 +285,7 @@ def resume(earlier: list[Line], started: Line) -> list[Line]:
     if not earlier:
         return [started]
     told = {"step": step, "dropped_steps": len(wasted), "wasted_seconds": round(sum(wasted), 6)}
-    return [*kept, started, {"event": "Resumed", **told, "when": started["when"]}]
+    return [*kept, started, {"event": "Resumed", **told, "clock": started["clock"], "when": started["when"]}]
 
 
 def read_ledger(path: Path) -> list[Line]:
@@ -290,12 +299,22 @@ def _decode(content: bytes) -> list[Line]:
         with suppress(ValueError):  # cut off, or no JSON
             line = json.loads(text)
             if isinstance(line, dict) and "event" in line:
-                lines.append(line)
+                lines.append(_with_nan(line) if line["event"] in ("StepDone", "Evaluated") else line)
     return lines
 
 
+def _with_nan(line: Line) -> Line:
+    """The numbers that JSON does not have, as they were before `to_json`."""
+    tables: list[Line] = [line, line.get("scores") or {}]
+    for table in tables:
+        for name, value in table.items():
+            if value is None or value in ("Infinity", "-Infinity"):
+                table[name] = math.nan if value is None else float(value)
+    return line
+
+
 def _encode(lines: Iterable[Line]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return "".join(to_json(line) + "\n" for line in lines).encode()
 
 
 def _write_all(file: int, content: bytes) -> None:

@@ -10,11 +10,12 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from unisono.config.offers import load_offer
 from unisono.errors import RecipeError
 from unisono.tracking import events
 
@@ -132,10 +133,10 @@ def allowed_names() -> list[str]:
 
 
 def check(names: Iterable[str]) -> None:
-    """Refuse loggers that cannot be opened, without importing them.
+    """Refuse loggers that cannot be opened. Those of this package are not imported for it.
 
     Raises:
-        RecipeError: a name is unknown or is given twice, or a package is not installed.
+        RecipeError: a name is unknown or is given twice, or a package is not installed or is broken.
     """
     seen: set[str] = set()
     for name in names:
@@ -150,9 +151,10 @@ def check(names: Iterable[str]) -> None:
         if name in _registered:
             continue
         built_in = _BUILT_IN.get(name)
-        packages = built_in.packages if built_in else (_find_entry_point(name).module.partition(".")[0],)
-        if missing := [package for package in packages if find_spec(package) is None]:
-            remedy = f"pip install 'unisono[{name}]'" if built_in else f"install again the package that offers {name!r}"
+        if built_in is None:
+            _load_offered(name)
+        elif missing := [package for package in built_in.packages if find_spec(package) is None]:
+            remedy = f"pip install 'unisono[{name}]'"
             raise RecipeError(
                 f"'tracking.loggers' has {name!r}, which needs {', '.join(missing)}: not installed. Install it ("
                 f"{remedy}), or leave {name!r} out."
@@ -166,12 +168,18 @@ def find(name: str) -> OpenLogger:
     if name in _BUILT_IN:
         found: OpenLogger = import_module(_BUILT_IN[name].module).open_logger
         return found
-    loaded: OpenLogger = _find_entry_point(name).load()
-    return loaded
+    return _load_offered(name)
 
 
-def _find_entry_point(name: str) -> EntryPoint:
-    return next(iter(entry_points(group=GROUP, name=name)))
+def _load_offered(name: str) -> OpenLogger:
+    """The function that an installed package offers under this name."""
+    found = load_offer(entry_points(group=GROUP), name, "logger", RecipeError)
+    if not callable(found):
+        raise RecipeError(
+            f"logger {name!r}: an installed package offers {type(found).__name__} {found!r}; allowed is a function "
+            "that opens a logger, as docs/tracking.md describes. Repair or uninstall the package."
+        )
+    return cast("OpenLogger", found)
 
 
 def measure(event: events.Event) -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from unisono.engine.profile import PHASES, Span
 from unisono.processes.progress_table import CALLS
-from unisono.storage.files import write_text
+from unisono.storage.files import to_json, write_text
 
 Told = Mapping[str, Any]
 """One worker's report, plain values: "host", "steps", "flop", "peak", "memory", "problems"."""
@@ -276,6 +276,6 @@ def write(folder: Path, reports: Sequence[Told], facts: Mapping[str, Any]) -> st
     summary = summarise(reports, facts)
     told = tell(summary)
     write_text(folder / "profile.md", told)
-    write_text(folder / "profile.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "profile.json", to_json(summary, indent=1) + "\n")
     write_text(folder / "trace.json", trace(reports))
     return told

@@ -7,7 +7,6 @@ terminal, plain lines, JSON lines, and quiet.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from typing import Any
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from unisono.config.wording import readable
 from unisono.processes.forking import flush_output, is_terminal
+from unisono.storage.files import to_json
 from unisono.tracking import events
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -49,7 +49,7 @@ class JsonLines:
     """Each event as a line of JSON, {"event": name, …}, on standard output."""
 
     def observe(self, event: events.Event) -> None:
-        print_now(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}))
+        print_now(to_json({"event": type(event).__name__, **dataclasses.asdict(event)}))
 
     def close(self) -> None:
         return
@@ -242,7 +242,8 @@ def _tell_start(event: events.RunStarted) -> list[str]:
 def _tell_recovery(event: events.Recovered) -> str:
     lost = event.wasted_seconds + event.seconds
     workers = _count(event.workers, "worker")
-    return f"{event.what}: going on from step {event.step} with {workers}, {lost:.1f} s lost"
+    told = f"{event.what}: going on from step {event.step} with {workers}, {lost:.1f} s lost"
+    return "\n    ".join([told, *event.trace.splitlines()])
 
 
 def _tell_corruption(event: events.Corrupted) -> str:
@@ -256,7 +257,9 @@ def _tell_corruption(event: events.Corrupted) -> str:
 
 
 def _tell_end(summary: dict[str, Any]) -> list[str]:
-    lines = [f"{summary['steps']} steps in {summary['seconds']:.1f} s, {summary['samples_per_second']:,.0f} samples/s"]
+    steps = summary.get("timed_steps", summary["steps"])
+    of = f" of {summary['steps']}" if "timed_steps" in summary else ""
+    lines = [f"{steps}{of} steps in {summary['seconds']:.1f} s, {summary['samples_per_second']:,.0f} samples/s"]
     if "goodput" in summary:
         lines.append(_tell_goodput(summary))
     if summary["test"]:

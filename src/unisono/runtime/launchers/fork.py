@@ -53,12 +53,12 @@ class Fork:
 
     def train(self, training: Training) -> None:
         """Train under a supervisor, which brings the run through losses of workers."""
-        if training.recipe.train.threads > 1:
-            rest_threads()
+        rest_threads()  # a task may use several, whatever the recipe says
         supervise(training, start_forked)
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
         """Run `act` in each; this process reports for them."""
+        rest_threads()
         launch(workers, act, threads=threads, device=device)
         return True
 
@@ -246,7 +246,9 @@ def _raise_first_failure(children: Sequence[ChildProcess], scratch: Path, asked:
     written = {report["rank"] for report in reports}
     killed = [rank for rank, child in enumerate(children) if child.exitcode and rank not in written]
     if asked > 1:
-        raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
+        raise Interrupted(
+            "stopped at once. The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
+        )
     if reports and not reports[0]["symptom"]:
         raise _rebuild(reports[0])
     if killed:

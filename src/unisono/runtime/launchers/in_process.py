@@ -66,7 +66,7 @@ class InProcess:
 
     def _train(self, training: Training, observer: events.Observer, hold: FolderHold) -> None:
         train = training.recipe.train
-        with preserved(threads=train.threads), memory_kept(), StopRequests(hold) as requests:
+        with preserved(), memory_kept(), StopRequests(hold) as requests:
             client = UnsupervisedClient([hold, observer], requests)
             built: list[BuiltModule] = []
             training.runner.on_built = lambda model: built.extend(BuiltModule.of(model))
@@ -86,7 +86,7 @@ class InProcess:
 
     def run(self, act: Act, *, workers: int, threads: int, device: str) -> bool:
         """Run `act` here; afterwards this process is as before."""
-        with _alone(), preserved(threads=threads), StopRequests() as requests:
+        with _alone(), preserved(), StopRequests() as requests:
             chosen = PLACE.device(device)
             numerics.settle(threads=threads, device=chosen)
             try:
@@ -202,7 +202,9 @@ class StopRequests:
             raise Interrupted("stopped before the first step.")
         if signal.SIGINT in self._asked[1:]:
             self.is_over = True
-            raise Interrupted("stopped at once. The last checkpoint, if there is one, is whole: go on with --resume.")
+            raise Interrupted(
+                "stopped at once. The last checkpoint, if there is one, is whole: go on with --resume (resume=True)."
+            )
         if len(self._asked) == 1:
             with suppress(OSError, AttributeError):  # the terminal itself may be closed
                 print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from unisono.config.offers import load_offer
 from unisono.config.recipe import Recipe
 from unisono.config.run_sections import Recovery
 from unisono.errors import RecipeError
@@ -75,11 +76,20 @@ def count_workers(wanted: str | int, microbatches: int, device: str) -> int:
     """The number of workers on this host for `wanted`; "auto": all GPUs, else all cores, at most one per
     microbatch."""
     if wanted != AUTO:
-        if isinstance(wanted, bool) or not str(wanted).strip().isdigit():
-            raise RecipeError(f'workers = {wanted!r}: allowed is a whole number from 1, or "auto".')
-        return int(wanted)
+        return read_workers(wanted)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     return max(1, min(gpus or count_cores(), microbatches))
+
+
+def read_workers(wanted: object) -> int:
+    """A number of workers, as a number or a text.
+
+    Raises:
+        RecipeError: it is none, or less than 1.
+    """
+    if isinstance(wanted, bool) or not str(wanted).strip().isdigit() or not int(str(wanted)):
+        raise RecipeError(f'workers = {wanted!r} (--workers): allowed is a whole number from 1, or "auto".')
+    return int(str(wanted))
 
 
 def find_launcher(name: str | Launcher) -> Launcher:
@@ -97,16 +107,16 @@ def find_launcher(name: str | Launcher) -> Launcher:
         made: Launcher = getattr(import_module(module), kind)()
         return made
     declared = entry_points(group=ENTRY_POINTS)
-    for entry in declared:
-        if entry.name == name:
-            try:
-                found: Launcher = entry.load()()
-            except Exception as error:
-                raise RecipeError(
-                    f"launcher {name!r}: the package that declares it ({entry.value}) cannot be used: {error}. Install "
-                    "it again, or repair its entry point."
-                ) from error
-            return found
+    if name in declared.names:
+        offered = load_offer(declared, name, "launcher", RecipeError)
+        try:
+            made_by_package: Launcher = offered()  # type: ignore[operator]
+        except Exception as error:
+            raise RecipeError(
+                f"launcher {name!r}: the installed package that offers it ({offered!r}) cannot be used: {error}. "
+                "Repair or uninstall it."
+            ) from error
+        return find_launcher(made_by_package)
     allowed = ", ".join([AUTO, *BUILT_IN, *sorted(declared.names)])
     raise RecipeError(f"launcher {name!r}: allowed are {allowed}. Others come with packages that declare them.")
 

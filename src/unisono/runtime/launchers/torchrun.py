@@ -72,7 +72,7 @@ class Torchrun:
             raise _refuse()
         if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed agent cannot end it
             end_with_parent(os.getppid())
-        with preserved(threads=threads), _handlers_kept():
+        with preserved(), _handlers_kept():
             record(
                 lambda: work(assignment, act, threads=threads, wanted_device=device)
             )()  # torchrun reads the error file that this writes
