@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from unisono.config import recipe as recipes
 from unisono.config.recipe import Recipe
+from unisono.config.sections import TEXT
 from unisono.data import prepare as stages
+from unisono.errors import RecipeError
 from unisono.processes.forking import count_cores
 from unisono.storage.run_folder import complete
 from unisono.tracking.terminal import print_now
@@ -39,6 +41,11 @@ def prepare(
         UserError: the recipe or the data cannot be used.
     """
     recipe = recipes.load(what, tuple(overrides)) if isinstance(what, str | Path) else what
+    if recipe.task.kind != TEXT:
+        raise RecipeError(
+            f"'task.kind' = {recipe.task.kind!r}: prepare is for text recipes. A task of your own reads its data when "
+            "training starts: unisono train."
+        )
     recipe = complete(recipe)
     count = count_cores() if workers == "auto" else int(workers)
     dataset = stages.prepare(recipe, workers=count, frames=frames, notify=print_now, progress=None)
