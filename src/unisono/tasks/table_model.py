@@ -95,14 +95,20 @@ class TableModel:
 
     def new_columns(self, rows: RecordRows, results: Results) -> dict[str, pa.Array]:
         """A column for each result with one number per sample; for rows of numbers, one column per number (NAME 0,
-        NAME 1 …); and `unusable`, the reason why a row has no result."""
+        NAME 1 …); and `unusable`, the reason why a row has no result. A row with NaN in one of them has none: the
+        others, such as the largest of several NaN, mean nothing."""
         new: dict[str, pa.Array] = {}
+        faults = list(rows.faults)
+        for name, values in results.items():
+            for row in rows.usable[np.isnan(values.reshape(len(values), -1)).any(1)].tolist():
+                faults[row] = faults[row] or f"the model gives NaN as {name!r}"
+        absent = np.array([bool(fault) for fault in faults])
         for name, values in results.items():
             wide = values[:, None] if values.ndim == 1 else values
             for place in range(wide.shape[1]):
                 column = name if values.ndim == 1 else f"{name} {place}"
-                new[column] = _spread(wide[:, place], rows.usable, len(rows.faults))
-        new["unusable"] = pa.array([fault or None for fault in rows.faults], pa.string())
+                new[column] = _spread(wide[:, place], rows.usable, absent)
+        new["unusable"] = pa.array([fault or None for fault in faults], pa.string())
         return new
 
     def report(self, results: Results) -> dict[str, Any]:
@@ -146,10 +152,8 @@ def load(folder: Path, recipe: Recipe, task: Task, measure_model: MeasureModel) 
     return TableModel(module=module.eval(), task=task, recipe=recipe, measure_model=measure_model)
 
 
-def _spread(values: np.ndarray, usable: np.ndarray, rows: int) -> pa.Array:
-    """Values of the usable rows, null elsewhere."""
-    absent = np.ones(rows, dtype=bool)
-    absent[usable] = False
-    spread = np.zeros(rows, dtype=values.dtype)
+def _spread(values: np.ndarray, usable: np.ndarray, absent: np.ndarray) -> pa.Array:
+    """Values of the usable rows, null where `absent`."""
+    spread = np.zeros(len(absent), dtype=values.dtype)
     spread[usable] = values
     return pa.array(spread, mask=absent)
