@@ -68,13 +68,28 @@ def measure_all(
             key = keys.key(seed, "evaluation", number)
             keys.seed_all(key)
             for name, values in compute(microbatch, key).items():
-                if values.ndim not in (1, 2) or len(values) != len(cut[number]):
-                    raise ContractError(
-                        f"measure gave {name!r} the shape {tuple(values.shape)} for {len(cut[number])} samples; "
-                        'allowed is one number, or one row, per sample. Use reduction="none".'
-                    )
-                found.setdefault(name, []).append(values.detach())
+                checked = check_result(name, values, len(cut[number]))
+                found.setdefault(name, []).append(checked.detach())
     return _gather(found, cut, exchange, everywhere)
+
+
+def check_result(name: str, values: object, samples: int) -> Tensor:
+    """Return one result of a task's method, [samples] or [samples, k]; a single column as [samples].
+
+    Raises:
+        ContractError: it is none.
+    """
+    if not isinstance(values, Tensor):
+        raise ContractError(
+            f"measure gave {name!r} as {type(values).__name__}; allowed is a tensor with one number, or one row, per "
+            "sample."
+        )
+    if values.ndim not in (1, 2) or len(values) != samples or values.is_complex():
+        raise ContractError(
+            f"measure gave {name!r} the shape {tuple(values.shape)} ({values.dtype}) for {samples} samples; allowed is "
+            'one real number, or one row, per sample. Use reduction="none".'
+        )
+    return values.squeeze(1) if values.ndim == 2 and values.shape[1] == 1 else values
 
 
 def _gather(

@@ -30,6 +30,7 @@ from unisono.engine.purity import probe
 from unisono.engine.replica import Replica, layout_digest, same_bits
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
+from unisono.engine.trial import check_space, try_export, try_loss, try_scores
 from unisono.engine.warm_start import WarmStart, start_from
 from unisono.errors import DamagedError, ImpureError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
@@ -222,6 +223,7 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
             run.tell(events.Notice(message=ready.warm.notice))
         _go_on_in_stream(run)
         run.state.begin()
+        warnings += _try_out(run)
         for warning in warnings:
             run.tell(events.Notice(message=warning, warning=True))
     run.begun = run.state.step
@@ -307,8 +309,27 @@ def _probe(run: Run) -> None:
     taken = [take(samples) for samples in (smaller, larger)]
     if not run.inputs.train.prefetchable:
         _compare_taken(taken[0], take(smaller))
-    one, other = ({name: column.to(run.ready.device) for name, column in found.items()} for found in taken)
+    one, other = (_move(found, run.ready.device) for found in taken)
     probe(run.judge, one, other)
+
+
+def _move(taken: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: column.to(device) for name, column in taken.items()}
+
+
+def _try_out(run: Run) -> list[str]:
+    """Try what happens at the end of an epoch and of the run; return warnings. Only worker 0 writes to folders."""
+    inputs, device = run.inputs, run.ready.device
+    samples = run.order.step(0).microbatches[0][:PROBED]
+    small, double = (_move(inputs.train.take(np.tile(samples, times)), device) for times in (1, 2))
+    warnings = try_loss(run.judge, small, double)
+    warnings += try_scores(run.state.replica.backend, inputs, run.recipe, device)
+    if run.exchange.rank == 0:
+        try_export(inputs)
+        model = sum(tensor.nbytes for tensor in run.state.replica.tensors().values())
+        numbers = len(array_names(run.recipe.train)) * run.state.replica.flat.nbytes
+        check_space(run.job.folder, 2 * model + numbers)
+    return warnings
 
 
 def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:

@@ -109,13 +109,9 @@ def summarise(results: Results, metrics: Sequence[Metric] = ()) -> dict[str, flo
     used |= {"predicted", "label"} if classified else set()
     summary = {name: mean(values) for name, values in results.items() if name not in used}
     if classified:
-        table = confusion(results["label"], results["predicted"])
-        summary["accuracy"] = int(np.trace(table)) / int(table.sum())
-        summary["macro_f1"] = mean(
-            np.array(
-                [scores.f1 for scores, seen in zip(per_class(table), table.sum(0) + table.sum(1), strict=True) if seen]
-            )
-        )
+        for name in ("predicted", "label"):
+            _check_classes(name, results[name])
+        summary["accuracy"], summary["macro_f1"] = _score_classes(results["label"], results["predicted"])
     for metric in metrics:
         if missing := [name for name in metric.inputs if name not in results]:
             raise ContractError(
@@ -124,6 +120,30 @@ def summarise(results: Results, metrics: Sequence[Metric] = ()) -> dict[str, flo
             )
         summary[metric.name] = float(metric.compute(results))
     return {**summary, "samples": len(next(iter(results.values())))}
+
+
+def _check_classes(name: str, values: np.ndarray) -> None:
+    """Refuse what are no class numbers, before they are counted."""
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ContractError(
+            f"measure gave {name!r} as {values.dtype} of shape {values.shape}; allowed are class numbers, int64 "
+            "[samples]. Of one score per class, return .argmax(1)."
+        )
+    if values.size and values.min() < 0:
+        raise ContractError(
+            f"measure gave {name!r} the value {int(values.min())}; allowed are class numbers from 0. Leave out samples "
+            "without a class, or call the results by other names."
+        )
+
+
+def _score_classes(label: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    """Accuracy, and the mean F1 of the classes that occur, however large their numbers."""
+    seen, numbers = np.unique(np.concatenate([label, predicted]), return_inverse=True)
+    labels, guesses = numbers[: len(label)], numbers[len(label) :]
+    right = np.bincount(labels[labels == guesses], minlength=len(seen))
+    both = np.bincount(numbers, minlength=len(seen))
+    accuracy = int(right.sum()) / len(label)
+    return accuracy, mean(np.array([2 * float(one) / float(all_) for one, all_ in zip(right, both, strict=True)]))
 
 
 def mean(values: np.ndarray) -> float:
