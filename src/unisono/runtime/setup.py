@@ -221,9 +221,9 @@ def join(job: Job, ready: Ready, exchange: Exchange, client: SupervisorClient) -
         if ready.warm is not None and not run.state.step:
             run.state.lineage = [dict(ready.warm.facts)]
             run.tell(events.Notice(message=ready.warm.notice))
+        warnings += _try_out(run)
         _go_on_in_stream(run)
         run.state.begin()
-        warnings += _try_out(run)
         for warning in warnings:
             run.tell(events.Notice(message=warning, warning=True))
     run.begun = run.state.step
