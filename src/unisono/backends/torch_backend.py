@@ -204,6 +204,12 @@ class TorchBackend:
         def compute(microbatch: Microbatch, key: int) -> Mapping[str, Tensor]:
             found = measure(self.module, microbatch)
             kept.restore()
+            if not isinstance(found, Mapping):
+                name = getattr(measure, "__name__", "measure")
+                raise ContractError(
+                    f"the task's {name} returned {type(found).__name__}; allowed is a mapping of names to tensors, "
+                    'such as {"loss": losses}.'
+                )
             return found
 
         self.module.eval()

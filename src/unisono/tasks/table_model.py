@@ -21,10 +21,13 @@ from unisono.data.source import Source
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
 from unisono.storage.model_files import load_weights
-from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
+from unisono.tasks.metrics import Results, confusion, directions, flat, per_class, summarise
 from unisono.tasks.tables import RecordRows, read_rows, read_splits, samples_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import MeasureModel
+
+MOST_CLASSES = 1_000
+"""A confusion matrix of more classes has a million cells: nobody reads it, and for 200,000 no memory holds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +115,14 @@ class TableModel:
         return new
 
     def report(self, results: Results) -> dict[str, Any]:
-        """The scores; for classes also a table of them and the confusion matrix."""
+        """The scores; for classes, where their numbers are not too large, also a table of them and the confusion
+        matrix."""
         found: dict[str, Any] = summarise(results, self.task.metrics())
         if "predicted" in results and "label" in results:
-            table = confusion(results["label"], results["predicted"])
+            label, predicted = flat(results["label"]), flat(results["predicted"])
+            if max(label.max(), predicted.max()) >= MOST_CLASSES:
+                return found
+            table = confusion(label, predicted)
             found["confusion"] = table.tolist()
             found["classes"] = [
                 {"label": one.label, "precision": one.precision, "recall": one.recall, "f1": one.f1,
