@@ -382,14 +382,9 @@ def test_full_disk_for_the_model(command: Command, tmp_path: Path, small_disk: P
     options = ("--run-folder", small_disk / "run", "--set", "checkpoint.every_steps=5", "--set", "model.width=128")
     code, _, err = command("train", "toy.toml", "-w", 2, *options)
     assert code == 2, err
-    assert "/run/model' cannot be written: the disk is full" in err.splitlines()[-1]
-    (place,) = tmp_path.glob("run-rescued-*")
-    assert f"The model and its summary are in '{place}' instead" in err.splitlines()[-1]
-    assert unisono.load(place).labels
+    assert "MB are free, and the model needs" in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert list((small_disk / "run" / "checkpoints").iterdir()) == []
-    left = {"recipe.toml", "fingerprint.json", "metrics.jsonl", "checkpoints"}
-    assert {path.name for path in (small_disk / "run").iterdir()} == left
+    assert not list(small_disk.glob("run/checkpoints")) and not list(tmp_path.glob("run-rescued-*"))
 
 
 def test_full_disk_while_preparing(command: Command, tmp_path: Path, small_disk: Path) -> None:

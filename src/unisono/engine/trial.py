@@ -156,8 +156,8 @@ def try_export(inputs: RunInputs) -> None:
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Make the run folder; refuse one that cannot be written, or whose disk has no room for the model and one
-    checkpoint, which every run writes.
+    """Make the run folder; refuse one that cannot be written, or whose disk has no room for the model. A
+    checkpoint that does not fit is no reason: it is written elsewhere.
 
     Raises:
         RunFolderError: says which.
@@ -174,6 +174,6 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise RunFolderError(
-            f"{str(folder)!r}: {free / 1e6:,.1f} MB are free, and the model with one checkpoint needs "
+            f"{str(folder)!r}: {free / 1e6:,.1f} MB are free, and the model needs "
             f"{needed_bytes / 1e6:,.1f} MB. Make room, or give another one with --run-folder (run=…)."
         )

@@ -327,8 +327,7 @@ def _try_out(run: Run) -> list[str]:
     if run.exchange.rank == 0:
         try_export(inputs)
         model = sum(tensor.nbytes for tensor in run.state.replica.tensors().values())
-        numbers = len(array_names(run.recipe.train)) * run.state.replica.flat.nbytes
-        check_space(run.job.folder, 2 * model + numbers)
+        check_space(run.job.folder, model)
     return warnings
 
 
