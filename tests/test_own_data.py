@@ -161,6 +161,28 @@ def test_batchnorm_trains_any_number_of_samples(samples: int, tmp_path: Path) ->
     assert found.summary["steps"] == (4 if samples == 65 else 5)
 
 
+@pytest.mark.parametrize(("samples", "per_step"), [(1, 16), (8, 1)])
+def test_batchnorm_over_one_sample_is_refused_before_the_first_step(
+    samples: int, per_step: int, tmp_path: Path
+) -> None:
+    columns = {"input": torch.arange(samples * 6.0).view(samples, 6).sin(), "target": torch.arange(samples) % 3}
+    with pytest.raises(unisono.UserError, match=r"batch normalisation compares the samples of a microbatch.*at least"):
+        unisono.train(Sums(), columns, run=tmp_path / "run", workers=1, quiet=True, samples_per_step=per_step)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_batchnorm_over_places_trains_single_samples(tmp_path: Path) -> None:
+    """A picture has several values per channel, so one sample is enough."""
+
+    class Places(Sums):
+        def build(self) -> nn.Module:
+            return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.BatchNorm1d(1), nn.Flatten(), nn.Linear(6, 3))
+
+    columns = {"input": torch.arange(18.0).view(3, 6).sin(), "target": torch.arange(3)}
+    found = unisono.train(Places(), columns, run=tmp_path / "run", workers=1, quiet=True, samples_per_step=1)
+    assert found.summary["steps"] > 0
+
+
 def test_loss_that_writes_into_its_microbatch_is_told_so(tmp_path: Path) -> None:
     class Writes(Sums):
         def loss(self, module: nn.Module, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

@@ -125,12 +125,69 @@ def test_verify_compares_a_task_of_one_s_own(place: Path, command: Command) -> N
         ("train.label_smoothing=0.1", "'train.label_smoothing' is for text recipes"),
         ("evaluate.keep_best=true", "there are no validation samples"),
         ("data.train=absent.csv", "absent.csv"),
+        ("data.train=", "'data.train' is empty"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused(place: Path, command: Command, change: str, expected: str) -> None:
     code, _, err = command("train", "flowers.toml", "-w", "1", "--set", change)
     assert code == 2 and expected in err and "Traceback" not in err
     assert not list(place.glob("runs/flowers-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("task.widht=3", "'task.widht': no such key. Did you mean 'task.width'?"),
+        ("task.width=wide", "'task.width': input should be a valid integer"),
+        ("task.kind=flowers:Nothing", "'flowers' has no 'Nothing'"),
+        ("task.kind=text_classification", "'task.width': no such key. Text classification has none"),
+        ("screen.min_characters=3", "'screen' is for text recipes"),
+    ],
+)
+def test_recipe_checks_the_keys_of_a_task(place: Path, command: Command, change: str, expected: str) -> None:
+    code, out, err = command("recipe", "flowers.toml", "--set", change)
+    assert code == 2 and expected in err and not out
+
+
+def test_the_recipe_that_is_shown_for_a_task_can_be_trained(place: Path, command: Command) -> None:
+    """It has no tables that the task would refuse; nor has the model folder."""
+    code, out, _ = command("recipe", "flowers.toml")
+    assert code == 0 and "width = 6" in out
+    (place / "shown.toml").write_text(out)
+    code, _, err = command("train", "shown.toml", "-w", "1", "--run-folder", "run", "--quiet")
+    assert code == 0, err
+    facts = json.loads((place / "run" / "model" / "unisono.json").read_text())
+    assert "data" in facts["recipe"] and not {"model", "encode", "screen"} & set(facts["recipe"])
+    assert unisono.load(place / "run", task="flowers:Flowers").recipe.task.settings["width"] == 6
+
+
+def test_prepare_is_for_texts(place: Path, command: Command) -> None:
+    code, _, err = command("prepare", "flowers.toml")
+    assert code == 2 and "prepare is for text recipes" in err
+
+
+def test_rows_without_a_number_as_prediction_are_said(
+    place: Path, command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The largest of several NaN would be class 0: such a row has no prediction, in a file and in a frame."""
+    assert command("train", "flowers.toml", "-w", "1", "--run-folder", "run", "--quiet")[0] == 0
+    (place / "new.csv").write_text("a,b\n0.5,0.5\n,1\nnan,0.1\n1,nan\n2,0.1\n")
+    capfd.readouterr()
+    found = command("predict", "run", "new.csv", "out.csv", "--task", "flowers:Flowers", "-w", "2")
+    rest = capfd.readouterr()
+    assert found[0] == 0 and "3 of them without a prediction" in found[1] + rest.out
+    assert "'x' holds NaN or infinity in 2 of 4 rows, the first is row 3" in found[2] + rest.err
+    with (place / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["predicted"]) for row in rows] == [bool(row["p 0"]) for row in rows]
+    told = "the model gives NaN as 'p'"
+    assert [row["unusable"] for row in rows] == ["", "no value in 'a'", told, told, ""]
+    frame = pa.table({"a": [0.5, math.nan], "b": [0.5, 0.5]})
+    for new in (
+        unisono.load(place / "run", task="flowers:Flowers").predict(frame),
+        unisono.predict(place / "run", frame, task="flowers:Flowers", workers=1),
+    ):
+        assert new["unusable"].to_pylist() == [None, told] and new["predicted"].null_count == 1
 
 
 def test_a_run_folder_does_not_decide_which_code_is_imported(place: Path, command: Command) -> None:

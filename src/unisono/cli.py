@@ -277,13 +277,19 @@ def recipe(
 ) -> None:
     """Check a recipe, or document all keys."""
     from unisono.config import recipe as recipes
+    from unisono.config.sections import TaskTable
 
     if path is None and not show_defaults:
         raise typer.BadParameter("give a RECIPE to check, or --show-defaults.")
     if model is not None and not show_defaults:
         raise typer.BadParameter("it chooses what --show-defaults prints. Give both.", param_hint="--model")
     if path is not None:
-        typer.echo(recipes.to_toml(recipes.load(path, tuple(set_ or ()))), nl=False)
+        found, unused = recipes.load(path, tuple(set_ or ())), []
+        if found.task != TaskTable():  # a text recipe without keys of its own needs no import of torch
+            from unisono.tasks.kinds import check_task
+
+            unused = check_task(found)
+        typer.echo(recipes.to_toml(found, unused), nl=False)
     if show_defaults:
         typer.echo(recipes.document(model=model or "bag"), nl=False)
 

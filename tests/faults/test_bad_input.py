@@ -385,6 +385,7 @@ def test_full_disk_for_the_model(command: Command, tmp_path: Path, small_disk: P
     assert code == 2, err
     assert "MB are free, and the model needs" in err.splitlines()[-1]
     assert "Traceback" not in err
+    assert not list(small_disk.glob("run/checkpoints")) and not list(tmp_path.glob("run-rescued-*"))
 
 
 def test_full_disk_while_preparing(command: Command, tmp_path: Path, small_disk: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.config.small_files import read_small
 from unisono.config.wording import count, hide_secrets
+from unisono.data.columns import Columns
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
@@ -209,15 +211,15 @@ def predict(
         return add_columns(frame if is_frame(frame) else rows.table, model.new_columns(rows, results))
     if speaks:
         with whole_file(Path(target)) as part:
-            write_table(add_columns(rows.table, model.new_columns(rows, results)), part, Path(target).suffix)
-        _tell_written(rows, target)
+            new = model.new_columns(rows, results)
+            write_table(add_columns(rows.table, new), part, Path(target).suffix)
+        _tell_written(len(rows.faults), len(rows.faults) - new["unusable"].null_count, target)
     return len(rows.faults)
 
 
-def _tell_written(rows: Any, target: str | Path) -> None:
-    unusable = len(rows.faults) - len(rows.usable)
+def _tell_written(rows: int, unusable: int, target: str | Path) -> None:
     without = f", {unusable:,} of them without a prediction (see column unusable)" if unusable else ""
-    print_now(f"{count(len(rows.faults), 'row')} written to {target}{without}")
+    print_now(f"{count(rows, 'row')} written to {target}{without}")
 
 
 def _share_out(
@@ -244,6 +246,13 @@ def _predict_part(
     mine = everywhere and os.getpid() == caller  # under torchrun, where each worker has a folder of its own
     everywhere = exchange.gather_bytes(bytes([mine])) == [b"\1"] * exchange.workers
     source = model.samples(rows, exchange)
+    if assignment.rank == 0 and isinstance(source, Columns):
+        for name, samples in source.not_finite().items():
+            print(
+                f"warning: {name!r} holds NaN or infinity in {len(samples):,} of {len(source):,} rows, the first is "
+                f"row {rows.usable[samples[0]] + 1}. Unless the task is made for it, their predictions mean nothing.",
+                file=sys.stderr,
+            )
     found = measure_model(model, model.task.predict, source, exchange, device, everywhere=everywhere)
     if assignment.rank == 0 and (remark := model.remark(source)):
         warn_now(remark)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from unisono.api.arguments import as_recipe, count_or_auto
 from unisono.config.recipe import Recipe
+from unisono.config.sections import TEXT
 from unisono.data import prepare as stages
-from unisono.errors import DataError
+from unisono.errors import DataError, RecipeError
 from unisono.processes.forking import count_cores
 from unisono.storage.run_folder import complete
 from unisono.tracking.terminal import print_now
@@ -39,7 +40,13 @@ def prepare(
     Raises:
         UserError: the recipe or the data cannot be used.
     """
-    recipe = complete(as_recipe(what, overrides, "unisono.prepare"))
+    recipe = as_recipe(what, overrides, "unisono.prepare")
+    if recipe.task.kind != TEXT:
+        raise RecipeError(
+            f"'task.kind' = {recipe.task.kind!r}: prepare is for text recipes. A task of your own reads its data when "
+            "training starts: unisono train."
+        )
+    recipe = complete(recipe)
     if frames is not None and not isinstance(frames, Mapping):
         raise DataError(
             f"frames is {type(frames).__name__}; allowed is a mapping of splits to frames, such as {{'train': frame}}."

@@ -133,7 +133,7 @@ class TorchBackend:
         if not all(part.training for part in self._parts):  # setting it again costs more than reading
             self.module.train()
         with self._autocast():
-            found = self._task.loss(self.module, dict(microbatch))  # a copy: the task may remove columns
+            found = self._compute_loss(dict(microbatch))  # a copy: the task may remove columns
         if not isinstance(found, tuple) or len(found) != 2:
             raise ContractError(
                 f"the task's loss returned {type(found).__name__}; allowed is a pair: the sum of the losses, and "
@@ -151,6 +151,18 @@ class TorchBackend:
             parameter.grad = None
         self.settle_buffers()
         return MicrobatchSums(loss=loss.detach(), terms=terms, gradients=gradients)
+
+    def _compute_loss(self, microbatch: Microbatch) -> Any:
+        """What the task's loss returns; torch's refusal to normalise one sample, explained."""
+        try:
+            return self._task.loss(self.module, microbatch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ContractError(
+                f"batch normalisation compares the samples of a microbatch, and this one has one ({error}). Give 2 "
+                "samples at least, set train.samples_per_step to 2 at least, or use nn.GroupNorm or nn.LayerNorm."
+            ) from error
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._half)
@@ -192,6 +204,12 @@ class TorchBackend:
         def compute(microbatch: Microbatch, key: int) -> Mapping[str, Tensor]:
             found = measure(self.module, microbatch)
             kept.restore()
+            if not isinstance(found, Mapping):
+                name = getattr(measure, "__name__", "measure")
+                raise ContractError(
+                    f"the task's {name} returned {type(found).__name__}; allowed is a mapping of names to tensors, "
+                    'such as {"loss": losses}.'
+                )
             return found
 
         self.module.eval()

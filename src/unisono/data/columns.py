@@ -49,6 +49,15 @@ class Columns:
         rows = torch.from_numpy(samples)
         return {name: column[rows] for name, column in self._columns.items()}
 
+    def not_finite(self) -> dict[str, np.ndarray]:
+        """Name → the samples in which a column of floats holds NaN or infinity, int64, where there are some."""
+        found = {}
+        for name, column in self._columns.items():
+            samples = (~column.isfinite()).reshape(len(self), -1).any(1).nonzero()[:, 0].numpy()
+            if len(samples):
+                found[name] = samples
+        return found
+
     def changed(self) -> bool:
         """Whether the columns' values have changed since they were opened."""
         return hash_tensors(self._columns) != self.sha256

@@ -82,7 +82,7 @@ def measure_all(
 
 
 def check_result(name: str, values: object, samples: int) -> Tensor:
-    """Return one result of a task's method, [samples] or [samples, k]; a single column as [samples].
+    """Return one result of a task's method: [samples] or [samples, k].
 
     Raises:
         ContractError: it is none.
@@ -92,12 +92,12 @@ def check_result(name: str, values: object, samples: int) -> Tensor:
             f"measure gave {name!r} as {type(values).__name__}; allowed is a tensor with one number, or one row, per "
             "sample."
         )
-    if values.ndim not in (1, 2) or len(values) != samples or values.is_complex():
+    if values.ndim not in (1, 2) or len(values) != samples or not values.numel() or values.is_complex():
         raise ContractError(
             f"measure gave {name!r} the shape {tuple(values.shape)} ({values.dtype}) for {samples} samples; allowed is "
             'one real number, or one row, per sample. Use reduction="none".'
         )
-    return values.squeeze(1) if values.ndim == 2 and values.shape[1] == 1 else values
+    return values
 
 
 def _gather(

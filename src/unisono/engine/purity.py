@@ -60,6 +60,18 @@ def probe(contributor: Contributor, first: Mapping[str, Tensor], second: Mapping
         )
 
 
+def compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
+    """Refuse a dataset that gives other tensors when the same samples are loaded a second time."""
+    for name, column in first.items():
+        if not same_bits(column, again.get(name)):
+            raise ImpureError(
+                f"the dataset is not pure: loaded a second time, the same samples gave another {name!r}. Keep no state "
+                "in it, and draw random numbers from the global generators of torch, NumPy or Python, which are seeded "
+                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure "
+                "(allow_impure=True) trains it without the promise of equal bits."
+            )
+
+
 def _differing(names: list[str], one: Contribution, other: Contribution) -> list[str]:
     found = [] if same_bits(one.loss, other.loss) and one.terms == other.terms else ["loss"]
     for name, left, right in zip(names, one.parts, other.parts, strict=True):

@@ -21,7 +21,7 @@ from unisono.data.source import Source
 from unisono.determinism import keys
 from unisono.engine.contribution import Contributor
 from unisono.engine.evaluation import check_result
-from unisono.errors import ContractError, RecipeError, RunFolderError
+from unisono.errors import ContractError, RecipeError, RunFolderError, UserError
 from unisono.tasks.metrics import summarise
 from unisono.tasks.run_inputs import RunInputs
 from unisono.tasks.task import Task
@@ -45,7 +45,7 @@ def try_loss(contributor: Contributor, small: Mapping[str, Tensor], double: Mapp
         raise ContractError(
             "the loss depends on no trainable parameter of the module that build() returned, so no step would change "
             "anything. Compute it with that module, outside torch.no_grad(), and without .detach(), .item() or "
-            ".numpy() on the way."
+            ".numpy() on the way; keep lists of layers in nn.ModuleList, so that they are part of it."
         )
     warnings = []
     if without := [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]:
@@ -143,9 +143,21 @@ def _check_metric(inputs: RunInputs, recipe: Recipe, known: list[str]) -> None:
 
 
 def try_export(inputs: RunInputs) -> None:
-    """Write what the model folder holds beside the weights to a folder that is then removed."""
+    """Write what the model folder holds beside the weights to a folder that is then removed.
+
+    Raises:
+        ContractError: the task's `export` fails. Any other error would count as the loss of a worker, and be repeated.
+    """
     with tempfile.TemporaryDirectory(prefix="unisono-trial-") as folder:
-        inputs.export(Path(folder))
+        try:
+            inputs.export(Path(folder))
+        except UserError:
+            raise
+        except Exception as error:
+            raise ContractError(
+                f"{type(inputs.task).__name__}.export fails, so the run would end without a model: "
+                f"{type(error).__name__}: {error}. Mend it; it is given a folder that exists."
+            ) from error
 
 
 def check_folder(folder: Path, *, model_bytes: int, checkpoint_bytes: int) -> list[str]:

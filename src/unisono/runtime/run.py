@@ -26,7 +26,7 @@ from unisono.engine.loop import steps
 from unisono.engine.profile import Profile
 from unisono.engine.replica import tensors_sha256
 from unisono.engine.trace import Traced
-from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RunFolderError
+from unisono.errors import ContractError, DataError, Interrupted, LostPeerError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.progress_table import REGROUP, RUNNING, STOP
 from unisono.runtime.launchers.rank_assignment import count_peers
@@ -237,13 +237,15 @@ def _evaluate(run: Run) -> None:
         return
     scores = _score(run, source)
     best = False
-    metric = run.recipe.evaluate.metric
-    if run.inputs.validation is not None and metric in scores:  # an unknown one that is used was refused in the trial
-        keep = run.recipe.evaluate.keep_best
+    metric, keep = run.recipe.evaluate.metric, run.recipe.evaluate.keep_best
+    used, higher = keep or run.recipe.evaluate.patience, run.inputs.higher_is_better(run.recipe)
+    if used and metric not in scores:  # it was there in the trial
+        raise RecipeError(f"'evaluate.metric' = {metric!r}: measured are {', '.join(scores)}. Name one of them.")
+    if run.inputs.validation is not None and metric in scores and higher is not None:
         if keep:  # a checkpoint that is being written may still read the best weights
             run.client.settle()
             run.exchange.wait_for_all()
-        best = run.state.judge(scores[metric], higher=run.inputs.higher_is_better(run.recipe), keep=keep)
+        best = run.state.judge(scores[metric], higher=higher, keep=keep)
     run.tell(events.Evaluated(step=run.state.step, epoch=round(run.epoch(), 6), split=split, scores=scores, best=best))
     run.state.note_evaluation()
 
@@ -333,6 +335,12 @@ def _finish(run: Run, feed: Feed) -> None:
         _write_profile(run, run.ready.profile, feed)
     if run.recipe.evaluate.keep_best:
         state.take_best()
+    evaluate = run.recipe.evaluate
+    if (evaluate.keep_best or evaluate.patience) and state.evaluations_since_best and state.best_score is None:
+        told = f"{evaluate.metric!r} was NaN in all {state.evaluations_since_best} evaluations"
+        run.tell(
+            events.Notice(message=f"{told}, so none was the best: the model is that of the last step", warning=True)
+        )
     test = _score(run, run.inputs.test) if run.inputs.test is not None else None
     run.progress.at("finish", state.step - 1)  # again: what follows may take longer than a step
     _refuse_changed_data(run)

@@ -26,13 +26,13 @@ from unisono.engine import numerics
 from unisono.engine.contribution import Contributor
 from unisono.engine.optimizer import Optimizer, array_names
 from unisono.engine.profile import Profile
-from unisono.engine.purity import probe
-from unisono.engine.replica import Replica, layout_digest, same_bits
+from unisono.engine.purity import compare_taken, probe
+from unisono.engine.replica import Replica, layout_digest
 from unisono.engine.snapshot import SnapshotArrays
 from unisono.engine.state import TrainState
 from unisono.engine.trial import check_folder, try_export, try_loss, try_prediction, try_scores
 from unisono.engine.warm_start import WarmStart, start_from
-from unisono.errors import ContractError, DamagedError, ImpureError, RecipeError, RunFolderError
+from unisono.errors import ContractError, DamagedError, RecipeError, RunFolderError
 from unisono.exchange.protocol import Exchange
 from unisono.processes.forking import end_copy
 from unisono.processes.progress_table import Progress
@@ -326,7 +326,7 @@ def _probe(run: Run) -> None:
     take = run.inputs.train.take
     taken = [take(samples) for samples in (smaller, larger)]
     if not run.inputs.train.prefetchable:
-        _compare_taken(taken[0], take(smaller))
+        compare_taken(taken[0], take(smaller))
     one, other = (_move(found, run.ready.device) for found in taken)
     probe(run.judge, one, other)
 
@@ -349,18 +349,6 @@ def _try_out(run: Run) -> list[str]:
         numbers = len(array_names(run.recipe.train)) * run.state.replica.flat.nbytes
         warnings += check_folder(run.job.folder, model_bytes=model, checkpoint_bytes=numbers)
     return warnings
-
-
-def _compare_taken(first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
-    """Refuse a dataset that gives other tensors when the same samples are loaded a second time."""
-    for name, column in first.items():
-        if not same_bits(column, again.get(name)):
-            raise ImpureError(
-                f"the dataset is not pure: loaded a second time, the same samples gave another {name!r}. Keep no state "
-                "in it, and draw random numbers from the global generators of torch, NumPy or Python, which are seeded "
-                "for each sample; make a generator of your own from these, in __getitem__. --allow-impure "
-                "(allow_impure=True) trains it without the promise of equal bits."
-            )
 
 
 def _look(job: Job, arrays: SnapshotArrays | None) -> tuple[Origin, checkpoints.Saved | None]:

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, create_model
 
 from unisono.config.offers import load_offer
-from unisono.config.recipe import Recipe
+from unisono.config.recipe import Recipe, check_uses, unused_tables
 from unisono.config.sections import TEXT
 from unisono.errors import ModelError, RecipeError
 from unisono.tasks import table_model
@@ -46,6 +47,7 @@ class TaskKind:
     warm: imports what every worker needs, before workers are forked.
     uses: tables of the recipe ("screen"), and keys ("train.label_smoothing"), that only some tasks use, and this one
         does.
+    check: refuses keys of [task] that the task does not have, without its data.
     """
 
     task: type[Task]
@@ -53,6 +55,7 @@ class TaskKind:
     load: Callable[[Path, Recipe, Mapping[str, Any], MeasureModel], TrainedModel]
     warm: Callable[[], None]
     uses: frozenset[str]
+    check: Callable[[Recipe], object] = lambda recipe: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +132,30 @@ def kind_of(task: type[Task]) -> TaskKind:
     def load(folder: Path, recipe: Recipe, facts: Mapping[str, Any], measure_model: MeasureModel) -> TrainedModel:
         return table_model.load(folder, recipe, make_task(task, recipe), measure_model)
 
-    return TaskKind(task=task, open=open_, load=load, warm=lambda: None, uses=frozenset())
+    return TaskKind(
+        task=task, open=open_, load=load, warm=lambda: None, uses=frozenset(), check=partial(settings_of, task)
+    )
+
+
+def check_task(recipe: Recipe) -> list[str]:
+    """Check a recipe's tables, and its keys in [task], against the task; return the tables that have no effect on it.
+
+    Raises:
+        RecipeError: there is no such task, or it does not have one of them.
+    """
+    kind = find_kind(recipe.task.kind)
+    check_uses(recipe, kind.uses, recipe.task.kind)
+    kind.check(recipe)
+    return unused_tables(kind.uses)
 
 
 def make_task(task: type[Task], recipe: Recipe) -> Task:
-    """A task from its own keys in a recipe.
+    """A task from its own keys in a recipe. Raises RecipeError, as `settings_of`."""
+    return task(**settings_of(task, recipe))
+
+
+def settings_of(task: type[Task], recipe: Recipe) -> dict[str, Any]:
+    """The arguments of a task's constructor, from its own keys in a recipe.
 
     Raises:
         RecipeError: a key is unknown, missing, or of a wrong type.
@@ -160,7 +182,7 @@ def make_task(task: type[Task], recipe: Recipe) -> Task:
         fault = error.errors()[0]
         key = ".".join(["task", *map(str, fault["loc"])])
         raise RecipeError(f"{key!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (task {task.__name__}).") from None
-    return task(**{name: getattr(values, name) for name in fields})
+    return {name: getattr(values, name) for name in fields}
 
 
 def _as_kind(found: object, name: str) -> TaskKind:

@@ -99,11 +99,12 @@ def directions(metrics: Sequence[Metric]) -> dict[str, bool]:
 
 def summarise(results: Results, metrics: Sequence[Metric] = ()) -> dict[str, float]:
     """Means of all numbers per sample, except class numbers and what a metric uses; accuracy and macro-F1 where there
-    are `predicted` and `label`; the metrics; samples.
+    are `predicted` and `label`; the metrics; samples. Results of shape [samples, 1] count as [samples].
 
     Raises:
         ContractError: a metric needs a result that `measure` does not return.
     """
+    results = {name: flat(values) for name, values in results.items()}
     used = {name for metric in metrics for name in metric.inputs} - {"loss"}
     classified = "predicted" in results and "label" in results
     used |= {"predicted", "label"} if classified else set()
@@ -144,6 +145,11 @@ def _score_classes(label: np.ndarray, predicted: np.ndarray) -> tuple[float, flo
     both = np.bincount(numbers, minlength=len(seen))
     accuracy = int(right.sum()) / len(label)
     return accuracy, mean(np.array([2 * float(one) / float(all_) for one, all_ in zip(right, both, strict=True)]))
+
+
+def flat(values: np.ndarray) -> np.ndarray:
+    """[samples, 1] as [samples]: beside [samples] NumPy would make [samples, samples] of it. Others as they are."""
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
 def mean(values: np.ndarray) -> float:

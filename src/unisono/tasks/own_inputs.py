@@ -90,9 +90,10 @@ def open_own(
     sampled = None if sampler is None else EpochSamples(sampler, len(sources["train"]), seed)
     if sampled is not None:
         hashes["data.sampler"] = sampled.sha256
+    unused = unused_tables(frozenset())
 
     def export(folder: Path) -> None:
-        write_facts(folder, {"recipe": to_table(recipe), "data": hashes})
+        write_facts(folder, {"recipe": to_table(recipe, unused), "data": hashes})
         task.export(folder)
 
     return RunInputs(
@@ -103,7 +104,7 @@ def open_own(
         data=hashes,
         sampled=sampled,
         export=export,
-        unused=unused_tables(frozenset()),
+        unused=unused,
     )
 
 

@@ -103,12 +103,10 @@ class RunInputs:
                     'Set evaluate.mode = "min" or "max", or return a Metric of this name from the task\'s metrics().'
                 )
 
-    def higher_is_better(self, recipe: Recipe) -> bool:
-        """The direction of the metric by which evaluations are compared."""
+    def higher_is_better(self, recipe: Recipe) -> bool | None:
+        """The direction of the metric by which evaluations are compared; None: not known, so they are not compared."""
         chosen = recipe.evaluate
-        return (
-            chosen.mode == "max" if chosen.mode != "auto" else directions(self.task.metrics()).get(chosen.metric, True)
-        )
+        return chosen.mode == "max" if chosen.mode != "auto" else directions(self.task.metrics()).get(chosen.metric)
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

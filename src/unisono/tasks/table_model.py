@@ -22,10 +22,13 @@ from unisono.data.source import Source
 from unisono.errors import DataError, ModelError
 from unisono.exchange.protocol import Exchange
 from unisono.storage.model_files import load_weights
-from unisono.tasks.metrics import Results, confusion, directions, per_class, summarise
+from unisono.tasks.metrics import Results, confusion, directions, flat, per_class, summarise
 from unisono.tasks.tables import RecordRows, read_rows, read_splits, samples_of
 from unisono.tasks.task import Task
 from unisono.tasks.trained_model import MeasureModel
+
+MOST_CLASSES = 1_000
+"""A confusion matrix of more classes has a million cells: nobody reads it, and for 200,000 no memory holds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,21 +106,31 @@ class TableModel:
 
     def new_columns(self, rows: RecordRows, results: Results) -> dict[str, pa.Array]:
         """A column for each result with one number per sample; for rows of numbers, one column per number (NAME 0,
-        NAME 1 …); and `unusable`, the reason why a row has no result."""
+        NAME 1 …); and `unusable`, the reason why a row has no result. A row with NaN in one of them has none: the
+        others, such as the largest of several NaN, mean nothing."""
         new: dict[str, pa.Array] = {}
+        faults = list(rows.faults)
+        for name, values in results.items():
+            for row in rows.usable[np.isnan(values.reshape(len(values), -1)).any(1)].tolist():
+                faults[row] = faults[row] or f"the model gives NaN as {name!r}"
+        absent = np.array([bool(fault) for fault in faults])
         for name, values in results.items():
             wide = values[:, None] if values.ndim == 1 else values
             for place in range(wide.shape[1]):
                 column = name if values.ndim == 1 else f"{name} {place}"
-                new[column] = _spread(wide[:, place], rows.usable, len(rows.faults))
-        new["unusable"] = pa.array([fault or None for fault in rows.faults], pa.string())
+                new[column] = _spread(wide[:, place], rows.usable, absent)
+        new["unusable"] = pa.array([fault or None for fault in faults], pa.string())
         return new
 
     def report(self, results: Results) -> dict[str, Any]:
-        """The scores; for classes also a table of them and the confusion matrix."""
+        """The scores; for classes, where their numbers are not too large, also a table of them and the confusion
+        matrix."""
         found: dict[str, Any] = summarise(results, self.task.metrics())
         if "predicted" in results and "label" in results:
-            table = confusion(results["label"], results["predicted"])
+            label, predicted = flat(results["label"]), flat(results["predicted"])
+            if max(label.max(), predicted.max()) >= MOST_CLASSES:
+                return found
+            table = confusion(label, predicted)
             found["confusion"] = table.tolist()
             found["classes"] = [
                 {"label": one.label, "precision": one.precision, "recall": one.recall, "f1": one.f1,
@@ -154,10 +167,8 @@ def load(folder: Path, recipe: Recipe, task: Task, measure_model: MeasureModel) 
     return TableModel(module=module.eval(), task=task, recipe=recipe, measure_model=measure_model)
 
 
-def _spread(values: np.ndarray, usable: np.ndarray, rows: int) -> pa.Array:
-    """Values of the usable rows, null elsewhere."""
-    absent = np.ones(rows, dtype=bool)
-    absent[usable] = False
-    spread = np.zeros(rows, dtype=values.dtype)
+def _spread(values: np.ndarray, usable: np.ndarray, absent: np.ndarray) -> pa.Array:
+    """Values of the usable rows, null where `absent`."""
+    spread = np.zeros(len(absent), dtype=values.dtype)
     spread[usable] = values
     return pa.array(spread, mask=absent)

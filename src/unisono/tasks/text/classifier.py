@@ -98,7 +98,13 @@ class Classifier:
                 f"predict: {len(wrong):,} of {len(found):,} are no texts, the first in row {wrong[0]}: "
                 f"{found[wrong[0]]!r}. Leave them out, or give a frame, where such a row gets no prediction."
             )
-        return [self.labels[number] for number in self.probabilities(found).argmax(1)]  # type: ignore[arg-type]
+        probabilities = self.probabilities(found)  # type: ignore[arg-type]
+        if (lost := np.isnan(probabilities).any(1)).any():
+            raise DataError(
+                f"predict: the model gives NaN for {int(lost.sum()):,} of {len(found):,} texts, the first in row "
+                f"{int(lost.argmax())}. Leave them out, or give a frame, where such a row gets no prediction."
+            )
+        return [self.labels[number] for number in probabilities.argmax(1)]
 
     def read(self, source: object) -> Texts:
         """The rows of a file or a frame, in the columns that the model's recipe names."""
@@ -166,15 +172,18 @@ class Classifier:
         """`predicted`, one probability per class, and `unusable`: why a row has none."""
         import pyarrow as pa
 
-        count = len(rows.texts)
+        count, faults = len(rows.texts), list(rows.faults)
         predicted: list[str | None] = [None] * count
         probabilities = np.full((count, len(self.labels)), np.nan)
         for row, values in zip(rows.usable, results.get("probabilities", ()), strict=True):
-            predicted[row], probabilities[row] = self.labels[int(values.argmax())], values
+            if np.isnan(values).any():
+                faults[row] = "the model gives NaN"
+            else:
+                predicted[row], probabilities[row] = self.labels[int(values.argmax())], values
         new = {"predicted": pa.array(predicted, pa.string())}
         for number, label in enumerate(self.labels):
             new[f"probability of {label}"] = pa.array(probabilities[:, number], from_pandas=True)
-        new["unusable"] = pa.array([fault or None for fault in rows.faults], pa.string())
+        new["unusable"] = pa.array([fault or None for fault in faults], pa.string())
         return new
 
     def report(self, results: Results) -> dict[str, Any]:

@@ -41,11 +41,7 @@ def open_text(
     """Prepare the dataset that the recipe describes, or open it if nothing has changed; make its task."""
     from unisono.data.prepare import prepare
 
-    if recipe.task.settings:
-        raise RecipeError(
-            f"'task.{next(iter(recipe.task.settings))}': no such key. Text classification has none in [task]; see "
-            "[model], [encode] and [train]."
-        )
+    refuse_settings(recipe)
     dataset = prepare(recipe, workers=workers, notify=notify, frames=frames)
     train = dataset.split("train")
     assert train is not None
@@ -70,6 +66,15 @@ def open_text(
         labels=dataset.labels,
         export=export,
     )
+
+
+def refuse_settings(recipe: Recipe) -> None:
+    """Refuse keys in [task] besides `kind`."""
+    if recipe.task.settings:
+        raise RecipeError(
+            f"'task.{next(iter(recipe.task.settings))}': no such key. Text classification has none in [task]; see "
+            "[model], [encode] and [train]."
+        )
 
 
 def text_task(recipe: Recipe, dataset: Dataset, train: Any) -> TextClassification:
@@ -98,4 +103,5 @@ KIND = TaskKind(
     uses=frozenset(
         ("model", "encode", "screen", "train.label_smoothing", "train.class_weights", "train.gradient_checkpointing")
     ),
+    check=refuse_settings,
 )
