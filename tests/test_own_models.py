@@ -167,7 +167,8 @@ def test_task_that_fails_is_named_with_its_traceback(tmp_path: Path) -> None:
             raise KeyError("targets")
 
     with pytest.raises(
-        unisono.WorkerError, match=r"worker [01] failed before anything was done\..*\nTraceback"
+        unisono.WorkerError,
+        match=r"worker [01] failed \(KeyError: 'targets'\).* before anything was done\..*\nTraceback",
     ) as found:
         train(tmp_path, Fails(), make_columns(), 2)
     assert str(found.value).count("Traceback") == 1

@@ -287,14 +287,14 @@ def test_exception_in_a_worker_is_told_once(
     held.unlink()
     assert launched.end() == 1, launched.err
     assert wait_until_gone(children) == []
-    assert launched.err.count("worker 1 failed twice with the same error") == 1
+    assert launched.err.count("worker 1 failed (ZeroDivisionError: made for the test) twice with the same error") == 1
     assert launched.err.count("worker 1 failed") == 1
     assert launched.err.count("Traceback") == 1
-    assert launched.err.count("ZeroDivisionError: made for the test") == 1
+    assert launched.err.count("ZeroDivisionError: made for the test") == 2  # the message, and the traceback
     assert "worker 0" not in launched.err
     assert "worker 2" not in launched.err
     (recovered,) = read_ledger(tmp_path / "run", "Recovered")  # it was tried again once
-    assert recovered["what"] == "worker 1 failed"
+    assert recovered["what"] == "worker 1 failed (ZeroDivisionError: made for the test)"
     assert recovered["step"] == 24 == read_steps(tmp_path / "run")[-1]
     assert f"at step {recovered['step'] + 1}" in launched.err
 
@@ -322,6 +322,6 @@ def test_exception_that_comes_once_costs_one_step(
     assert launched.end() == 0, launched.err
     assert launched.err == ""
     (recovered,) = read_ledger(tmp_path / "run", "Recovered")
-    assert recovered["what"] == f"worker {rank} failed"
+    assert recovered["what"] == f"worker {rank} failed (ZeroDivisionError: made for the test)"
     assert recovered["step"] == 24
     assert_same_bits(tmp_path, uninterrupted)

@@ -6,7 +6,6 @@ Owns the public signatures and the results that they return. The work is done in
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from unisono.runtime.logger_process import LoggerProcess
 from unisono.runtime.runner import OpenInputs, Runner
 from unisono.runtime.setup import Job, Resume, check_workers
 from unisono.runtime.signals import noted
+from unisono.storage import known_hashes
 from unisono.storage.run_folder import choose_folder, complete, removed_if_empty
 from unisono.tasks.kinds import OpenKind, find_kind, name_of
 from unisono.tasks.own_inputs import OpenOwn
@@ -245,10 +245,10 @@ def run_job(
             dispatcher.loggers = (LoggerProcess if may_fork else Deliveries)(job.recipe, dispatcher.warn)
         return dispatcher
 
-    with tempfile.TemporaryDirectory(prefix="unisono-") as scratch:
+    with known_hashes.unnamed_file() as hashes:
         chosen.train(
             Training(
-                runner=Runner(job, open_inputs, Path(scratch) / "hashes.json"),
+                runner=Runner(job, open_inputs, hashes),
                 recipe=job.recipe,
                 folder=job.folder,
                 workers=count,

@@ -338,6 +338,7 @@ def _move(taken: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
 def _try_out(run: Run) -> list[str]:
     """Try what happens at the end of an epoch and of the run; return warnings. Only worker 0 writes to folders."""
     inputs, device, backend = run.inputs, run.ready.device, run.state.replica.backend
+    process = os.getpid()
     warnings = try_scores(backend, inputs, run.recipe, device)
     if not run.state.step:
         samples = run.order.step(0).microbatches[0][:PROBED]
@@ -348,6 +349,8 @@ def _try_out(run: Run) -> list[str]:
         model = sum(tensor.nbytes for tensor in run.state.replica.tensors().values())
         numbers = len(array_names(run.recipe.train)) * run.state.replica.flat.nbytes
         warnings += check_folder(run.job.folder, model_bytes=model, checkpoint_bytes=numbers)
+    end_copy(process)
+    run.ready.settings.keep()  # measures, metrics and export are the user's code
     return warnings
 
 

@@ -273,9 +273,14 @@ class WatchedFile:
     counts, also where another one has its name now."""
 
     def __init__(self, path: Path, stamp: FileStamp, sha256: str) -> None:
+        self._path = path
         self._file = path.open("rb")
         self._stamp = stamp
         self._sha256 = sha256
+
+    def __reduce__(self) -> tuple[type[WatchedFile], tuple[Path, FileStamp, str]]:
+        """A spawned worker opens the file anew."""
+        return WatchedFile, (self._path, self._stamp, self._sha256)
 
     def changed(self) -> bool:
         """Whether the bytes have changed. They are read only where the stamp is another one."""

@@ -7,12 +7,13 @@ as it was: device, inode, size, and the times at which content and inode changed
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unisono.config.small_files import read_small
-from unisono.storage.files import whole_file
 
 FRESH_SECONDS = 0.1
 """A file changed so lately may change again without a new time: the clock of files has steps of some milliseconds."""
@@ -50,14 +51,25 @@ def forget() -> None:
     _known.clear()
 
 
+@contextmanager
+def unnamed_file() -> Iterator[Path]:
+    """The path of an empty file in memory, for all processes of this user on this host; nothing is left of it when this
+    process ends, however it ends."""
+    descriptor = os.memfd_create("unisono-hashes")
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
 def pass_on(path: Path) -> None:
-    """Write what is known to a file, for other workers of this run on this host."""
-    with whole_file(path, durable=False) as part:
-        part.write_text(json.dumps(_known), encoding="utf-8")
+    """Write what is known to a file, for other workers of this run on this host. They read it after a meeting."""
+    path.write_text(json.dumps(_known), encoding="utf-8")
 
 
 def take_over(path: Path) -> None:
     """Know what another worker of this run knew, and nothing else."""
     _known.clear()
     if path.is_file():
-        _known.update(json.loads(read_small(path)))
+        with suppress(ValueError):  # empty, or written in part by a worker that was lost: then nothing is known
+            _known.update(json.loads(read_small(path)))

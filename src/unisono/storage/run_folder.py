@@ -79,8 +79,8 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
 
 def _taken(path: Path) -> RunFolderError:
     return RunFolderError(
-        f"--run-folder {str(path)!r} exists. Give another folder, go on with what is there (--resume), or "
-        f"remove it (rm -r {path})."
+        f"--run-folder (run=…) {str(path)!r} exists. Give another folder, go on with what is there (--resume, "
+        f"resume=True), or remove it (rm -r {path})."
     )
 
 
@@ -96,7 +96,7 @@ def remove_begun(folder: Path) -> str:
                 (folder / name).unlink()
             folder.rmdir()
             return "no run folder was left behind."
-    return f"{str(folder)!r} is as it was before. Go on with --resume."
+    return f"{str(folder)!r} is as it was before. Go on with --resume (resume=True)."
 
 
 def choose_folder(name: str, given: str | Path | None, *, resume: bool | str, make: bool) -> Path:
@@ -122,13 +122,14 @@ def old_folder(name: str, given: str | Path | None) -> Path:
     """The folder of a run to resume: the given one, or the newest `runs/NAME-…`."""
     if given is None and not _newest_number(name):
         raise RunFolderError(
-            f"--resume: there is no run folder runs/{name}-…. Name one with --run-folder, or start without --resume."
+            f"--resume: there is no run folder runs/{name}-…. Name one with --run-folder (run=…), or start without "
+            "--resume (resume=True)."
         )
     path = Path(given) if given is not None else RUNS / f"{name}-{_newest_number(name):03d}"
     if not (path / "checkpoints").is_dir():
         raise RunFolderError(
-            f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder, or "
-            "start without --resume."
+            f"--resume: {str(path)!r} has no checkpoints. Name the folder of a run that has with --run-folder (run=…), "
+            "or start without --resume (resume=True)."
         )
     return path
 

@@ -255,7 +255,9 @@ def _raise_first_failure(children: Sequence[ChildProcess], scratch: Path, asked:
         code = children[killed[0]].exitcode or 0
         how = describe_end(code)
         hint = " It may have been out of memory: dmesg tells." if code == -signal.SIGKILL else ""
-        raise WorkerError(f"worker {killed[0]} {how}.{hint} Go on from the last checkpoint with --resume.")
+        raise WorkerError(
+            f"worker {killed[0]} {how}.{hint} Go on from the last checkpoint with --resume (resume=True)."
+        )
     if reports:
         raise _rebuild(reports[0])
 
