@@ -117,7 +117,7 @@ def test_verify_compares_a_task_of_one_s_own(place: Path, command: Command) -> N
         ("task.widht=3", "'task.widht': no such key. Did you mean 'task.width'?"),
         ("task.width=wide", "'task.width': input should be a valid integer"),
         ("task.kind=flowers:Nothing", "'flowers' has no 'Nothing'"),
-        ("task.kind=nowhere:Flowers", "there is no module 'nowhere'"),
+        ("task.kind=no_such_module:Flowers", "there is no module 'no_such_module'"),
         ("task.kind=text_clasification", "Did you mean 'text_classification'?"),
         ("task.kind=:Flowers", "allowed is module:Class"),
         ("task.kind=json:JSONDecoder", "allowed is a subclass of unisono.Task"),

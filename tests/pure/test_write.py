@@ -89,7 +89,7 @@ def test_formulas_are_not_run(tmp_path: Path, suffix: str) -> None:
         ('a;"=1"', 'a;\'"=1"'),
         ("a\n=1", "a\n'=1"),
         ("\t=1", "'\t'=1"),
-        ("\r\n=1", "'\r'\n'=1"),
+        ("\r\n=1", "'\r\n'=1"),
         ("\tx", "'\tx"),
         ("=1;=2", "'=1;'=2"),
     ],

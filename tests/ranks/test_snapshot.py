@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def take_part(case: Case, exchange: Exchange, memory: int) -> Run:
     recipe = recipe_of(case)
     task = zoo.Classified(case.build)
     inputs = open_own(recipe, task, case.data(), validation=case.data(11, seed=8))
-    job = Job(recipe=recipe, folder=Path("nowhere"))
+    job = Job(recipe=recipe, folder=Path(tempfile.gettempdir()) / "unisono-snapshots")
     return join(job, make_ready(job, inputs, CPU), exchange, Held(memory))
 
 

@@ -21,11 +21,12 @@ from unisono.storage.files import to_json
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
-_BLANK = r"[\s\0\ufeff]"  # a spreadsheet reads on after these; \s has the no-break space
+_BLANK = r"[^\S\t\r\n]|[\0\ufeff]"  # a spreadsheet reads on after these; \s has the no-break space
 _SIGN = "[-=+@\uff1d\uff0b\uff0d\uff20]"  # the last four are = + - @ in full width
-_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-_RUN = re.compile(
-    rf"(?:^|(?<=[;\t\n\r]))(?={_BLANK}*\"*{_BLANK}*{_SIGN})(?!{_BLANK}*{_NUMBER}{_BLANK}*(?:;|\Z))|^(?=[\t\r\n])"
+_NUMBER = r"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+"
+_RUN = re.compile(  # possessive, so that a text of many blanks or digits takes no longer than another one
+    rf"(?:^|(?<=[;\t\n\r]))(?=(?:{_BLANK})*+\"*+(?:{_BLANK})*+{_SIGN})(?!(?:{_BLANK})*+{_NUMBER}[\s\0\ufeff]*+(?:;|\Z))"
+    r"|^(?=[\t\r\n])"
 )
 """Where a quote is written: before a formula, unless it is a number."""
 
