@@ -128,7 +128,8 @@ def test_no_name_is_looked_up_on_one_host(tmp_path: Path, way: str) -> None:
     (tmp_path / "look_ups.c").write_text(LOOK_UPS, encoding="utf-8")
     library, found = tmp_path / "look_ups.so", tmp_path / "found"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "look_ups.c"], check=True)
-    variables = {**os.environ, "LD_PRELOAD": str(library), "LOOK_UPS": str(found)}
+    here = str(Path(__file__).parent)
+    variables = {**os.environ, "LD_PRELOAD": str(library), "LOOK_UPS": str(found), "PYTHONPATH": here}
     ended = subprocess.run(
         [sys.executable, "-c", TRAIN, tmp_path / "run", way],
         env=variables,
