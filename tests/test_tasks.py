@@ -176,7 +176,7 @@ def test_rows_without_a_number_as_prediction_are_said(
     found = command("predict", "run", "new.csv", "out.csv", "--task", "flowers:Flowers", "-w", "2")
     rest = capfd.readouterr()
     assert found[0] == 0 and "3 of them without a prediction" in found[1] + rest.out
-    assert "'x' holds NaN or infinity in 2 of 4 rows, the first is row 3" in found[2] + rest.err
+    assert "'x' holds NaN or infinity in 2 of 4 rows, the first is row 3." in found[2] + rest.err
     with (place / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [bool(row["predicted"]) for row in rows] == [bool(row["p 0"]) for row in rows]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -23,7 +22,6 @@ from unisono.backends.torch_backend import TorchBackend
 from unisono.config import recipe as recipes
 from unisono.config.small_files import read_small
 from unisono.config.wording import count, hide_secrets
-from unisono.data.columns import Columns
 from unisono.data.ingest.frames import add_columns, is_frame, settle, take_columns
 from unisono.data.source import Source
 from unisono.determinism import instruction_sets
@@ -246,15 +244,8 @@ def _predict_part(
     mine = everywhere and os.getpid() == caller  # under torchrun, where each worker has a folder of its own
     everywhere = exchange.gather_bytes(bytes([mine])) == [b"\1"] * exchange.workers
     source = model.samples(rows, exchange)
-    if assignment.rank == 0 and isinstance(source, Columns):
-        for name, samples in source.not_finite().items():
-            print(
-                f"warning: {name!r} holds NaN or infinity in {len(samples):,} of {len(source):,} rows, the first is "
-                f"row {rows.usable[samples[0]] + 1}. Unless the task is made for it, their predictions mean nothing.",
-                file=sys.stderr,
-            )
     found = measure_model(model, model.task.predict, source, exchange, device, everywhere=everywhere)
-    if assignment.rank == 0 and (remark := model.remark(source)):
+    if assignment.rank == 0 and (remark := model.remark(source, rows.usable)):
         warn_now(remark)
     if assignment.rank == 0 or everywhere:
         path.with_suffix(".json").write_text(json.dumps(list(found)), encoding="utf-8")

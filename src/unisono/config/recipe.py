@@ -31,6 +31,7 @@ from unisono.config.sections import (
     Train,
     Transformer,
 )
+from unisono.config.small_files import read_small_bytes
 from unisono.config.wording import hide_all_secrets, mask_secrets
 from unisono.errors import RecipeError
 
@@ -71,8 +72,6 @@ PATHS = (
     ("train", "start_from"),
     ("tracking", "folder"),
 )
-MOST_BYTES = 2**26
-"""Of a recipe file: it may list many classes."""
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 MODELS: dict[str, type[Section]] = {"bag": Bag, "transformer": Transformer, "pretrained": Pretrained}
 
@@ -201,12 +200,7 @@ def is_url(location: str) -> bool:
 
 def _read(path: Path) -> str:
     """The text of a recipe, without a byte-order mark."""
-    if path.exists() and not path.is_file():
-        raise RecipeError(f"recipe {str(path)!r}: not readable: no regular file. Give the path of a TOML recipe.")
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise RecipeError(f"recipe {str(path)!r}: larger than {MOST_BYTES:,} bytes. Give the path of a TOML recipe.")
+    content = read_small_bytes(path)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise RecipeError(f"recipe {str(path)!r} is UTF-16. Save it as UTF-8.")
     try:

@@ -138,7 +138,7 @@ class Data(Section):
     strict: bool = Field(False, description="true: a quarantined record is an error")
     store: str = Field(
         "runs/datasets",
-        pattern=r"^[^\x00]+$",
+        min_length=1,
         description="folder where encoded datasets are kept, each under the hash of what it was made from",
     )
 

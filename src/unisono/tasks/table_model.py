@@ -5,7 +5,7 @@ Owns the form in which such a task's model folder is read, and the columns of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from unisono.config.recipe import Recipe
 from unisono.config.wording import count, name_some
+from unisono.data.columns import Columns
 from unisono.data.ingest.frames import add_columns, is_frame, settle
 from unisono.data.own_sources import open_source
 from unisono.data.source import Source
@@ -89,9 +90,15 @@ class TableModel:
             )
         return samples_of(self.task, rows.table.take(pa.array(kept)), rows.name), left_out
 
-    def remark(self, samples: Source) -> str:
-        """Nothing: the task has encoded them."""
-        return ""
+    def remark(self, samples: Source, usable: Sequence[int] | None = None) -> str:
+        """Which columns hold numbers that are none."""
+        found = samples.not_finite() if isinstance(samples, Columns) else {}
+        return "; ".join(
+            f"{name!r} holds NaN or infinity in {len(odd):,} of {len(samples):,} rows, the first is row "
+            f"{(odd if usable is None else [usable[odd[0]]])[0] + 1}. Unless the task is made for it, their results mean "
+            "nothing"
+            for name, odd in found.items()
+        )
 
     def own_test(self, run: Path) -> Source:
         """The test file that the recipe names, or the rows that it cuts off."""

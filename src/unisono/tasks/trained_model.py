@@ -69,8 +69,9 @@ class TrainedModel(Protocol):
         """Rows as samples to be scored; the number left out, by reason. Raises DataError if none is left."""
         ...
 
-    def remark(self, samples: Source) -> str:
-        """What a user should know of these samples, in a sentence; empty: nothing."""
+    def remark(self, samples: Source, usable: Sequence[int] | None = None) -> str:
+        """What a user should know of these samples, in a sentence; empty: nothing. usable: the number of each sample's
+        row, from 0; None: not known."""
         ...
 
     def own_test(self, run: Path) -> Source:

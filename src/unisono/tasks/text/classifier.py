@@ -140,7 +140,7 @@ class Classifier:
             )
         return self.encode([rows.texts[row] for row in kept], list(kept.values()), exchange), left_out
 
-    def remark(self, samples: Source) -> str:
+    def remark(self, samples: Source, usable: Sequence[int] | None = None) -> str:
         """How many of the texts were cut."""
         cut = samples.cut if isinstance(samples, EncodedSamples) else 0
         if not cut:
