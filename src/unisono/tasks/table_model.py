@@ -95,8 +95,8 @@ class TableModel:
         found = samples.not_finite() if isinstance(samples, Columns) else {}
         return "; ".join(
             f"{name!r} holds NaN or infinity in {len(odd):,} of {len(samples):,} rows, the first is row "
-            f"{(odd if usable is None else [usable[odd[0]]])[0] + 1}. Unless the task is made for it, their results mean "
-            "nothing"
+            f"{(odd if usable is None else [usable[odd[0]]])[0] + 1}. Unless the task is made for it, their results "
+            "mean nothing"
             for name, odd in found.items()
         )
 
